@@ -1,0 +1,21 @@
+"""Continual learning of pre-trained vision-language models by KeepLoRA."""
+
+from keeplora.methods import METHODS, KeepLoRA, KeepLoRAConfig, LoRAFT, Method, MethodConfig, ZeroShot
+from keeplora.run import RunConfig, run
+from keeplora.task import Task
+from keeplora.train import TrainConfig, fit
+
+__all__ = [
+    "METHODS",
+    "KeepLoRA",
+    "KeepLoRAConfig",
+    "LoRAFT",
+    "Method",
+    "MethodConfig",
+    "RunConfig",
+    "Task",
+    "TrainConfig",
+    "ZeroShot",
+    "fit",
+    "run",
+]

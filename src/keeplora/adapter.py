@@ -1,0 +1,156 @@
+"""LoRA adapters of stock PEFT: attach with given factors, read, save, reload, merge. The only importer of peft.
+
+Layer names are those of the base model, without PEFT's prefix.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save
+from torch import Tensor, nn
+
+ADAPTER = "default"
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """A trained adapter, detached from its model: what an `adapter/` folder holds."""
+
+    config: PeftConfig
+    weights: dict[str, Tensor]
+
+    def files(self) -> dict[str, bytes]:
+        """Return the files of a stock PEFT adapter folder, by name; equal adapters give equal bytes."""
+        config = self.config.to_dict() | {"inference_mode": True}
+        plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+        text = json.dumps(plain, indent=2, sort_keys=True)
+        return {CONFIG_FILE: text.encode(), WEIGHTS_FILE: save(self.weights, metadata={"format": "pt"})}
+
+    @staticmethod
+    def config_from(content: bytes) -> PeftConfig:
+        """Read the configuration of a saved adapter."""
+        return PeftConfig.from_peft_type(**json.loads(content))
+
+
+def linear_targets(model: nn.Module, suffixes: tuple[str, ...]) -> list[str]:
+    """List the `nn.Linear` modules whose name is, or ends in, one of the suffixes, in the model's order.
+
+    Linear layers inside `nn.MultiheadAttention` are left out: it reads their weights past the layer itself, so that an
+    adapter on them would change nothing.
+
+    Raises:
+        ValueError: If there is none; the message lists the names there are.
+    """
+    hidden = {
+        f"{name}.{child}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+        for child, _ in module.named_modules()
+    }
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in hidden]
+    found = [name for name in linears if any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)]
+    if not found:
+        endings = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linears})) or "none"
+        raise ValueError(f"no linear layer is named {' or '.join(suffixes)}; set targets to some of: {endings}")
+    return found
+
+
+def attach(
+    model: nn.Module,
+    ranks: dict[str, int],
+    alphas: dict[str, float],
+    *,
+    factors: dict[str, tuple[Tensor, Tensor]] | None = None,
+) -> PeftModel:
+    """Wrap a model in a stock PEFT LoRA with a rank and an alpha for each layer; the update is `alpha / rank * b @ a`.
+
+    Args:
+        model: The base model; its own parameters are frozen.
+        ranks: The layers to adapt and the rank of each.
+        alphas: The alpha of each layer.
+        factors: Start values `(a [r, d_in], b [d_out, r])`; `a` is then frozen. PEFT's own start without it.
+
+    Raises:
+        ValueError: If PEFT would adapt other layers too, because one's name ends in another's.
+    """
+    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+    # PEFT takes the first pattern that ends a name, so longer names have to come first.
+    names = sorted(ranks, key=len, reverse=True)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # any number works, 1/16 included
+        target_modules=list(ranks),
+        rank_pattern={name: ranks[name] for name in names if ranks[name] != rank},
+        alpha_pattern={name: alphas[name] for name in names if alphas[name] != alpha},
+        lora_dropout=0.0,
+        bias="none",
+    )
+    adapted = cast(PeftModel, get_peft_model(model, config))
+    layers = lora_layers(adapted)
+    if set(layers) != set(ranks):
+        extra = ", ".join(sorted(set(layers) - set(ranks)))
+        raise ValueError(f"layers {extra} end in the name of a target and would be adapted too; target them as well")
+    for name, (a, b) in (factors or {}).items():
+        set_factors(layers[name], a, b)
+        layers[name].lora_A[ADAPTER].weight.requires_grad_(False)
+    return adapted
+
+
+def lora_layers(adapted: nn.Module) -> dict[str, LoraLinear]:
+    """Return the adapted layers by their name in the base model."""
+    prefix = "base_model.model."
+    found = {name: module for name, module in adapted.named_modules() if isinstance(module, LoraLinear)}
+    return {name.removeprefix(prefix): module for name, module in found.items()}
+
+
+def add_to_base(layer: LoraLinear, update: Tensor) -> None:
+    """Add an update `[d_out, d_in]` to the base weight of an adapted layer."""
+    with torch.no_grad():
+        layer.get_base_layer().weight.add_(update.to(layer.get_base_layer().weight.dtype))
+
+
+def set_factors(layer: LoraLinear, a: Tensor, b: Tensor) -> None:
+    """Copy the factors `a [r, d_in]` and `b [d_out, r]` into an adapted layer."""
+    with torch.no_grad():
+        layer.lora_A[ADAPTER].weight.copy_(a)
+        layer.lora_B[ADAPTER].weight.copy_(b)
+
+
+def factors_of(adapted: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Read the factors `(a, scaling * b)` of every adapted layer, in float32; their product is the update."""
+    return {
+        name: (
+            layer.lora_A[ADAPTER].weight.detach().float(),
+            layer.lora_B[ADAPTER].weight.detach().float() * layer.scaling[ADAPTER],
+        )
+        for name, layer in lora_layers(adapted).items()
+    }
+
+
+def detach(adapted: PeftModel) -> SavedAdapter:
+    """Copy the adapter out of a model, so that it can be saved after the merge."""
+    weights = get_peft_model_state_dict(adapted, adapter_name=ADAPTER)
+    copies = {name: value.detach().cpu().clone() for name, value in weights.items()}
+    return SavedAdapter(adapted.peft_config[ADAPTER], copies)
+
+
+def merge(adapted: PeftModel) -> nn.Module:
+    """Add every update to its weight and return the plain base model.
+
+    Raises:
+        ValueError: If a merged weight would not be finite.
+    """
+    return cast(nn.Module, adapted.merge_and_unload(safe_merge=True))
+
+
+def merge_from(model: nn.Module, folder: Path) -> nn.Module:
+    """Reload a saved adapter into its base model and merge it."""
+    return merge(PeftModel.from_pretrained(model, folder, adapter_name=ADAPTER))

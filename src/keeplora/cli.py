@@ -1,0 +1,193 @@
+"""The command line: `keeplora demo`, `run`, `evaluate`. Each subcommand is a typed function."""
+
+import argparse
+import contextlib
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.logging import RichHandler
+from transformers.utils import logging as transformers_logging
+
+from keeplora.config import parse, read_toml
+from keeplora.display import Display, matrix_table, score_table
+from keeplora.evaluate import evaluate as evaluate_model
+from keeplora.ledger import Ledger, read_manifest
+from keeplora.methods import METHODS
+from keeplora.models import family_of, locate
+from keeplora.report import heat_maps, write_report
+from keeplora.results import Results
+from keeplora.run import RunConfig
+from keeplora.run import run as run_stream
+from keeplora.task import read_benchmark
+from keeplora.train import best_device
+
+console = Console()
+errors = Console(stderr=True)
+
+DEMO_METHODS = ("zero_shot", "lora_ft", "keeplora")
+
+TRACEBACK = "KEEPLORA_TRACEBACK"
+"""Set this variable to see where an error was raised."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFlags(RunConfig):
+    """A run and the file its settings may come from; flags go before the file, the file before the benchmark's own."""
+
+    config: Path | None = None
+    """TOML file with any of these settings: the keys of a run at the top, [train] and [options] below."""
+
+
+def demo(output: Path = Path("runs/demo"), *, seed: int = 0) -> None:
+    """Watch the embedded model learn the embedded tasks: untouched, by plain LoRA, and by KeepLoRA.
+
+    Writes a run directory for each and a report with the three accuracy matrices.
+
+    Args:
+        output: Folder of the three runs and of report.html.
+        seed: Seed of every random draw.
+    """
+    display = Display(console)
+    with display.shown():
+        runs = [
+            run_stream(
+                dataclasses.replace(run_defaults("mini", method, {}, "demo"), seed=seed, output=output / method),
+                track=display.track,
+                watch=display.watch,
+            )
+            for method in DEMO_METHODS
+        ]
+    if not console.is_terminal:
+        console.print(score_table(runs))
+    for run_results in runs:
+        console.print(matrix_table(run_results))
+    write_report(runs, output / "report.html")
+    (output / "heat_maps.png").write_bytes(heat_maps(runs))
+    console.print(f"Report: {output / 'report.html'}")
+
+
+def run(flags: tyro.conf.OmitArgPrefixes[RunFlags]) -> None:
+    """Learn a stream of tasks with a model and a method.
+
+    Example: keeplora run --benchmark mini --model mini --method keeplora --seed 0 --output runs/mini
+
+    Args:
+        flags: The settings.
+    """
+    values = {field.name: getattr(flags, field.name) for field in dataclasses.fields(RunConfig)}
+    config = RunConfig(**values)
+    display = Display(console)
+    with display.shown():
+        results = run_stream(config, track=display.track, watch=display.watch)
+    console.print(matrix_table(results))
+    console.print(f"Run directory: {config.output}")
+
+
+def evaluate(run: tyro.conf.Positional[Path], *, split: Literal["test", "validation"] = "test") -> None:
+    """Evaluate the model of a run directory on all tasks of its benchmark, and compare with what the run recorded.
+
+    Args:
+        run: The run directory.
+        split: The examples to evaluate on.
+    """
+    ledger = Ledger(run, read_manifest(run))
+    recorded = ledger.results()
+    config = ledger.manifest["config"]
+    benchmark = read_benchmark(config["benchmark"])
+    folder = run / "model"
+    if not folder.is_dir():
+        raise ValueError(f"{run} has no model yet: no task is finished; go on with the run first")
+    family = family_of(str(folder))
+    display = Display(console)
+    with display.shown():
+        tasks = family.tasks(
+            str(folder), benchmark.tasks, batch_size=config["train"]["batch_size"], evaluation=split, seed=config["seed"],
+            track=display.track,
+        )  # fmt: skip
+        model = family.load(str(folder)).to(best_device())
+        for index, task in enumerate(tasks[: ledger.num_finished]):
+            record, _ = ledger.record(index)
+            if record.head:
+                task.load_head(record.head)
+        scores = evaluate_model(model, tasks, track=display.track)
+    console.print(score_table([dataclasses.replace(recorded, method=f"evaluated ({split})", accuracy=[scores]), recorded]))
+
+
+def run_defaults(benchmark: str, method: str, values: dict[str, Any], source: str) -> RunConfig:
+    """Return a run's settings: the given values before the benchmark's own defaults before the library's.
+
+    Raises:
+        ValueError: If the benchmark or the method is unknown, or a value is wrong.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; known methods: {', '.join(METHODS)}")
+    defaults = read_benchmark(benchmark).defaults
+    options = {**defaults.get(method, {}), **values.pop("options", {})}
+    train = {**defaults.get("train", {}), **options.pop("train", {}), **values.pop("train", {})}
+    parsed = parse(RunConfig, {**values, "train": train, "benchmark": benchmark, "method": method}, source=source)
+    return dataclasses.replace(parsed, options=parse(METHODS[method].Config, options, source=f"{source} [options]"))
+
+
+COMMANDS = {"demo": demo, "run": run, "evaluate": evaluate}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; what a user did wrong ends with one message and a non-zero exit."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=errors, show_path=False)])
+    transformers_logging.disable_progress_bar()
+    with _readable_errors():
+        commands = dict(COMMANDS)
+        if arguments[:1] == ["run"]:
+            commands["run"] = _with_default(arguments[1:])
+        tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog="keeplora", description=__doc__)
+
+
+def _with_default(arguments: list[str]) -> Any:
+    """Return `run` with the defaults that the named method, benchmark and file give."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("--method", "--benchmark", "--config"):
+        parser.add_argument(name, nargs="?")
+    named, _ = parser.parse_known_args(arguments)
+    values = read_toml(Path(named.config)) if named.config else {}
+    benchmark = named.benchmark or values.pop("benchmark", RunConfig.benchmark)
+    method = named.method or values.pop("method", RunConfig.method)
+    config = run_defaults(benchmark, method, values, named.config or "the benchmark's defaults")
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(RunConfig)}
+    default = RunFlags(**fields, config=Path(named.config) if named.config else None)
+
+    def run_with_default(flags: Annotated[tyro.conf.OmitArgPrefixes[RunFlags], tyro.conf.arg(name="")] = default) -> None:
+        run(flags)
+
+    run_with_default.__doc__ = run.__doc__
+    return run_with_default
+
+
+@contextlib.contextmanager
+def _readable_errors() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        errors.print(f"[bold red]error:[/] {_escape(error)}", soft_wrap=True, highlight=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        errors.print("[bold red]interrupted[/]; finished tasks are kept, the same command goes on after them")
+        sys.exit(130)
+
+
+def _escape(error: Exception) -> str:
+    from rich.markup import escape
+
+    if isinstance(error, OSError) and error.strerror:
+        return escape(f"{error.strerror}: {error.filename}" if error.filename else error.strerror)
+    return escape(str(error))

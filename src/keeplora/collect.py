@@ -1,0 +1,258 @@
+"""Statistics of a model on a task: mean gradients of the target weights, and second moments of their inputs.
+
+Nothing is stored on modules, and whatever is borrowed (hooks, `requires_grad`, the training mode) is given back even
+when a batch raises. Several processes each take their share of the batches and add up what they found.
+"""
+
+import itertools
+import math
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from keeplora.task import Batch, Task, to_device
+
+Track = Callable[[Iterable[Batch], str, int | None], Iterable[Batch]]
+"""Wraps an iterable of batches to show progress, given what is being done and how many batches there are, if known."""
+
+
+def silent(batches: Iterable[Batch], description: str, total: int | None = None) -> Iterable[Batch]:
+    """Show no progress."""
+    return batches
+
+
+def mean_gradients(
+    model: nn.Module, task: Task, targets: list[str], *, share: float = 1.0, track: Track = silent
+) -> dict[str, Tensor]:
+    """Average the gradient of the loss with respect to the target weights over a task's examples (G_t, Eq. 4).
+
+    Only the targets get a gradient. The mean is over examples, so a smaller last batch weighs less.
+
+    Args:
+        model: Any module whose targets are `nn.Linear`.
+        task: Gives the batches and the loss.
+        targets: Module names of the target layers.
+        share: Use this share of the batches, from the start of `task.batches()`.
+        track: Shows progress over the batches.
+
+    Returns:
+        For each target the gradient `[d_out, d_in]` in float32; zero where no gradient reached the layer.
+
+    Raises:
+        ValueError: If there is no batch, or if a loss or a gradient is not finite.
+    """
+    weights = {name: model.get_submodule(name).weight for name in targets}
+    sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
+    count = 0
+    with only_these_require_grad(model, list(weights.values())), evaluation_mode(model):
+        for batch in _batches(model, task, share, track, "gradient"):
+            loss = task.loss(model, batch)
+            _require_finite(loss, f"task {task.name!r}: the loss of a batch is {loss.item()} in the gradient pass")
+            gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+            num_examples = task.num_examples(batch)
+            for name, gradient in zip(weights, gradients, strict=True):
+                if gradient is not None:
+                    sums[name].add_(gradient, alpha=num_examples)
+            count += num_examples
+    count = _sum_over_processes(sums, count)
+    if count == 0:
+        raise ValueError(f"task {task.name!r} gave no batch to take a gradient from")
+    for name, total in sums.items():
+        _require_finite(total, f"task {task.name!r}: the gradient of layer {name!r} is not finite; is the learning rate"
+                               " of an earlier task too high, or the precision too low?")  # fmt: skip
+        total.div_(count)
+    return sums
+
+
+def input_grams(
+    model: nn.Module, task: Task, targets: list[str], *, features: str = "second_moment", track: Track = silent
+) -> dict[str, Tensor]:
+    """Accumulate the second moment of every target layer's input over a task's examples (X X^T of Eq. 9).
+
+    Padding rows, as `task.real_rows` tells them, are left out. Layers that receive the very same tensor, such as the
+    query, key and value projections of a block, share one gram: the values of the result are then one object.
+
+    Args:
+        model: Any module whose targets are `nn.Linear`.
+        task: Gives the batches; its loss is the forward pass.
+        targets: Module names of the target layers.
+        features: `second_moment` for the exact statistic; `batch_mean` for the released code's, which averages inputs
+            over batches by their place in the batch and leaves out batches of another size than the first.
+        track: Shows progress over the batches.
+
+    Returns:
+        For each target the gram `[d_in, d_in]` in float32, a sum over rows; its scale carries no meaning.
+
+    Raises:
+        ValueError: If a layer was never reached, if its input is not finite, or if it shares its input with another
+            layer in one batch and not in the next.
+    """
+    collector = _GramCollector(task, {"second_moment": _SecondMoment, "batch_mean": _BatchMean}[features])
+    handles = []
+    try:
+        for name in targets:
+            hook = collector.hook(name)
+            handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
+        with torch.no_grad(), evaluation_mode(model), task.frozen(model):
+            for batch in _batches(model, task, 1.0, track, "features"):
+                collector.batch = batch
+                task.loss(model, batch)
+                collector.seen.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+    grams = {leader: statistic.gram() for leader, statistic in collector.statistics.items()}
+    _sum_over_processes(grams, 0)
+    for name in targets:
+        if name not in collector.leaders:
+            raise ValueError(f"task {task.name!r} never ran layer {name!r}; leave it out of the targets")
+    for leader, gram in grams.items():
+        _require_finite(gram, f"task {task.name!r}: the inputs of layer {leader!r} are not finite")
+    return {name: grams[collector.leaders[name]] for name in targets}
+
+
+@contextmanager
+def only_these_require_grad(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Let only the given parameters require a gradient; give every flag back."""
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        model.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, flag in before.items():
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode; give each module its own mode back."""
+    before = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's first parameter."""
+    return next(model.parameters()).device
+
+
+class _SecondMoment:
+    """Sum of outer products of all rows."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+
+    def add(self, inputs: Tensor, real: Tensor | None) -> None:
+        rows = (inputs.reshape(-1, inputs.shape[-1]) if real is None else inputs[real]).float()
+        if self.total is None:
+            self.total = rows.new_zeros(rows.shape[1], rows.shape[1])
+        self.total.addmm_(rows.T, rows)
+
+    def gram(self) -> Tensor:
+        assert self.total is not None
+        return self.total
+
+
+class _BatchMean:
+    """Inputs averaged over batches by their place in the batch, as the released code does; then outer products."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.num_batches = 0
+
+    def add(self, inputs: Tensor, real: Tensor | None) -> None:
+        inputs = inputs.float() if real is None else inputs.float() * real.unsqueeze(-1)
+        if self.total is None:
+            self.total = torch.zeros_like(inputs)
+        if inputs.shape == self.total.shape:
+            self.total += inputs
+            self.num_batches += 1
+
+    def gram(self) -> Tensor:
+        assert self.total is not None
+        rows = self.total.reshape(-1, self.total.shape[-1]) / self.num_batches
+        return rows.T @ rows
+
+
+class _GramCollector:
+    """What the hooks share during one pass."""
+
+    def __init__(self, task: Task, kind: type[_SecondMoment] | type[_BatchMean]) -> None:
+        self.task = task
+        self.kind = kind
+        self.batch: Batch = None
+        self.leaders: dict[str, str] = {}
+        self.statistics: dict[str, _SecondMoment | _BatchMean] = {}
+        self.seen: list[tuple[weakref.ref[Tensor], str]] = []
+
+    def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def add_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs = args[0]
+            leader = next((other for ref, other in reversed(self.seen) if ref() is inputs), name)
+            if self.leaders.setdefault(name, leader) != leader:
+                raise ValueError(
+                    f"layer {name!r} shared its input with {self.leaders[name]!r} in one batch and with {leader!r} in"
+                    " another; a model that routes its inputs by their content cannot have these layers as targets"
+                )
+            if leader == name:
+                self.seen.append((weakref.ref(inputs), name))
+                self.statistics.setdefault(name, self.kind()).add(inputs, self._real_rows(name, inputs))
+
+        return add_input
+
+    def _real_rows(self, name: str, inputs: Tensor) -> Tensor | None:
+        real = self.task.real_rows(name, self.batch)
+        if real is not None and real.shape != inputs.shape[:-1]:
+            raise ValueError(
+                f"task {self.task.name!r}: real_rows({name!r}) has shape {tuple(real.shape)}, the layer's input has"
+                f" {tuple(inputs.shape)}; return one flag for each row, or None"
+            )
+        return None if real is None else real.to(inputs.device, torch.bool)
+
+
+def _batches(model: nn.Module, task: Task, share: float, track: Track, what: str) -> Iterator[Batch]:
+    """Yield this process's part of a share of the batches, on the model's device."""
+    batches: Iterable[Batch] = task.batches()
+    total = len(batches) if isinstance(batches, Sized) else None
+    if share < 1:
+        if total is None:
+            raise ValueError(
+                f"task {task.name!r}: a share of {share} of the batches needs their number; let batches() return a"
+                " list or a DataLoader"
+            )
+        total = math.ceil(share * total)
+        batches = itertools.islice(batches, total)
+    rank, num_processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if total is not None:
+        if total < num_processes:
+            raise ValueError(f"task {task.name!r} has {total} batches for {num_processes} processes; use fewer processes")
+        total = len(range(rank, total, num_processes))
+    batches = track(itertools.islice(batches, rank, None, num_processes), f"{task.name}: {what}", total)
+    for batch in batches:
+        yield to_device(batch, device_of(model))
+
+
+def _sum_over_processes(tensors: dict[str, Tensor], count: int) -> int:
+    """Add tensors up over all processes, in place, and a count."""
+    if not dist.is_initialized():
+        return count
+    for tensor in tensors.values():
+        dist.all_reduce(tensor)
+    total = torch.tensor(count, device=next(iter(tensors.values())).device)
+    dist.all_reduce(total)
+    return int(total)
+
+
+def _require_finite(tensor: Tensor, message: str) -> None:
+    if not torch.isfinite(tensor).all():
+        raise ValueError(message)

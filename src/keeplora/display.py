@@ -1,0 +1,107 @@
+"""What a terminal shows: progress with the time left, a live table of scores, accuracy matrices, errors."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from keeplora.report import METRIC_NAMES
+from keeplora.results import Results
+
+T = TypeVar("T")
+
+HEADLINE = ("transfer", "average", "last")
+
+
+class Display:
+    """A live table of the runs so far above a progress bar. Its `track` and `watch` are what a run calls."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.runs: dict[str, Results] = {}
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left:"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self.live = Live(get_renderable=self._render, console=console, refresh_per_second=4)
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Show the display while the body runs."""
+        with self.live:
+            yield
+
+    def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+        """Yield the items and show how far they are."""
+        bar = self.progress.add_task(description, total=total)
+        try:
+            for item in items:
+                yield item
+                self.progress.advance(bar)
+        finally:
+            self.progress.remove_task(bar)
+
+    def watch(self, results: Results) -> None:
+        """Take up a run's results so far; without a terminal, say so in a line."""
+        self.runs[results.method] = results
+        if self.console.is_terminal:
+            return
+        finished = len(results.accuracy)
+        state = f"after {results.tasks[finished - 1]}" if finished else "untouched"
+        scores = results.accuracy[-1] if finished else results.zero_shot
+        self.console.print(
+            f"{results.method}: {finished}/{len(results.tasks)} tasks, {state}: mean accuracy"
+            f" {sum(scores) / len(scores):.1f} %"
+        )
+
+    def _render(self) -> RenderableType:
+        return Group(*([score_table(list(self.runs.values()))] if self.runs else []), self.progress)
+
+
+def score_table(runs: list[Results]) -> Table:
+    """Tabulate the current score of every task, a column for each run, with the metrics below."""
+    table = Table(title=f"Accuracy in % on {runs[0].benchmark} (bold: learned)")
+    table.add_column("task")
+    table.add_column("untouched", justify="right")
+    for run in runs:
+        table.add_column(f"{run.method}\n{len(run.accuracy)}/{len(run.tasks)}", justify="right")
+    for i, task in enumerate(runs[0].tasks):
+        cells = [_cell(run, i) for run in runs]
+        table.add_row(task, f"{runs[0].zero_shot[i]:.1f}", *cells, end_section=i + 1 == len(runs[0].tasks))
+    for key in HEADLINE:
+        table.add_row(METRIC_NAMES[key], "", *[_number(run.summary()[key]) for run in runs])
+    return table
+
+
+def matrix_table(run: Results) -> Table:
+    """Tabulate a run's accuracy matrix: after each task (rows) on each task (columns)."""
+    summary = ", ".join(f"{METRIC_NAMES[key]} {_number(run.summary()[key])}" for key in METRIC_NAMES)
+    table = Table(title=f"{run.method}: accuracy in %", caption=summary)
+    table.add_column("after learning", no_wrap=True)
+    for task in run.tasks:
+        table.add_column(task, justify="right", min_width=4, overflow="ellipsis", no_wrap=True)
+    table.add_row("(untouched)", *[f"{score:.0f}" for score in run.zero_shot])
+    for t, row in enumerate(run.accuracy):
+        cells = [f"[bold]{score:.0f}[/]" if i == t else f"{score:.0f}" for i, score in enumerate(row)]
+        table.add_row(run.tasks[t], *cells)
+    return table
+
+
+def _cell(run: Results, i: int) -> str:
+    if not run.accuracy:
+        return ""
+    text = f"{run.accuracy[-1][i]:.1f}"
+    return f"[bold]{text}[/]" if i < len(run.accuracy) else text
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"

@@ -1,0 +1,26 @@
+"""A model's score on every task of a stream."""
+
+import torch
+from torch import nn
+
+from keeplora.collect import Track, device_of, evaluation_mode, silent
+from keeplora.metrics import METRICS
+from keeplora.models import StreamTask
+from keeplora.task import to_device
+
+
+def evaluate(model: nn.Module, tasks: list[StreamTask], *, track: Track = silent) -> list[float]:
+    """Score a model on the held-out examples of every task, in percent; text features are computed once for each."""
+    return [_score(model, task, track) for task in tasks]
+
+
+def _score(model: nn.Module, task: StreamTask, track: Track) -> float:
+    predictions, references = [], []
+    batches = task.test_batches()
+    total = len(batches) if hasattr(batches, "__len__") else None
+    with torch.no_grad(), evaluation_mode(model), task.frozen(model):
+        for batch in track(batches, f"{task.name}: evaluating", total):
+            batch = to_device(batch, device_of(model))
+            predictions.append(task.predict(model, batch).cpu())
+            references.append(task.references(batch).cpu())
+    return METRICS[task.metric](torch.cat(predictions), torch.cat(references))

@@ -1,0 +1,274 @@
+"""The run directory: what was configured, what each task left behind, the scores, the merged model.
+
+Safetensors and JSON only. Every file is written under a temporary name and renamed, and `run.json` holds the SHA-256
+of each, so that a reader never sees half a file and a damaged one is noticed.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from keeplora.adapter import CONFIG_FILE, WEIGHTS_FILE, SavedAdapter
+from keeplora.methods import TaskRecord
+from keeplora.results import Results
+from keeplora.subspace import certificate_to_json
+
+Phases = dict[str, dict[str, float]]
+"""Seconds and peak memory (MiB) of each phase, by its name."""
+
+FORMAT = 1
+"""Version of the layout of a run directory; a reader refuses a newer one."""
+
+VERSIONS_OF = ("keeplora", "torch", "transformers", "peft", "accelerate", "safetensors")
+
+
+class Ledger:
+    """Reads and writes one run directory. Make one with `open_ledger`."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+
+    @property
+    def num_finished(self) -> int:
+        """How many tasks are finished."""
+        return int(self.manifest["tasks_finished"])
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every task is finished."""
+        return self.num_finished == len(self.manifest["tasks"])
+
+    def results(self) -> Results:
+        """Return the scores so far, from the files."""
+        config = self.manifest["config"]
+        tasks = [self._task_json(index) for index in range(self.num_finished)]
+        phases = [self.manifest["start"], *(task["phases"] for task in tasks)]
+        seconds: dict[str, float] = {}
+        for name, measured in ((name, measured) for phase in phases for name, measured in phase.items()):
+            seconds[name] = seconds.get(name, 0.0) + measured["seconds"]
+        return Results(
+            method=config["method"],
+            benchmark=config["benchmark"],
+            model=config["model"],
+            seed=config["seed"],
+            tasks=self.manifest["tasks"],
+            zero_shot=self.manifest["zero_shot"],
+            accuracy=[task["scores"] for task in tasks],
+            seconds=seconds,
+            peak_memory_mb=max((m["peak_memory_mb"] for phase in phases for m in phase.values()), default=0.0),
+        )
+
+    def start(self, zero_shot: list[float], phases: Phases) -> None:
+        """Record the scores of the untouched model."""
+        self.manifest |= {"zero_shot": zero_shot, "start": phases}
+        self.write_manifest()
+
+    def add_task(self, record: TaskRecord, details: dict[str, Any], save_model: Callable[[Path], None] | None) -> None:
+        """Record the next task: its adapter, directions, head, certificate, scores and times; and the merged model.
+
+        Args:
+            record: What the method left behind.
+            details: What else `task.json` holds: `scores`, `phases`, `losses`.
+            save_model: Writes the merged model to a folder; None if it is the one that is there.
+        """
+        folder = self._task_folder(self.num_finished)
+        if record.adapter is not None:
+            for name, content in record.adapter.files().items():
+                self.write(f"{folder}/adapter/{name}", content)
+        for name, tensors in (("subspace", record.directions), ("head", record.head)):
+            if tensors:
+                plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+                self.write(f"{folder}/{name}.safetensors", save(plain))
+        certificate = {**certificate_to_json(record.certificate), "merge_error": record.merge_error}
+        if record.surviving_gradient:
+            certificate["surviving_gradient"] = record.surviving_gradient
+        self.write_json(f"{folder}/task.json", {**details, "certificate": certificate})
+        if save_model is not None:
+            self._replace_model(save_model)
+        self.manifest["tasks_finished"] += 1
+        self.manifest["phase"] = "complete" if self.is_complete else "running"
+        self.write_json("metrics.json", self.results().to_json())
+        self.write_manifest()
+
+    def record(self, index: int) -> tuple[TaskRecord, Path]:
+        """Read back what a finished task left, and the folder of its adapter.
+
+        Raises:
+            ValueError: If a file is missing or damaged; the message names it.
+        """
+        folder = self._task_folder(index)
+        adapter = self.folder / folder / "adapter"
+        saved = None
+        if f"{folder}/adapter/{WEIGHTS_FILE}" in self.manifest["files"]:
+            config = SavedAdapter.config_from(self.read(f"{folder}/adapter/{CONFIG_FILE}"))
+            saved = SavedAdapter(config, self._tensors(f"{folder}/adapter/{WEIGHTS_FILE}"))
+        return TaskRecord(
+            adapter=saved,
+            directions=self._tensors(f"{folder}/subspace.safetensors"),
+            head=self._tensors(f"{folder}/head.safetensors"),
+        ), adapter
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file under a temporary name, rename it, and remember its hash."""
+        if not _is_main_process():
+            return
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".part")
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        self.manifest["files"][name] = hashlib.sha256(content).hexdigest()
+
+    def write_json(self, name: str, value: object) -> None:
+        """Write a value as JSON."""
+        self.write(name, (json.dumps(value, indent=1) + "\n").encode())
+
+    def read(self, name: str) -> bytes:
+        """Read a file of the run and check its hash.
+
+        Raises:
+            ValueError: If it is missing or damaged.
+        """
+        path = self.folder / name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing from the run")
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != self.manifest["files"].get(name):
+            raise ValueError(f"{path} is not what the run wrote: it was changed or damaged")
+        return content
+
+    def _tensors(self, name: str) -> dict[str, Any]:
+        if name not in self.manifest["files"]:
+            return {}
+        try:
+            return load(self.read(name))
+        except SafetensorError as error:
+            raise ValueError(f"{self.folder / name} is not a safetensors file: {error}") from None
+
+    def _task_json(self, index: int) -> dict[str, Any]:
+        return dict(json.loads(self.read(f"{self._task_folder(index)}/task.json")))
+
+    def _task_folder(self, index: int) -> str:
+        return f"tasks/{index + 1:02d}-{self.manifest['tasks'][index]}"
+
+    def _replace_model(self, save_model: Callable[[Path], None]) -> None:
+        if not _is_main_process():
+            return
+        final, part, old = (self.folder / name for name in ("model", "model.part", "model.old"))
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        save_model(part)
+        if final.exists():
+            final.rename(old)
+        part.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+        files = {f"model/{path.relative_to(final).as_posix()}": path for path in final.rglob("*") if path.is_file()}
+        for name, path in files.items():
+            self.manifest["files"][name] = hashlib.sha256(path.read_bytes()).hexdigest()
+
+    def write_manifest(self) -> None:
+        """Write `run.json`; what it does not list has not happened."""
+        if _is_main_process():
+            content = (json.dumps(self.manifest, indent=1) + "\n").encode()
+            temporary = self.folder / "run.json.part"
+            temporary.write_bytes(content)
+            temporary.replace(self.folder / "run.json")
+
+
+@contextmanager
+def open_ledger(folder: Path, config: dict[str, Any], tasks: list[str]) -> Iterator[Ledger]:
+    """Open a run directory for writing: a new one, or one of the same configuration to go on with.
+
+    Raises:
+        ValueError: If the folder belongs to another run or is no run, or another process is writing to it.
+    """
+    manifest = {
+        "format": FORMAT,
+        "versions": {name: version(name) for name in VERSIONS_OF} | {"python": platform.python_version()},
+        "config": config,
+        "tasks": tasks,
+        "tasks_finished": 0,
+        "phase": "running",
+        "files": {},
+    }
+    if (folder / "run.json").exists():
+        found = read_manifest(folder)
+        _require_same(folder, found, config, tasks)
+        manifest = found
+    elif folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give another --output")
+    elif folder.exists() and any(path.name not in ("lock", "run.json.part") for path in folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no run; give another --output, or empty it")
+    folder.mkdir(parents=True, exist_ok=True)
+    with _lock(folder):
+        ledger = Ledger(folder, manifest)
+        ledger.write_manifest()
+        yield ledger
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read `run.json`.
+
+    Raises:
+        ValueError: If the folder holds no run, or one of a newer format, or the file is damaged.
+    """
+    path = folder / "run.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no run: there is no {path}")
+    try:
+        manifest = json.loads(path.read_text())
+        newer = manifest["format"] > FORMAT
+        complete = {"config", "tasks", "tasks_finished", "phase", "files"} <= set(manifest)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged or not of keeplora: {error}") from None
+    if newer:
+        raise ValueError(f"{path} has format {manifest['format']}, newer than {FORMAT}; update keeplora")
+    if not complete:
+        raise ValueError(f"{path} is damaged or not of keeplora: a key is missing")
+    return dict(manifest)
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Keep a second process out; the operating system drops the lock when its owner ends, however it ends."""
+    if not _is_main_process():
+        yield
+        return
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is writing to {folder}; wait for it, or give another --output") from None
+        yield
+
+
+def _require_same(folder: Path, found: dict[str, Any], config: dict[str, Any], tasks: list[str]) -> None:
+    different = [
+        f"{key} was {found['config'].get(key)!r}, is {config.get(key)!r}"
+        for key in sorted({*found["config"], *config})
+        if found["config"].get(key) != config.get(key)
+    ]
+    if found["tasks"] != tasks:
+        different.append(f"tasks were {found['tasks']}, are {tasks}")
+    if different:
+        raise ValueError(f"{folder} holds another run ({'; '.join(different)}); give another --output")
+
+
+def _is_main_process() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0

@@ -1,0 +1,129 @@
+"""Linear algebra of protected subspaces: pure functions on tensors, no model, no configuration, no file.
+
+Shapes, everywhere in this project (weights are stored as `nn.Linear` stores them):
+
+    weight, gradient  [d_out, d_in]
+    basis             [d_in, k]      orthonormal columns: the input directions that are protected
+    directions        [d_in, m]      orthonormal columns that are about to join a basis
+    rows              [n, d_in]      any stack of vectors on the input side
+    gram              [d_in, d_in]   sum of outer products of input rows
+    a, b              [r, d_in], [d_out, r]   LoRA factors; the update is `scaling * b @ a`
+
+All computations are in float32 or float64, whichever the caller hands in; half precision is refused.
+"""
+
+import torch
+from torch import Tensor
+
+OVERSAMPLING = 4
+"""The randomised SVD looks at this many times the wanted rank."""
+
+POWER_ITERATIONS = 4
+
+NOTHING_LEFT = 1e-3
+"""A unit row that keeps at most this length after a projection is inside the subspace."""
+
+EXACT_BELOW = 512
+"""Matrices whose smaller side is at most this take the exact SVD: it is as fast there."""
+
+
+def energy_rank(energies: Tensor, share: float, *, covered: float = 0.0, total: float | None = None) -> int:
+    """Count the fewest leading directions whose energy reaches a share of the total.
+
+    Args:
+        energies: `[n]`, squared singular values or eigenvalues of a gram, largest first.
+        share: The share of the total energy to reach, in (0, 1].
+        covered: Energy that is already covered by directions outside `energies`.
+        total: The energy that `share` refers to; `covered + energies.sum()` if not given.
+
+    Returns:
+        The smallest `n` with `covered + energies[:n].sum() >= share * total`, or `len(energies)` where rounding
+        keeps the sum below it.
+    """
+    reached = covered + energies.double().clamp_min(0).cumsum(0)
+    total = float(reached[-1]) if total is None else total
+    if total <= 0 or covered >= share * total:
+        return 0
+    return min(int((reached < share * total).sum()) + 1, len(energies))
+
+
+def top_directions(gram: Tensor, share: float, *, covered: float = 0.0, total: float | None = None) -> Tensor:
+    """Return the fewest leading eigenvectors of a gram that reach a share of the energy, `[d_in, m]`.
+
+    With `gram = weight.T @ weight` these are the leading right singular vectors of the weight.
+    """
+    _require_full_precision(gram)
+    eigenvalues, eigenvectors = torch.linalg.eigh((gram + gram.T) / 2)
+    m = energy_rank(eigenvalues.flip(0), share, covered=covered, total=total)
+    return eigenvectors.flip(1)[:, :m].contiguous()
+
+
+def project_out(rows: Tensor, basis: Tensor) -> Tensor:
+    """Remove from every row its part inside the span of a basis, `[n, d_in]`."""
+    return rows - (rows @ basis) @ basis.T
+
+
+def residual_gram(gram: Tensor, basis: Tensor) -> Tensor:
+    """Return the gram of the inputs after the basis was projected out of each, `[d_in, d_in]`."""
+    return project_out(project_out(gram, basis).T, basis)
+
+
+def orthonormal_rows(rows: Tensor, basis: Tensor) -> Tensor:
+    """Turn unit rows into orthonormal ones that are orthogonal to a basis, `[<= n, d_in]`, spanning what is left.
+
+    Projects twice, so that rows which were nearly inside the basis lose what rounding left of it. A row that the basis
+    and the rows before it already span has nothing left and is dropped.
+    """
+    _require_full_precision(rows)
+    for _ in range(2):
+        q, triangle = torch.linalg.qr(project_out(rows, basis).T)
+        rows = q.T[triangle.diagonal().abs() > NOTHING_LEFT]
+    return rows.contiguous()
+
+
+def extend(basis: Tensor, directions: Tensor) -> Tensor:
+    """Append directions to a basis and re-orthonormalise, `[d_in, k + m]`.
+
+    The first `k` columns stay as they are, bit by bit, so that a basis is the concatenation of what each task added.
+    """
+    room = basis.shape[0] - basis.shape[1]
+    if directions.shape[1] == 0 or room == 0:
+        return basis
+    added = orthonormal_rows(directions[:, :room].T, basis).T
+    return torch.cat([basis, added], dim=1)
+
+
+def low_rank(matrix: Tensor, r: int, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the best rank-r factors `(u [m, r], s [r], vh [r, n])`, so that `u * s @ vh` is close to `matrix`.
+
+    Small matrices take the exact SVD; large ones the randomised SVD of Halko, Martinsson and Tropp (2011) with
+    oversampling and power iterations, seeded, so that equal input gives equal output.
+
+    Raises:
+        ValueError: If `r` is not between 1 and the smaller side of the matrix.
+    """
+    _require_full_precision(matrix)
+    smaller = min(matrix.shape)
+    if not 1 <= r <= smaller:
+        raise ValueError(f"rank {r} is not between 1 and {smaller}, the smaller side of {tuple(matrix.shape)}")
+    if smaller <= max(EXACT_BELOW, OVERSAMPLING * r):
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        devices = [matrix.device] if matrix.is_cuda else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            u, s, v = torch.svd_lowrank(matrix, q=OVERSAMPLING * r, niter=POWER_ITERATIONS)
+        vh = v.T
+    return u[:, :r].contiguous(), s[:r].contiguous(), vh[:r].contiguous()
+
+
+def orthonormality_error(basis: Tensor) -> float:
+    """Return `max |basis^T basis - I|`, 0 for an empty basis."""
+    if basis.shape[1] == 0:
+        return 0.0
+    identity = torch.eye(basis.shape[1], dtype=basis.dtype, device=basis.device)
+    return float((basis.T @ basis - identity).abs().max())
+
+
+def _require_full_precision(matrix: Tensor) -> None:
+    assert matrix.dtype in (torch.float32, torch.float64), f"{matrix.dtype} is too coarse for linear algebra"

@@ -1,0 +1,136 @@
+"""The three verbs of a continual-learning method. This base class is sequential LoRA: train, merge, go on.
+
+A method changes what happens in `before_task`, `penalty` and `after_task`, and nothing else.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from keeplora import adapter
+from keeplora.adapter import SavedAdapter
+from keeplora.collect import Track, device_of, evaluation_mode, silent
+from keeplora.config import Config
+from keeplora.subspace import LayerCertificate
+from keeplora.task import Task, to_device
+
+HEAD = "task_head"
+"""Name under which a task's own classifier joins the adapted model, so that its weights are trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig(Config):
+    """What every LoRA method has."""
+
+    rank: int = 16
+    """Rank r of each layer's update."""
+    alpha: float = 1.0
+    """LoRA's alpha; the update is alpha / rank * B A."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj", "o_proj")
+    """Names, or ends of names, of the linear layers to adapt."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank = {self.rank} leaves nothing to train; set it to at least 1")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"alpha = {self.alpha} must be a positive number")
+        if not self.targets:
+            raise ValueError("targets is empty; name at least one linear layer")
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """What a method leaves behind after a task: all that is needed to replay it."""
+
+    adapter: SavedAdapter | None = None
+    directions: dict[str, Tensor] = field(default_factory=dict)
+    """The directions `[d_in, k]` that the task added to each layer's protected subspace."""
+    certificate: dict[str, LayerCertificate] = field(default_factory=dict)
+    merge_error: float = 0.0
+    """Largest difference of the outputs of one batch before and after the merge."""
+    head: dict[str, Tensor] = field(default_factory=dict)
+    """Weights of the task's own classifier, if it has one."""
+    surviving_gradient: dict[str, float] = field(default_factory=dict)
+    """The share of each layer's gradient norm that the protected subspace left to learn from."""
+
+
+class Method:
+    """Sequential LoRA: each task trains a fresh adapter, which is then merged.
+
+    `record` holds what the last finished task left behind.
+    """
+
+    Config: ClassVar[type[MethodConfig]] = MethodConfig
+
+    def __init__(self, config: MethodConfig | None = None, *, seed: int = 0, track: Track = silent) -> None:
+        self.config = self.Config() if config is None else config
+        self.seed = seed
+        self.track = track
+        self.record = TaskRecord()
+        self._required_grad: dict[str, bool] = {}
+
+    def before_task(self, model: nn.Module, task: Task) -> nn.Module:
+        """Return the model to train on a task: here a stock PEFT LoRA model, with the same outputs as the given one.
+
+        Raises:
+            ValueError: If no layer matches the targets.
+        """
+        targets = adapter.linear_targets(model, self.config.targets)
+        self.borrow(model)
+        return adapter.attach(model, dict.fromkeys(targets, self.config.rank), dict.fromkeys(targets, self.config.alpha))
+
+    def penalty(self, model: nn.Module) -> Tensor | None:
+        """Return what to add to the loss of every batch, or None for nothing."""
+        return None
+
+    def after_task(self, model: nn.Module, task: Task) -> nn.Module:
+        """Merge what was learned and return the plain base model.
+
+        Raises:
+            ValueError: If the merge changed the outputs or a weight would not be finite.
+        """
+        saved = adapter.detach(model)  # type: ignore[arg-type]  # the model that before_task returned
+        merged, error = self.merge_checked(model, task)
+        self.record = TaskRecord(adapter=saved, merge_error=error)
+        return merged
+
+    def replay(self, model: nn.Module, record: TaskRecord, folder: Path) -> nn.Module:
+        """Redo a finished task from its record and the folder of its adapter; return the merged model."""
+        if record.adapter is None:
+            return model
+        self.borrow(model)
+        return self.give_back(adapter.merge_from(model, folder))
+
+    def borrow(self, model: nn.Module) -> None:
+        """Remember which parameters required a gradient."""
+        self._required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+    def give_back(self, model: nn.Module) -> nn.Module:
+        """Let the parameters require a gradient as they did before the task."""
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self._required_grad[name])
+        return model
+
+    def merge_checked(self, model: nn.Module, task: Task) -> tuple[nn.Module, float]:
+        """Merge the adapter; return the base model and the largest change of one batch's outputs."""
+        batch = to_device(next(iter(task.batches())), device_of(model))
+        before = _outputs(model, task, batch)
+        dtype = next(model.parameters()).dtype
+        merged = self.give_back(adapter.merge(model))  # type: ignore[arg-type]
+        error = float((_outputs(merged, task, batch) - before).abs().max())
+        allowed = 4 * math.sqrt(torch.finfo(dtype).eps) * max(1.0, float(before.abs().max()))
+        if not error <= allowed:
+            raise ValueError(
+                f"task {task.name!r}: merging changed an output by {error:.3g}, more than the {allowed:.3g} that {dtype}"
+                " explains; was the model altered outside the adapter?"
+            )
+        return merged, error
+
+
+def _outputs(model: nn.Module, task: Task, batch: object) -> Tensor:
+    with torch.no_grad(), evaluation_mode(model):
+        return task.outputs(model, batch).float()

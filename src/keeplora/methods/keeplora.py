@@ -1,0 +1,241 @@
+"""KeepLoRA: low-rank updates confined to the residual subspace of the weights (arXiv 2601.19659).
+
+The input directions that carry pre-trained knowledge (the principal subspace of each weight) and those that earlier
+tasks used are protected. Each task's `a` is the top of its own gradient's residual, frozen; only `b` is trained, so
+that no optimiser can leave the residual subspace. Where the authors' release departs from the paper, the paper is
+followed; `features="batch_mean"` and `b_start="gradient"` bring the release's choices back for comparison.
+"""
+
+import logging
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from keeplora import adapter, collect, linalg, subspace
+from keeplora.collect import Track, silent
+from keeplora.methods.base import HEAD, Method, MethodConfig, TaskRecord
+from keeplora.task import Task
+
+logger = logging.getLogger(__name__)
+
+LEAK_ALLOWED = 1e-4
+"""A larger share of an update inside the protected subspace is an error (float32)."""
+
+SIGNIFICANT = 1e-5
+"""Singular values of the residual gradient below this share of the gradient's norm are rounding noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepLoRAConfig(MethodConfig):
+    """KeepLoRA's options; the defaults are the paper's for MTIL with CLIP ViT-B/16."""
+
+    weight_energy: float | dict[str, float] = field(default_factory=lambda: {"vision": 0.85, "text": 0.2})
+    """Share of each weight's energy that its principal subspace covers (eps_w): one value, or one for each tower, found
+    by its name in the layer's."""
+    feature_energy: float = 0.99
+    """Share of each layer's input energy on a task that is protected after it (eps_f)."""
+    gradient_share: float = 1.0
+    """Share of the training batches that the gradient is taken from."""
+    b_start: Literal["zero", "gradient"] = "zero"
+    """Start of B: zero with the weight untouched, or the residual gradient's factor with the weight reduced by it."""
+    features: Literal["second_moment", "batch_mean"] = "second_moment"
+    """Statistic of the inputs: exact second moment, or the released code's average over batches."""
+    layer_scale: float = 1.0
+    """KeepLoRA++: factor of the first block's update, growing linearly to 1 at the last."""
+    classifier: Literal["none", "cosine"] = "none"
+    """KeepLoRA+: `cosine` adds each learned task a cosine classifier on the image features."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        energies = self.weight_energy if isinstance(self.weight_energy, Mapping) else {"": self.weight_energy}
+        for tower, energy in energies.items():
+            if not 0 <= energy <= 1:
+                where = f" for {tower!r}" if tower else ""
+                raise ValueError(f"weight_energy{where} = {energy} is a share; give a number from 0 to 1")
+        for name in ("feature_energy", "layer_scale"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} = {getattr(self, name)} is a share; give a number from 0 to 1")
+        if not 0 < self.gradient_share <= 1:
+            raise ValueError(f"gradient_share = {self.gradient_share} is a share; give a number above 0, at most 1")
+        for name in ("b_start", "features", "classifier"):
+            choices = self.__dataclass_fields__[name].type.__args__
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} = {getattr(self, name)!r} is unknown; choose from {', '.join(choices)}")
+
+
+class KeepLoRA(Method):
+    """Learn each task orthogonally to what the model knows; `bases` holds what is protected, `[d_in, k]` a layer."""
+
+    Config: ClassVar[type[MethodConfig]] = KeepLoRAConfig
+    config: KeepLoRAConfig
+
+    def __init__(self, config: KeepLoRAConfig | None = None, *, seed: int = 0, track: Track = silent) -> None:
+        super().__init__(config, seed=seed, track=track)
+        self.bases: dict[str, Tensor] = {}
+        self._starts: dict[str, tuple[Tensor, Tensor]] = {}
+        self._surviving: dict[str, float] = {}
+
+    def before_task(self, model: nn.Module, task: Task) -> nn.Module:
+        """Return a stock PEFT LoRA model with `a` set from the task's residual gradient and frozen (Eq. 4 to 6).
+
+        Raises:
+            ValueError: If no layer matches the targets, a gradient is not finite, or nothing is left to learn with.
+        """
+        self.protect_principal(model)
+        gradients = collect.mean_gradients(
+            model, task, list(self.bases), share=self.config.gradient_share, track=self.track
+        )
+        factors = self._residual_factors(gradients, task)
+        ranks = {name: a.shape[0] for name, (a, _) in factors.items()}
+        head = task.start_head(model) if self.config.classifier == "cosine" else None
+        self.borrow(model)
+        adapted = adapter.attach(model, ranks, self._alphas(ranks), factors=factors)
+        self._starts = factors if self.config.b_start == "gradient" else {}
+        self._shift_base(adapted, -1.0)
+        if head is not None:
+            adapted.add_module(HEAD, head)
+        return adapted
+
+    def after_task(self, model: nn.Module, task: Task) -> nn.Module:
+        """Merge the update, protect the task's dominant input directions (Eq. 8 to 10), and certify that none leaked.
+
+        Raises:
+            ValueError: If the update left the residual subspace, or the merge changed the outputs.
+        """
+        self._shift_base(model, +1.0)
+        updates = adapter.factors_of(model)
+        self._require_no_leak(updates, task)
+        saved = adapter.detach(model)  # type: ignore[arg-type]  # the model that before_task returned
+        head = {name: value.detach().cpu().clone() for name, value in _head_state(model).items()}
+        merged, error = self.merge_checked(model, task)
+        grams = collect.input_grams(merged, task, list(self.bases), features=self.config.features, track=self.track)
+        directions = subspace.new_directions(self.bases, grams, self.config.feature_energy)
+        before, self.bases = self.bases, subspace.extend_bases(self.bases, directions)
+        self.record = TaskRecord(
+            adapter=saved,
+            directions=directions,
+            certificate=subspace.certify(before, self.bases, updates),
+            merge_error=error,
+            head=head,
+            surviving_gradient=self._surviving,
+        )
+        return merged
+
+    def replay(self, model: nn.Module, record: TaskRecord, folder: Path) -> nn.Module:
+        """Redo a finished task: merge its adapter and protect the directions it recorded."""
+        self.protect_principal(model)
+        directions = {name: value.to(self.bases[name].device) for name, value in record.directions.items()}
+        self.bases = subspace.extend_bases(self.bases, directions)
+        return super().replay(model, record, folder)
+
+    def protect_principal(self, model: nn.Module) -> None:
+        """Start the bases with the principal subspace of every target weight (Eq. 2), unless that was done."""
+        if self.bases:
+            return
+        targets = adapter.linear_targets(model, self.config.targets)
+        weights = {name: model.get_submodule(name).weight.detach() for name in targets}
+        shares = {name: _tower_share(name, self.config.weight_energy) for name in targets}
+        self.bases = subspace.principal_bases(weights, shares)
+
+    def _residual_factors(self, gradients: dict[str, Tensor], task: Task) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return `(a, b)` at the start for every layer that has room, `a` spanning the residual gradient's top (Eq. 6)."""
+        factors, left_alone = {}, []
+        self._surviving = {}
+        for name, gradient in gradients.items():
+            basis = self.bases[name]
+            residual = linalg.project_out(gradient, basis)
+            self._surviving[name] = subspace.surviving_share(gradient, basis)
+            a = _leading_rows(residual, basis, self.config.rank, float(gradient.norm()), self.seed)
+            if len(a) == 0:
+                left_alone.append(name)
+                continue
+            if len(a) < self.config.rank:
+                logger.warning(
+                    "task %r: layer %s has room for rank %d only, not %d", task.name, name, len(a), self.config.rank
+                )
+            b = residual @ a.T if self.config.b_start == "gradient" else residual.new_zeros(len(residual), len(a))
+            factors[name] = (a, b)
+        if not factors:
+            raise ValueError(
+                f"task {task.name!r}: no layer has a residual direction left to learn with; the protected subspaces are"
+                " full, or no gradient reaches the targets. Lower weight_energy or feature_energy, or target more layers"
+            )
+        for name in left_alone:
+            logger.warning("task %r: layer %s has no residual direction left and is left alone", task.name, name)
+        return factors
+
+    def _alphas(self, ranks: dict[str, int]) -> dict[str, float]:
+        """Return each layer's alpha, so that alpha / rank is the same where a rank had to shrink."""
+        scales = layer_scales(list(self.bases), self.config.layer_scale)
+        return {name: self.config.alpha * rank / self.config.rank * scales[name] for name, rank in ranks.items()}
+
+    def _shift_base(self, adapted: nn.Module, sign: float) -> None:
+        """Move the start of `b` out of the weight (-1), or back into it and out of `b` (+1); nothing if `b` was zero."""
+        layers = adapter.lora_layers(adapted)
+        for name, (a, b) in self._starts.items():
+            scaling = layers[name].scaling[adapter.ADAPTER]
+            adapter.add_to_base(layers[name], sign * scaling * b @ a)
+            if sign > 0:
+                trained = layers[name].lora_B[adapter.ADAPTER].weight.detach()
+                adapter.set_factors(layers[name], a, trained - b)
+
+    def _require_no_leak(self, updates: dict[str, tuple[Tensor, Tensor]], task: Task) -> None:
+        for name, (a, b) in updates.items():
+            if not torch.isfinite(b).all():
+                raise ValueError(f"task {task.name!r}: the trained update of layer {name!r} is not finite")
+            leak = subspace.leak(a, b, self.bases[name])
+            if leak > LEAK_ALLOWED:
+                raise ValueError(
+                    f"task {task.name!r}: {leak:.2g} of the update of layer {name!r} lies in the protected subspace, more"
+                    f" than {LEAK_ALLOWED:g}; was `a` trained or replaced outside keeplora?"
+                )
+
+
+def layer_scales(names: list[str], first: float) -> dict[str, float]:
+    """Return the factor of each layer's update: `first` at the shallowest block of its tower, 1 at the deepest.
+
+    Blocks are told by the first number in a layer's name; layers without one keep the factor 1 (KeepLoRA++,
+    arXiv 2606.16256).
+    """
+    blocks: dict[str, dict[str, int]] = defaultdict(dict)
+    for name in names:
+        if match := re.match(r"(|.*?\.)(\d+)(\.|$)", name):
+            blocks[match[1]][name] = int(match[2])
+    scales = dict.fromkeys(names, 1.0)
+    for tower in blocks.values():
+        numbers = sorted(set(tower.values()))
+        for name, number in tower.items():
+            depth = numbers.index(number) / (len(numbers) - 1) if len(numbers) > 1 else 1.0
+            scales[name] = first + (1.0 - first) * depth
+    return scales
+
+
+def _leading_rows(residual: Tensor, basis: Tensor, rank: int, norm: float, seed: int) -> Tensor:
+    """Return the top input directions of a residual gradient as orthonormal rows, at most `rank`, perhaps none."""
+    room = min(rank, basis.shape[0] - basis.shape[1], *residual.shape)
+    if room == 0 or norm == 0 or not math.isfinite(norm):
+        return residual.new_zeros(0, basis.shape[0])
+    _, s, vh = linalg.low_rank(residual, room, seed=seed)
+    return linalg.orthonormal_rows(vh[s > SIGNIFICANT * norm], basis)
+
+
+def _tower_share(name: str, weight_energy: float | Mapping[str, float]) -> float:
+    if not isinstance(weight_energy, Mapping):
+        return weight_energy
+    for tower, share in weight_energy.items():
+        if tower in name:
+            return share
+    towers = ", ".join(weight_energy)
+    raise ValueError(f"layer {name!r} is in none of the towers {towers} of weight_energy; give it one value for all")
+
+
+def _head_state(model: nn.Module) -> dict[str, Tensor]:
+    head = getattr(model, HEAD, None)
+    return {} if head is None else head.state_dict()

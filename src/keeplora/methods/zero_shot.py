@@ -1,0 +1,19 @@
+"""Zero-shot: the pre-trained model as it is, the reference every method is compared with."""
+
+from keeplora.methods.base import Method, TaskRecord
+from keeplora.task import Task
+from torch import nn
+
+
+class ZeroShot(Method):
+    """Learn nothing."""
+
+    def before_task(self, model: nn.Module, task: Task) -> nn.Module:
+        """Return the model with every parameter frozen."""
+        self.borrow(model)
+        return model.requires_grad_(False)
+
+    def after_task(self, model: nn.Module, task: Task) -> nn.Module:
+        """Return the model as it was given."""
+        self.record = TaskRecord()
+        return self.give_back(model)

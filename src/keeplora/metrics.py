@@ -1,0 +1,13 @@
+"""Named scores of predictions against references, in percent."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+
+def accuracy(predictions: Tensor, references: Tensor) -> float:
+    """Return the share of right answers, in percent."""
+    return 100.0 * float((predictions == references).double().mean())
+
+
+METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {"accuracy": accuracy}

@@ -1,0 +1,191 @@
+"""Dual encoders of Hugging Face (CLIP, SigLIP): images and class prompts meet in one space.
+
+The classifier of a task is the text features of its class prompts. The loss is the cross-entropy over them at the
+model's own logit scale, so that both towers learn.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+from keeplora.collect import Track, device_of, evaluation_mode, only_these_require_grad
+from keeplora.datasets import read_splits
+from keeplora.models.base import StreamTask
+from keeplora.models.pixels import Pixels, PixelStore, normaliser
+from keeplora.task import Batch, TaskSpec, to_device
+
+
+class CosineHead(nn.Module):
+    """Cosine classifier on image features: one direction for each class, `weight [num_classes, d]` (KeepLoRA+)."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the cosine of every image feature `[n, d]` with every class, `[n, num_classes]`."""
+        return F.normalize(features, dim=-1) @ F.normalize(self.weight, dim=-1).T
+
+
+class ClassificationTask(StreamTask):
+    """Images to be classified by the text features of their class prompts, and by the task's own head if it has one."""
+
+    def __init__(
+        self, name: str, train: Pixels, test: Pixels, prompts: dict[str, Tensor], *, batch_size: int, seed: int
+    ) -> None:
+        self.name = name
+        self.prompts = prompts
+        self.head: CosineHead | None = None
+        generator = torch.Generator().manual_seed(seed)
+        self._train = DataLoader(train, batch_size, shuffle=True, generator=generator, collate_fn=train.collate)
+        self._test = DataLoader(test, batch_size, collate_fn=test.collate)
+        self._text_features: Tensor | None = None
+        self._is_frozen = False
+
+    def batches(self) -> Iterable[Batch]:
+        """Return the training batches, in a new order each time; the orders follow from the seed."""
+        return self._train
+
+    def test_batches(self) -> Iterable[Batch]:
+        """Return the held-out batches."""
+        return self._test
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the mean cross-entropy over the task's classes."""
+        return F.cross_entropy(self.outputs(model, batch).float(), batch["labels"])
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the logits, `[n, num_classes]`."""
+        if not self._is_frozen and self.head is None:
+            # The model's own forward pass, which is what wraps around it (DDP, autocast) expect to be called.
+            prompts = to_device(self.prompts, batch["labels"].device)
+            return cast(Tensor, model(pixel_values=batch["pixel_values"], **prompts).logits_per_image)
+        images = _pooled(model.get_image_features(pixel_values=batch["pixel_values"]))
+        text = self._text_of(model)
+        scale = model.logit_scale.exp()
+        logits = scale * F.normalize(images, dim=-1) @ text.T
+        return logits if self.head is None else logits + scale * self.head(images)
+
+    def predict(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the most likely class of every image, `[n]`."""
+        return self.outputs(model, batch).argmax(dim=-1)
+
+    def references(self, batch: Batch) -> Tensor:
+        """Return the labels, `[n]`."""
+        return cast(Tensor, batch["labels"])
+
+    def num_examples(self, batch: Batch) -> int:
+        """Return the number of images in a batch."""
+        return len(batch["labels"])
+
+    def real_rows(self, layer: str, batch: Batch) -> Tensor | None:
+        """Leave the padding of the prompts out of the text tower's statistics."""
+        return self.prompts.get("attention_mask") if layer.startswith("text_model.") else None
+
+    def start_head(self, model: nn.Module) -> nn.Module:
+        """Start the task's cosine classifier from the class means of its normalised training features."""
+        weight = next(model.parameters())
+        num_classes = len(self.prompts["input_ids"])
+        with torch.no_grad(), evaluation_mode(model), only_these_require_grad(model, []):
+            sums = weight.new_zeros(num_classes, model.config.projection_dim)
+            for batch in self.batches():
+                batch = to_device(batch, weight.device)
+                features = _pooled(model.get_image_features(pixel_values=batch["pixel_values"]))
+                sums.index_add_(0, batch["labels"], F.normalize(features, dim=-1))
+        self.head = CosineHead(F.normalize(sums, dim=-1))
+        return self.head
+
+    def load_head(self, weights: dict[str, Tensor]) -> None:
+        """Take up a trained classifier again."""
+        self.head = CosineHead(weights["weight"])
+
+    @contextmanager
+    def frozen(self, model: nn.Module) -> Iterator[None]:
+        """Encode the prompts once for all batches inside."""
+        self._is_frozen, self._text_features = True, None
+        try:
+            yield
+        finally:
+            self._is_frozen, self._text_features = False, None
+
+    def _text_of(self, model: nn.Module) -> Tensor:
+        if self._text_features is not None:
+            return self._text_features
+        prompts = to_device(self.prompts, device_of(model))
+        features = F.normalize(_pooled(model.get_text_features(**prompts)), dim=-1)
+        if self._is_frozen:
+            self._text_features = features
+        return features
+
+
+class DualEncoder:
+    """Loads a dual encoder and makes classification tasks for it."""
+
+    def load(self, name: str) -> nn.Module:
+        """Load a model in float32 by hub name or folder."""
+        return cast(nn.Module, AutoModel.from_pretrained(name, dtype=torch.float32).eval())
+
+    def tasks(
+        self, name: str, specs: tuple[TaskSpec, ...], *, batch_size: int, evaluation: str, seed: int, track: Track
+    ) -> list[StreamTask]:
+        """Read every task's images and tokenise its prompts.
+
+        Raises:
+            ValueError: If data is missing, inconsistent, or unreadable, or a prompt is longer than the context.
+        """
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        processor = AutoImageProcessor.from_pretrained(name, backend="pil")
+        store = PixelStore(processor)
+        tasks: list[StreamTask] = []
+        for index, spec in enumerate(specs):
+            train, test = read_splits(spec, evaluation)
+            prompts = tokenise(tokenizer, [spec.template.format(label) for label in train.class_names], spec.name)
+            task = ClassificationTask(
+                spec.name,
+                store.read(train, track, f"{spec.name}: reading train"),
+                store.read(test, track, f"{spec.name}: reading {evaluation}"),
+                prompts,
+                batch_size=batch_size,
+                seed=seed + index,
+            )
+            task.epochs = spec.epochs
+            tasks.append(task)
+        return tasks
+
+    def save(self, model: nn.Module, name: str, folder: Path) -> None:
+        """Write the model with its tokenizer and image processor."""
+        cast(Any, model).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(name).save_pretrained(folder)
+        AutoImageProcessor.from_pretrained(name, backend="pil").save_pretrained(folder)
+
+
+def tokenise(tokenizer: Any, texts: list[str], task: str) -> dict[str, Tensor]:
+    """Turn prompts into `input_ids` and `attention_mask`, padded only as far as the longest needs.
+
+    A tokenizer that gives no attention mask (SigLIP's) belongs to a model that was trained on full-length prompts and
+    reads its answer at the last position; there every row is real, and prompts are padded to the whole context.
+
+    Raises:
+        ValueError: If a prompt is longer than the model's context.
+    """
+    masked = "attention_mask" in tokenizer.model_input_names
+    longest = max(len(ids) for ids in tokenizer(texts)["input_ids"])
+    if longest > tokenizer.model_max_length:
+        raise ValueError(
+            f"task {task!r}: a prompt has {longest} tokens, the model's context {tokenizer.model_max_length};"
+            " shorten the template or the class names"
+        )
+    encoded = tokenizer(texts, padding="longest" if masked else "max_length", return_tensors="pt")
+    return {key: encoded[key] for key in ("input_ids", "attention_mask") if key in encoded}
+
+
+def _pooled(output: Any) -> Tensor:
+    """Return the features themselves: newer releases of transformers wrap them in an output object."""
+    return cast(Tensor, output if isinstance(output, Tensor) else output.pooler_output)

@@ -1,0 +1,82 @@
+"""From the accuracy matrix to the field's metrics: Transfer, Average, Last, forgetting, backward transfer.
+
+`accuracy[t][i]` is the score in percent after learning task t, on task i, for all tasks in every row. A run that is
+not finished has fewer rows; its metrics are those of the rows there are, and None where no entry defines one.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+Matrix = list[list[float]]
+
+
+def transfer(accuracy: Matrix) -> float | None:
+    """Mean over tasks, from the second on, of the mean score before the task was learned."""
+    num_tasks = len(accuracy[0]) if accuracy else 0
+    return _mean(_mean(row[i] for row in accuracy[:i]) for i in range(1, num_tasks))
+
+
+def average(accuracy: Matrix) -> float | None:
+    """Mean over all entries."""
+    return _mean(score for row in accuracy for score in row)
+
+
+def last(accuracy: Matrix) -> float | None:
+    """Mean over tasks after the last learned one."""
+    return _mean(accuracy[-1]) if accuracy else None
+
+
+def forgetting(accuracy: Matrix) -> float | None:
+    """Mean over learned tasks but the last of the best earlier score, from its own learning on, less the final one."""
+    learned = range(len(accuracy) - 1)
+    return _mean(max(row[i] for row in accuracy[i:-1]) - accuracy[-1][i] for i in learned)
+
+
+def backward_transfer(accuracy: Matrix) -> float | None:
+    """Mean over learned tasks but the last of the final score less the score right after the task was learned."""
+    return _mean(accuracy[-1][i] - accuracy[i][i] for i in range(len(accuracy) - 1))
+
+
+@dataclass
+class Results:
+    """What `metrics.json` holds."""
+
+    method: str
+    benchmark: str
+    model: str
+    seed: int
+    tasks: list[str]
+    zero_shot: list[float]
+    accuracy: Matrix = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_mb: float = 0.0
+
+    def to_json(self) -> dict[str, object]:
+        """Return the keys of `metrics.json` in their order."""
+        return {
+            "method": self.method,
+            "benchmark": self.benchmark,
+            "model": self.model,
+            "seed": self.seed,
+            "tasks": self.tasks,
+            "zero_shot": self.zero_shot,
+            "accuracy": self.accuracy,
+            **self.summary(),
+            "seconds": self.seconds,
+            "peak_memory_mb": self.peak_memory_mb,
+        }
+
+    def summary(self) -> dict[str, float | None]:
+        """Return the metrics of the accuracy matrix."""
+        return {
+            "transfer": transfer(self.accuracy),
+            "average": average(self.accuracy),
+            "last": last(self.accuracy),
+            "forgetting": forgetting(self.accuracy),
+            "backward_transfer": backward_transfer(self.accuracy),
+        }
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

@@ -1,0 +1,143 @@
+"""The continual loop: a model learns a stream of tasks by a method, and every task is evaluated after each.
+
+A run that was cut off goes on after its last finished task.
+"""
+
+import dataclasses
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from keeplora.collect import Track, silent
+from keeplora.config import Config
+from keeplora.evaluate import evaluate
+from keeplora.ledger import Ledger, Phases, open_ledger
+from keeplora.methods import METHODS, KeepLoRAConfig, Method, MethodConfig
+from keeplora.models import StreamTask, family_of, locate
+from keeplora.report import write_report
+from keeplora.results import Results
+from keeplora.task import TaskSpec, read_benchmark
+from keeplora.train import TrainConfig, best_device, fit, seed_everything
+
+Watch = Callable[[Results], None]
+"""Called with the results so far: at the start, and after each task."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Config):
+    """One run: a model, a stream of tasks, a method."""
+
+    benchmark: str = "mini"
+    """Name of a benchmark, or path of its TOML file."""
+    model: str = "mini"
+    """The embedded model, a hub name, or a folder."""
+    method: str = "keeplora"
+    """Name of the method."""
+    seed: int = 0
+    """Seed of every random draw."""
+    output: Path = Path("runs/run")
+    """The run directory; a run that was cut off goes on where it stopped."""
+    evaluation: Literal["test", "validation"] = "test"
+    """The split to evaluate on; choose settings on validation."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """How each task is optimised."""
+    options: MethodConfig = field(default_factory=KeepLoRAConfig)
+    """The method's own options."""
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"unknown method {self.method!r}; known methods: {', '.join(METHODS)}")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed = {self.seed} must be from 0 to 2147483647")
+
+
+def run(config: RunConfig, *, track: Track = silent, watch: Watch = lambda results: None) -> Results:
+    """Learn a stream of tasks and return the scores; everything is written to `config.output` as it goes.
+
+    Raises:
+        ValueError: If something of the configuration or the data is wrong, or training diverges; the tasks that were
+            finished before stay in the run directory.
+    """
+    benchmark = read_benchmark(config.benchmark)
+    with open_ledger(config.output, _plain(config), [spec.name for spec in benchmark.tasks]) as ledger:
+        if not ledger.is_complete:
+            learn(config, benchmark.tasks, ledger, track, watch)
+        results = ledger.results()
+        write_report([results], config.output / "report.html")
+        return results
+
+
+def learn(config: RunConfig, specs: tuple[TaskSpec, ...], ledger: Ledger, track: Track, watch: Watch) -> None:
+    """Learn, one after another, the tasks that the ledger does not have yet."""
+    family, source = family_of(config.model), locate(config.model)
+    tasks = family.tasks(
+        source, specs, batch_size=config.train.batch_size, evaluation=config.evaluation, seed=config.seed, track=track
+    )
+    model = family.load(source).to(best_device())
+    method = METHODS[config.method](config.options, seed=config.seed, track=track)
+    if "zero_shot" not in ledger.manifest:
+        phases: Phases = {}
+        with measured(phases, "zero_shot"):
+            scores = evaluate(model, tasks, track=track)
+        ledger.start(scores, phases)
+    scores = ledger.manifest["zero_shot"]
+    watch(ledger.results())
+    for index, task in enumerate(tasks):
+        if index < ledger.num_finished:
+            model = replay(method, model, task, ledger, index)
+            continue
+        seed_everything(config.seed + 1000 * index)
+        phases = {}
+        with measured(phases, "before_task"):
+            adapted = method.before_task(model, task)
+        with measured(phases, "train"):
+            losses = fit(adapted, task, config.train, epochs=task.epochs, penalty=method.penalty, track=track)
+        with measured(phases, "after_task"):
+            model = method.after_task(adapted, task)
+        with measured(phases, "evaluate"):
+            scores = evaluate(model, tasks, track=track) if method.record.adapter else scores
+        details = {"name": task.name, "scores": scores, "losses": losses, "phases": phases}
+        ledger.add_task(method.record, details, lambda folder, model=model: family.save(model, source, folder))
+        watch(ledger.results())
+
+
+def replay(method: Method, model: nn.Module, task: StreamTask, ledger: Ledger, index: int) -> nn.Module:
+    """Redo a finished task from the ledger's files instead of learning it again."""
+    record, folder = ledger.record(index)
+    if record.head:
+        task.load_head(record.head)
+    return method.replay(model, record, folder)
+
+
+@contextmanager
+def measured(phases: Phases, name: str) -> Iterator[None]:
+    """Record the seconds and the peak memory of what runs inside."""
+    start = time.perf_counter()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    yield
+    phases[name] = {"seconds": time.perf_counter() - start, "peak_memory_mb": _peak_memory_mb()}
+
+
+def _peak_memory_mb() -> float:
+    """Return the GPU's peak, or else the whole process's so far: the operating system keeps no other."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def _plain(config: RunConfig) -> dict[str, Any]:
+    """Return the configuration as JSON values, without the place it is written to."""
+    values = dataclasses.asdict(config)
+    del values["output"]
+    values["options"]["targets"] = list(config.options.targets)
+    return values

@@ -1,0 +1,128 @@
+"""Protected subspaces: what later updates of a layer must stay orthogonal to.
+
+A basis `[d_in, k]` per target layer starts as the principal input directions of the pre-trained weight (W_p, Eq. 2 of
+the KeepLoRA paper, arXiv 2601.19659) and grows by the dominant input directions of every task (M_t, Eq. 9 and 10).
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from keeplora import linalg
+
+
+@dataclass(frozen=True)
+class LayerCertificate:
+    """What was checked for one layer after one task."""
+
+    leak: float
+    """`||dW basis||_F / ||dW||_F` against what was protected when the task began; 0 if the layer did not change."""
+    orthonormality: float
+    """`max |basis^T basis - I|` after the task's directions were added."""
+    residual_dims: int
+    """Input dimensions that no basis covers yet."""
+    protected_dims: int
+    """Input dimensions that are protected after the task."""
+    rank: int
+    """Rank of the layer's update; 0 if the layer was left alone."""
+
+
+def principal_bases(weights: dict[str, Tensor], shares: dict[str, float]) -> dict[str, Tensor]:
+    """Return the principal input directions of each weight: the fewest with a share of its squared norm (Eq. 2).
+
+    Args:
+        weights: `[d_out, d_in]` for each layer.
+        shares: The energy share (eps_w) for each layer.
+
+    Returns:
+        For each layer the leading right singular vectors `[d_in, p]` in float32.
+    """
+    bases = {}
+    for name, weight in weights.items():
+        weight = weight.detach().float()
+        bases[name] = linalg.top_directions(weight.T @ weight, shares[name])
+    return bases
+
+
+def empty_bases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a basis without columns for each weight."""
+    return {name: weight.new_zeros(weight.shape[1], 0, dtype=torch.float32) for name, weight in weights.items()}
+
+
+def new_directions(bases: dict[str, Tensor], grams: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+    """Find the fewest directions that bring the covered energy of each layer's inputs to a share (Eq. 9 and 10).
+
+    The share (eps_f) is of the inputs' TOTAL energy; what the basis covers already counts.
+
+    Returns:
+        For each layer `[d_in, m]`, orthonormal and orthogonal to its basis; `m` is 0 where the basis suffices.
+    """
+    directions = {}
+    for name, basis in bases.items():
+        gram = grams[name]
+        residual = linalg.residual_gram(gram, basis)
+        total = float(gram.trace())
+        covered = total - float(residual.trace())
+        added = linalg.top_directions(residual, share, covered=covered, total=total)
+        directions[name] = linalg.extend(basis, added)[:, basis.shape[1] :].contiguous()
+    return directions
+
+
+def extend_bases(bases: dict[str, Tensor], directions: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Append to each basis the directions that a task added."""
+    return {name: torch.cat([basis, directions[name]], dim=1) for name, basis in bases.items()}
+
+
+def surviving_share(gradient: Tensor, basis: Tensor) -> float:
+    """Return the share of a gradient's norm that projecting a basis out leaves: what the layer can still learn."""
+    norm = float(gradient.norm())
+    return float(linalg.project_out(gradient, basis).norm()) / norm if norm > 0 else 0.0
+
+
+def leak(a: Tensor, b: Tensor, basis: Tensor) -> float:
+    """Return `||b a basis||_F / ||b a||_F`, the share of an update that falls inside a protected subspace."""
+    norm = float((b @ a).norm())
+    return float((b @ (a @ basis)).norm()) / norm if norm > 0 else 0.0
+
+
+def certify(
+    before: dict[str, Tensor], after: dict[str, Tensor], updates: dict[str, tuple[Tensor, Tensor]]
+) -> dict[str, LayerCertificate]:
+    """Check one task's updates against what was protected when it began.
+
+    Args:
+        before: The bases when the task began.
+        after: The bases with the task's directions.
+        updates: The factors `(a, b)` of every layer that was adapted.
+    """
+    certificate = {}
+    for name, basis in before.items():
+        a, b = updates.get(name, (None, None))
+        certificate[name] = LayerCertificate(
+            leak=0.0 if a is None or b is None else leak(a, b, basis),
+            orthonormality=linalg.orthonormality_error(after[name]),
+            residual_dims=after[name].shape[0] - after[name].shape[1],
+            protected_dims=after[name].shape[1],
+            rank=0 if a is None else a.shape[0],
+        )
+    return certificate
+
+
+def certificate_to_json(certificate: dict[str, LayerCertificate]) -> dict[str, object]:
+    """Turn a certificate into plain values: every layer, and the worst over layers."""
+    if not certificate:
+        return {}
+    worst = {
+        "leak": max(layer.leak for layer in certificate.values()),
+        "orthonormality": max(layer.orthonormality for layer in certificate.values()),
+        "residual_dims": min(layer.residual_dims for layer in certificate.values()),
+    }
+    return {"worst": worst, "layers": {name: asdict(layer) for name, layer in certificate.items()}}
+
+
+def load_directions(path: Path) -> dict[str, Tensor]:
+    """Read the directions a task added, one tensor `[d_in, k]` for each layer."""
+    return load_file(path)

@@ -1,0 +1,146 @@
+"""A task, examples and a loss, is all that the methods see of a user's problem; a benchmark is a file that names some.
+
+Subclass `Task`, or hand any object with the same attributes: nothing in it is about images or text.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from keeplora.config import Config, parse, read_toml
+
+Batch = Any
+
+BENCHMARKS = Path(__file__).parent / "benchmarks"
+
+
+class Task:
+    """One task of a stream. A subclass gives `batches` and `loss`; the rest has defaults."""
+
+    name: str
+
+    def batches(self) -> Iterable[Batch]:
+        """Return the training batches, in an order of your choice; a sized iterable if a share of them is asked for."""
+        raise NotImplementedError(f"{type(self).__name__} must define batches()")
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the loss of one batch as a scalar: the mean over its examples."""
+        raise NotImplementedError(f"{type(self).__name__} must define loss(model, batch)")
+
+    def num_examples(self, batch: Batch) -> int:
+        """Return how many examples a batch holds: the length of the first tensor in it, unless overridden."""
+        for value in _leaves(batch):
+            if isinstance(value, Tensor) and value.dim() > 0:
+                return len(value)
+        raise ValueError(f"task {self.name!r}: a batch holds no tensor; override num_examples(batch)")
+
+    def real_rows(self, layer: str, batch: Batch) -> Tensor | None:
+        """Say which rows of a layer's input are real: True for real, False for padding, shaped as the input less d_in.
+
+        None, the default, means that all rows are real. Padding rows never enter the statistics.
+        """
+        return None
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return what the merge check compares, logits for instance; the loss unless overridden."""
+        return self.loss(model, batch)
+
+    def start_head(self, model: nn.Module) -> nn.Module:
+        """Make the task's own classifier for KeepLoRA+, and use it in `loss` from now on."""
+        raise ValueError(f"task {self.name!r} has no classes to build a classifier from; set classifier='none'")
+
+    @contextmanager
+    def frozen(self, model: nn.Module) -> Iterator[None]:
+        """Promise that the weights stay as they are inside: a task may keep what depends on them alone."""
+        yield
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSpec(Config):
+    """One task of a benchmark file."""
+
+    name: str
+    """Name of the task, and of its folder in a run."""
+    path: Path
+    """Folder or zip archive with SPLIT/CLASS/IMAGE, or a Hugging Face dataset; relative to the benchmark file."""
+    reader: str = "folder"
+    """How to read `path`: folder (a zip archive is one too) or dataset."""
+    template: str = "a photo of a {}."
+    """The prompt of a class; {} is replaced by its name."""
+    class_names: dict[str, str] = field(default_factory=dict)
+    """The name to use in the prompt, for classes whose stored name does not read well."""
+    image_column: str = "image"
+    """Column of the images (reader dataset)."""
+    label_column: str = "label"
+    """Column of the labels (reader dataset)."""
+    epochs: int | None = None
+    """Number of epochs of this task, where it differs from the run's."""
+    hub: str = ""
+    """`path` as it was written, for a dataset of the hub; filled in."""
+
+    def __post_init__(self) -> None:
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise ValueError(f"task name {self.name!r} cannot name a folder")
+        if "{}" not in self.template:
+            raise ValueError(f"task {self.name!r}: template {self.template!r} has no {{}} for the class name")
+        if self.epochs is not None and self.epochs < 1:
+            raise ValueError(f"task {self.name!r}: epochs = {self.epochs} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark(Config):
+    """A stream of tasks, in the order they are learned."""
+
+    name: str
+    description: str = ""
+    tasks: tuple[TaskSpec, ...]
+    defaults: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Settings that suit this benchmark: a table [defaults.train], and one for a method by its name."""
+
+    def __post_init__(self) -> None:
+        names = [task.name for task in self.tasks]
+        if not names:
+            raise ValueError("a benchmark needs at least one [[tasks]]")
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"two tasks are named {sorted(twice)[0]!r}; names must differ")
+
+
+def read_benchmark(name: str) -> Benchmark:
+    """Read a benchmark that comes with the package by its name, or any by the path of its TOML file.
+
+    Raises:
+        ValueError: If there is none, or the file is wrong; the message names the key or lists the known names.
+    """
+    path = Path(name) if name.endswith(".toml") else BENCHMARKS / f"{name}.toml"
+    if not name.endswith(".toml") and not path.is_file():
+        known = ", ".join(sorted(file.stem for file in BENCHMARKS.glob("*.toml")))
+        raise ValueError(f"unknown benchmark {name!r}; known: {known}, or give the path of a .toml file")
+    benchmark = parse(Benchmark, {"name": path.stem} | read_toml(path), source=str(path))
+    tasks = tuple(replace(task, path=path.parent / task.path, hub=str(task.path)) for task in benchmark.tasks)
+    return replace(benchmark, tasks=tasks)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Move every tensor of a batch (nested in dicts, lists or tuples) to a device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def _leaves(batch: Batch) -> Iterator[Any]:
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    if isinstance(batch, list | tuple):
+        for value in batch:
+            yield from _leaves(value)
+    else:
+        yield batch

@@ -1,0 +1,198 @@
+"""One task's optimisation on `accelerate`: AdamW, a schedule, mixed precision, accumulation. Its only importer.
+
+Trains whatever requires a gradient in the model it is given, and knows nothing of methods or families.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+from torch.utils.data import DataLoader
+
+from keeplora.collect import Track, silent
+from keeplora.config import Config
+from keeplora.task import Task, to_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Config):
+    """How each task is optimised; the defaults are the paper's for MTIL."""
+
+    epochs: int = 10
+    """Passes over the training images of each task."""
+    batch_size: int = 64
+    """Images in a batch, on each process."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.01
+    """Decay of AdamW; it acts on trained parameters only."""
+    schedule: Literal["one_cycle", "cosine"] = "one_cycle"
+    """Learning rate over a task's steps."""
+    warmup: float = 0.03
+    """Share of the steps over which the rate of `cosine` rises."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Precision of the forward and backward pass; the statistics stay in float32."""
+    accumulation: int = 1
+    """Batches whose gradients are added up before a step."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulation"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ValueError(f"learning_rate = {self.learning_rate} must be a positive number")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise ValueError(f"weight_decay = {self.weight_decay} must not be negative")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup = {self.warmup} is a share; give a number from 0 to below 1")
+        for name in ("schedule", "mixed_precision"):
+            choices = self.__dataclass_fields__[name].type.__args__
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} = {getattr(self, name)!r} is unknown; choose from {', '.join(choices)}")
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every generator that training draws from."""
+    set_seed(seed)
+
+
+def best_device() -> torch.device:
+    """Return the device that training will use."""
+    return Accelerator().device
+
+
+def fit(
+    model: nn.Module,
+    task: Task,
+    config: TrainConfig,
+    *,
+    epochs: int | None = None,
+    penalty: Callable[[nn.Module], Tensor | None] = lambda model: None,
+    track: Track = silent,
+) -> list[float]:
+    """Minimise a task's loss plus a penalty over the parameters that require a gradient.
+
+    Args:
+        model: The model to train, in place.
+        task: Gives sized `batches()` and the loss.
+        config: Optimiser, schedule and precision.
+        epochs: Passes over the data; `config.epochs` if not given.
+        penalty: What to add to each batch's loss, or None.
+        track: Shows progress over the batches.
+
+    Returns:
+        The mean loss of each epoch; empty if nothing requires a gradient.
+
+    Raises:
+        ValueError: If a loss or a gradient is not finite, or `batches()` has no length.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        return []
+    epochs = config.epochs if epochs is None else epochs
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.accumulation
+    )
+    batches = _prepared_batches(accelerator, task)
+    steps = epochs * math.ceil(len(batches) / config.accumulation)
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    scheduler = _schedule(optimizer, config, steps)
+    with _prepared(accelerator, model) as prepared:
+        optimizer = accelerator.prepare(optimizer)
+        step = _Step(accelerator, prepared, optimizer, scheduler, task, penalty)
+        return [step.epoch(batches, track, f"{task.name}: epoch {epoch + 1}/{epochs}") for epoch in range(epochs)]
+
+
+class _Step:
+    """What one optimisation step needs, tied together."""
+
+    def __init__(
+        self,
+        accelerator: Any,
+        model: nn.Module,
+        optimizer: Any,
+        scheduler: LRScheduler,
+        task: Task,
+        penalty: Callable[[nn.Module], Tensor | None],
+    ) -> None:
+        self.accelerator = accelerator
+        self.model = model
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.task = task
+        self.penalty = penalty
+
+    def epoch(self, batches: Any, track: Track, description: str) -> float:
+        losses = []
+        for number, batch in enumerate(track(batches, description, len(batches))):
+            with self.accelerator.accumulate(self.model):
+                losses.append(self._batch(to_device(batch, self.accelerator.device), f"{description}, batch {number + 1}"))
+        return sum(losses) / len(losses)
+
+    def _batch(self, batch: Any, place: str) -> float:
+        with self.accelerator.autocast():
+            loss = self.task.loss(self.model, batch)
+            extra = self.penalty(self.model)
+            loss = loss if extra is None else loss + extra
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise ValueError(
+                f"{place}: the loss is {value}. Lower learning_rate, or use mixed_precision = 'no'; finished tasks are kept"
+            )
+        self.accelerator.backward(loss)
+        if self.accelerator.sync_gradients:
+            self._require_finite_gradient(place)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            if not self.accelerator.optimizer_step_was_skipped:
+                self.scheduler.step()
+        return value
+
+    def _require_finite_gradient(self, place: str) -> None:
+        if self.accelerator.scaler is not None:
+            return  # Overflow is expected with a loss scale: the scaler skips the step and lowers the scale.
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+            raise ValueError(f"{place}: the gradient is not finite. Lower learning_rate; finished tasks are kept")
+
+
+@contextmanager
+def _prepared(accelerator: Any, model: nn.Module) -> Iterator[nn.Module]:
+    """Lend a model to accelerate in training mode; take off its wrappers and give back the mode of each module."""
+    modes = {module: module.training for module in model.modules()}
+    prepared = accelerator.prepare(model.train())
+    try:
+        yield prepared
+    finally:
+        accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+        for module, training in modes.items():
+            module.training = training
+
+
+def _prepared_batches(accelerator: Any, task: Task) -> Any:
+    batches = task.batches()
+    if not isinstance(batches, Sized):
+        raise ValueError(f"task {task.name!r}: training needs the number of batches; let batches() return a DataLoader")
+    if len(batches) == 0:
+        raise ValueError(f"task {task.name!r} has no training batch")
+    return accelerator.prepare(batches) if isinstance(batches, DataLoader) else batches
+
+
+def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> LRScheduler:
+    if config.schedule == "one_cycle":
+        return OneCycleLR(optimizer, max_lr=config.learning_rate, total_steps=steps)
+    warmup = config.warmup * steps
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, steps - warmup)))
+
+    return LambdaLR(optimizer, factor)

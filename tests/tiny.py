@@ -1,0 +1,188 @@
+"""Small models and data for the tests, made on the spot from seeds; every layer has d_in != d_out != r somewhere."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
+from torch.nn import functional as F
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipImageProcessorPil,
+    SiglipModel,
+)
+
+from keeplora.task import Task
+
+SIZE = 16
+WORDS = ["a", "drawing", "of", "photo", ".", "red", "green", "blue", "dark", "big", "square", "thing"]
+COLORS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 50, 220)}
+
+
+def tokenizer(*, masked: bool = True) -> PreTrainedTokenizerFast:
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<bos>", "<unk>", "<eos>", *WORDS])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    inner.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        model_max_length=12,
+        model_input_names=["input_ids", "attention_mask"] if masked else ["input_ids"],
+    )
+
+
+def clip_model(seed: int = 0, layers: int = 2) -> CLIPModel:
+    torch.manual_seed(seed)
+    text = {"vocab_size": 20, "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": layers,
+            "num_attention_heads": 2, "max_position_embeddings": 12, "bos_token_id": 1, "eos_token_id": 3,
+            "pad_token_id": 0}  # fmt: skip
+    vision = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": layers, "num_attention_heads": 3,
+              "image_size": SIZE, "patch_size": 8}  # fmt: skip
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=10)
+    return _spread(CLIPModel(config))
+
+
+def siglip_model(seed: int = 0) -> SiglipModel:
+    torch.manual_seed(seed)
+    text = {"vocab_size": 20, "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "max_position_embeddings": 12, "bos_token_id": 1, "eos_token_id": 3,
+            "pad_token_id": 0, "projection_size": 24}  # fmt: skip
+    vision = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3,
+              "image_size": SIZE, "patch_size": 8}  # fmt: skip
+    return _spread(SiglipModel(SiglipConfig(text_config=text, vision_config=vision)))
+
+
+def _spread(model: nn.Module) -> nn.Module:
+    """Give the attention weights a spectrum that falls off, as trained ones have."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                u, s, vh = torch.linalg.svd(torch.randn_like(module.weight), full_matrices=False)
+                module.weight.copy_(u * (0.8 ** torch.arange(len(s))) @ vh)
+    return model.eval()
+
+
+def save_dual_encoder(folder: Path, kind: str = "clip", seed: int = 0) -> Path:
+    """Save a tiny random dual encoder as a Hugging Face folder."""
+    size = {"height": SIZE, "width": SIZE}
+    if kind == "clip":
+        clip_model(seed).save_pretrained(folder)
+        CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=size).save_pretrained(folder)
+    else:
+        siglip_model(seed).save_pretrained(folder)
+        SiglipImageProcessorPil(size=size).save_pretrained(folder)
+    tokenizer(masked=kind == "clip").save_pretrained(folder)
+    return folder
+
+
+def write_images(folder: Path, *, per_class: int = 6, seed: int = 0, dark: bool = False) -> Path:
+    """Write SPLIT/CLASS/IMAGE with one noisy colour a class."""
+    generator = np.random.default_rng(seed)
+    for split in ("train", "test"):
+        for name, color in COLORS.items():
+            target = folder / split / name
+            target.mkdir(parents=True, exist_ok=True)
+            for i in range(per_class):
+                base = np.array(color) * (0.4 if dark else 1.0)
+                noise = generator.normal(0, 60, (SIZE + 4, SIZE, 3))
+                pixels = np.clip(base + noise, 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(target / f"{i}.png")
+    return folder
+
+
+def write_benchmark(folder: Path, *, tasks: int = 2, per_class: int = 6) -> Path:
+    """Write a small benchmark of colour tasks and return its TOML file."""
+    lines = []
+    for i in range(tasks):
+        write_images(folder / f"data{i}", seed=i, dark=i % 2 == 1, per_class=per_class)
+        template = "a drawing of a {}." if i % 2 == 0 else "a photo of a big dark {} thing."
+        lines += ["[[tasks]]", f'name = "task{i}"', f'path = "data{i}"', f'template = "{template}"', ""]
+    path = folder / "colors.toml"
+    path.write_text("\n".join(lines))
+    return path
+
+
+class MLP(nn.Module):
+    """Three linear layers of different widths."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.fc1 = nn.Linear(11, 17)
+        self.fc2 = nn.Linear(17, 13)
+        self.out = nn.Linear(13, 5)
+        _spread(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.tanh(self.fc2(torch.tanh(self.fc1(x)))))
+
+
+class VectorTask(Task):
+    """Random vectors with labels from a random linear map; batches of unequal size."""
+
+    def __init__(self, name: str = "vectors", seed: int = 0, sizes: tuple[int, ...] = (8, 8, 5)) -> None:
+        self.name = name
+        generator = torch.Generator().manual_seed(seed)
+        mixing = torch.randn(11, 11, generator=generator) * (0.6 ** torch.arange(11))
+        rows = torch.randn(sum(sizes), 11, generator=generator) @ mixing.T
+        labels = (rows @ torch.randn(11, 5, generator=generator)).argmax(1)
+        self.data = list(zip(rows.split(list(sizes)), labels.split(list(sizes)), strict=True))
+
+    def batches(self):
+        return self.data
+
+    def loss(self, model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    def outputs(self, model, batch):
+        return model(batch[0])
+
+
+class TokenTask(Task):
+    """Random token sequences with padding for a causal language model."""
+
+    def __init__(self, name: str = "tokens", seed: int = 0) -> None:
+        self.name = name
+        generator = torch.Generator().manual_seed(seed)
+        self.data = []
+        for _ in range(3):
+            ids = torch.randint(1, 30, (4, 7), generator=generator)
+            mask = torch.arange(7) < torch.tensor([7, 4, 6, 5]).unsqueeze(1)
+            self.data.append({"input_ids": ids * mask, "attention_mask": mask.long()})
+
+    def batches(self):
+        return self.data
+
+    def loss(self, model, batch):
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        return model(**batch, labels=labels).loss
+
+    def outputs(self, model, batch):
+        return model(**batch).logits
+
+    def real_rows(self, layer, batch):
+        return batch["attention_mask"]
+
+
+def llama_model(seed: int = 0) -> LlamaForCausalLM:
+    """A grouped-query model: k and v are narrower than q."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=30, hidden_size=24, intermediate_size=36, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=16, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return _spread(LlamaForCausalLM(config))
