@@ -69,7 +69,7 @@ def attach(
     alphas: dict[str, float],
     *,
     factors: dict[str, tuple[Tensor, Tensor]] | None = None,
-) -> PeftModel:
+) -> nn.Module:
     """Wrap a model in a stock PEFT LoRA with a rank and an alpha for each layer; the update is `alpha / rank * b @ a`.
 
     Args:
@@ -86,14 +86,14 @@ def attach(
     names = sorted(ranks, key=len, reverse=True)
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # any number works, 1/16 included
+        lora_alpha=alpha,
         target_modules=list(ranks),
         rank_pattern={name: ranks[name] for name in names if ranks[name] != rank},
         alpha_pattern={name: alphas[name] for name in names if alphas[name] != alpha},
         lora_dropout=0.0,
         bias="none",
     )
-    adapted = cast(PeftModel, get_peft_model(model, config))
+    adapted: nn.Module = get_peft_model(model, config)
     layers = lora_layers(adapted)
     if set(layers) != set(ranks):
         extra = ", ".join(sorted(set(layers) - set(ranks)))
@@ -135,20 +135,20 @@ def factors_of(adapted: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
-def detach(adapted: PeftModel) -> SavedAdapter:
+def detach(adapted: nn.Module) -> SavedAdapter:
     """Copy the adapter out of a model, so that it can be saved after the merge."""
     weights = get_peft_model_state_dict(adapted, adapter_name=ADAPTER)
     copies = {name: value.detach().cpu().clone() for name, value in weights.items()}
-    return SavedAdapter(adapted.peft_config[ADAPTER], copies)
+    return SavedAdapter(cast(PeftModel, adapted).peft_config[ADAPTER], copies)
 
 
-def merge(adapted: PeftModel) -> nn.Module:
+def merge(adapted: nn.Module) -> nn.Module:
     """Add every update to its weight and return the plain base model.
 
     Raises:
         ValueError: If a merged weight would not be finite.
     """
-    return cast(nn.Module, adapted.merge_and_unload(safe_merge=True))
+    return cast(nn.Module, cast(PeftModel, adapted).merge_and_unload(safe_merge=True))
 
 
 def merge_from(model: nn.Module, folder: Path) -> nn.Module:

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from transformers.utils import logging as transformers_logging
 
 from keeplora.config import parse, read_toml
@@ -21,9 +22,8 @@ from keeplora.display import Display, matrix_table, score_table
 from keeplora.evaluate import evaluate as evaluate_model
 from keeplora.ledger import Ledger, read_manifest
 from keeplora.methods import METHODS
-from keeplora.models import family_of, locate
+from keeplora.models import family_of
 from keeplora.report import heat_maps, write_report
-from keeplora.results import Results
 from keeplora.run import RunConfig
 from keeplora.run import run as run_stream
 from keeplora.task import read_benchmark
@@ -109,16 +109,22 @@ def evaluate(run: tyro.conf.Positional[Path], *, split: Literal["test", "validat
     display = Display(console)
     with display.shown():
         tasks = family.tasks(
-            str(folder), benchmark.tasks, batch_size=config["train"]["batch_size"], evaluation=split, seed=config["seed"],
+            str(folder),
+            benchmark.tasks,
+            batch_size=config["train"]["batch_size"],
+            evaluation=split,
+            seed=config["seed"],
             track=display.track,
-        )  # fmt: skip
+        )
         model = family.load(str(folder)).to(best_device())
         for index, task in enumerate(tasks[: ledger.num_finished]):
             record, _ = ledger.record(index)
             if record.head:
                 task.load_head(record.head)
         scores = evaluate_model(model, tasks, track=display.track)
-    console.print(score_table([dataclasses.replace(recorded, method=f"evaluated ({split})", accuracy=[scores]), recorded]))
+    console.print(
+        score_table([dataclasses.replace(recorded, method=f"evaluated ({split})", accuracy=[scores]), recorded])
+    )
 
 
 def run_defaults(benchmark: str, method: str, values: dict[str, Any], source: str) -> RunConfig:
@@ -136,13 +142,15 @@ def run_defaults(benchmark: str, method: str, values: dict[str, Any], source: st
     return dataclasses.replace(parsed, options=parse(METHODS[method].Config, options, source=f"{source} [options]"))
 
 
-COMMANDS = {"demo": demo, "run": run, "evaluate": evaluate}
+COMMANDS: dict[str, Callable[..., Any]] = {"demo": demo, "run": run, "evaluate": evaluate}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; what a user did wrong ends with one message and a non-zero exit."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=errors, show_path=False)])
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=errors, show_path=False)]
+    )
     transformers_logging.disable_progress_bar()
     with _readable_errors():
         commands = dict(COMMANDS)
@@ -164,7 +172,9 @@ def _with_default(arguments: list[str]) -> Any:
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(RunConfig)}
     default = RunFlags(**fields, config=Path(named.config) if named.config else None)
 
-    def run_with_default(flags: Annotated[tyro.conf.OmitArgPrefixes[RunFlags], tyro.conf.arg(name="")] = default) -> None:
+    def run_with_default(
+        flags: Annotated[tyro.conf.OmitArgPrefixes[RunFlags], tyro.conf.arg(name="")] = default,
+    ) -> None:
         run(flags)
 
     run_with_default.__doc__ = run.__doc__
@@ -186,8 +196,6 @@ def _readable_errors() -> Iterator[None]:
 
 
 def _escape(error: Exception) -> str:
-    from rich.markup import escape
-
     if isinstance(error, OSError) and error.strerror:
         return escape(f"{error.strerror}: {error.filename}" if error.filename else error.strerror)
     return escape(str(error))

@@ -45,7 +45,7 @@ def mean_gradients(
     Raises:
         ValueError: If there is no batch, or if a loss or a gradient is not finite.
     """
-    weights = {name: model.get_submodule(name).weight for name in targets}
+    weights = {name: model.get_parameter(f"{name}.weight") for name in targets}
     sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
     count = 0
     with only_these_require_grad(model, list(weights.values())), evaluation_mode(model):
@@ -91,7 +91,7 @@ def input_grams(
         ValueError: If a layer was never reached, if its input is not finite, or if it shares its input with another
             layer in one batch and not in the next.
     """
-    collector = _GramCollector(task, {"second_moment": _SecondMoment, "batch_mean": _BatchMean}[features])
+    collector = _GramCollector(task, STATISTICS[features])
     handles = []
     try:
         for name in targets:
@@ -184,6 +184,12 @@ class _BatchMean:
         return rows.T @ rows
 
 
+STATISTICS: dict[str, type[_SecondMoment] | type[_BatchMean]] = {
+    "second_moment": _SecondMoment,
+    "batch_mean": _BatchMean,
+}
+
+
 class _GramCollector:
     """What the hooks share during one pass."""
 
@@ -235,7 +241,9 @@ def _batches(model: nn.Module, task: Task, share: float, track: Track, what: str
     rank, num_processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if total is not None:
         if total < num_processes:
-            raise ValueError(f"task {task.name!r} has {total} batches for {num_processes} processes; use fewer processes")
+            raise ValueError(
+                f"task {task.name!r} has {total} batches for {num_processes} processes; use fewer processes"
+            )
         total = len(range(rank, total, num_processes))
     batches = track(itertools.islice(batches, rank, None, num_processes), f"{task.name}: {what}", total)
     for batch in batches:

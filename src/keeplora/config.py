@@ -4,9 +4,9 @@ A configuration lives beside what it configures; this module only knows how to r
 """
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -16,6 +16,13 @@ class Config:
     """Base of every configuration: an unknown key is an error, and so is a value of the wrong type."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=False)
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            choices = get_args(field.type) if get_origin(field.type) is Literal else ()
+            value = getattr(self, field.name)
+            if choices and value not in choices:
+                raise ValueError(f"{field.name} = {value!r} is unknown; choose from {', '.join(choices)}")
 
 
 C = TypeVar("C")

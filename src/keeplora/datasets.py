@@ -136,9 +136,13 @@ def _archive(path: Path, process: int) -> zipfile.ZipFile:
 def _read_dataset(spec: TaskSpec) -> dict[str, Examples]:
     """Read a Hugging Face `DatasetDict` saved to disk, or one of the hub by name."""
     try:
-        loaded = hf_datasets.load_from_disk(str(spec.path)) if spec.path.is_dir() else hf_datasets.load_dataset(spec.hub)
+        loaded = (
+            hf_datasets.load_from_disk(str(spec.path)) if spec.path.is_dir() else hf_datasets.load_dataset(spec.hub)
+        )
     except (FileNotFoundError, ConnectionError, hf_datasets.exceptions.DatasetNotFoundError) as error:
-        raise ValueError(f"task {spec.name!r}: {spec.path} is no dataset on disk, nor can the hub be asked: {error}") from None
+        raise ValueError(
+            f"task {spec.name!r}: {spec.path} is no dataset on disk, nor can the hub be asked: {error}"
+        ) from None
     if not isinstance(loaded, hf_datasets.DatasetDict):
         raise ValueError(f"task {spec.name!r}: {spec.path} is one split; save a DatasetDict with train and test")
     return {split: _dataset_split(spec, split, rows) for split, rows in loaded.items()}

@@ -1,5 +1,7 @@
 """A model's score on every task of a stream."""
 
+from collections.abc import Sized
+
 import torch
 from torch import nn
 
@@ -17,7 +19,7 @@ def evaluate(model: nn.Module, tasks: list[StreamTask], *, track: Track = silent
 def _score(model: nn.Module, task: StreamTask, track: Track) -> float:
     predictions, references = [], []
     batches = task.test_batches()
-    total = len(batches) if hasattr(batches, "__len__") else None
+    total = len(batches) if isinstance(batches, Sized) else None
     with torch.no_grad(), evaluation_mode(model), task.frozen(model):
         for batch in track(batches, f"{task.name}: evaluating", total):
             batch = to_device(batch, device_of(model))

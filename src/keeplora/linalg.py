@@ -60,7 +60,7 @@ def top_directions(gram: Tensor, share: float, *, covered: float = 0.0, total: f
 
 def project_out(rows: Tensor, basis: Tensor) -> Tensor:
     """Remove from every row its part inside the span of a basis, `[n, d_in]`."""
-    return rows - (rows @ basis) @ basis.T
+    return torch.sub(rows, (rows @ basis) @ basis.T)
 
 
 def residual_gram(gram: Tensor, basis: Tensor) -> Tensor:

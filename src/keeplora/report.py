@@ -29,7 +29,7 @@ def write_report(runs: list[Results], path: Path) -> None:
         runs=runs,
         metric_names=METRIC_NAMES,
         picture=base64.b64encode(heat_maps(runs)).decode(),
-        number=lambda value: "–" if value is None else f"{value:.1f}",
+        number=lambda value: "-" if value is None else f"{value:.1f}",
     )
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(page, encoding="utf-8")
@@ -59,7 +59,7 @@ def heat_maps(runs: list[Results]) -> bytes:
                 for i, score in enumerate(row):
                     color = "white" if score < 60 else "black"
                     axis.text(i, t, f"{score:.0f}", ha="center", va="center", color=color, fontsize=7)
-                if 0 < t:
+                if t > 0:
                     axis.add_patch(matplotlib.patches.Rectangle((t - 1.5, t - 0.5), 1, 1, fill=False, ec="red", lw=1.2))
         axes[0].set_ylabel("after learning")
         if image is not None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +54,7 @@ class RunConfig(Config):
     """The method's own options."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}; known methods: {', '.join(METHODS)}")
         if not 0 <= self.seed < 2**31:
@@ -105,7 +107,7 @@ def learn(config: RunConfig, specs: tuple[TaskSpec, ...], ledger: Ledger, track:
         with measured(phases, "evaluate"):
             scores = evaluate(model, tasks, track=track) if method.record.adapter else scores
         details = {"name": task.name, "scores": scores, "losses": losses, "phases": phases}
-        ledger.add_task(method.record, details, lambda folder, model=model: family.save(model, source, folder))
+        ledger.add_task(method.record, details, partial(family.save, model, source))
         watch(ledger.results())
 
 

@@ -43,6 +43,7 @@ class TrainConfig(Config):
     """Batches whose gradients are added up before a step."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("epochs", "batch_size", "accumulation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
@@ -52,10 +53,6 @@ class TrainConfig(Config):
             raise ValueError(f"weight_decay = {self.weight_decay} must not be negative")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup = {self.warmup} is a share; give a number from 0 to below 1")
-        for name in ("schedule", "mixed_precision"):
-            choices = self.__dataclass_fields__[name].type.__args__
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} = {getattr(self, name)!r} is unknown; choose from {', '.join(choices)}")
 
 
 def seed_everything(seed: int) -> None:
@@ -65,7 +62,7 @@ def seed_everything(seed: int) -> None:
 
 def best_device() -> torch.device:
     """Return the device that training will use."""
-    return Accelerator().device
+    return torch.device(Accelerator().device)
 
 
 def fit(
@@ -97,9 +94,7 @@ def fit(
     if not parameters:
         return []
     epochs = config.epochs if epochs is None else epochs
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.accumulation
-    )
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.accumulation)
     batches = _prepared_batches(accelerator, task)
     steps = epochs * math.ceil(len(batches) / config.accumulation)
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
@@ -133,7 +128,9 @@ class _Step:
         losses = []
         for number, batch in enumerate(track(batches, description, len(batches))):
             with self.accelerator.accumulate(self.model):
-                losses.append(self._batch(to_device(batch, self.accelerator.device), f"{description}, batch {number + 1}"))
+                losses.append(
+                    self._batch(to_device(batch, self.accelerator.device), f"{description}, batch {number + 1}")
+                )
         return sum(losses) / len(losses)
 
     def _batch(self, batch: Any, place: str) -> float:
@@ -144,7 +141,8 @@ class _Step:
         value = float(loss.detach())
         if not math.isfinite(value):
             raise ValueError(
-                f"{place}: the loss is {value}. Lower learning_rate, or use mixed_precision = 'no'; finished tasks are kept"
+                f"{place}: the loss is {value}. Lower learning_rate, or set mixed_precision to no;"
+                " finished tasks are kept"
             )
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients:

@@ -34,6 +34,7 @@ class MethodConfig(Config):
     """Names, or ends of names, of the linear layers to adapt."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rank < 1:
             raise ValueError(f"rank = {self.rank} leaves nothing to train; set it to at least 1")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
@@ -81,7 +82,9 @@ class Method:
         """
         targets = adapter.linear_targets(model, self.config.targets)
         self.borrow(model)
-        return adapter.attach(model, dict.fromkeys(targets, self.config.rank), dict.fromkeys(targets, self.config.alpha))
+        return adapter.attach(
+            model, dict.fromkeys(targets, self.config.rank), dict.fromkeys(targets, self.config.alpha)
+        )
 
     def penalty(self, model: nn.Module) -> Tensor | None:
         """Return what to add to the loss of every batch, or None for nothing."""
@@ -93,7 +96,7 @@ class Method:
         Raises:
             ValueError: If the merge changed the outputs or a weight would not be finite.
         """
-        saved = adapter.detach(model)  # type: ignore[arg-type]  # the model that before_task returned
+        saved = adapter.detach(model)
         merged, error = self.merge_checked(model, task)
         self.record = TaskRecord(adapter=saved, merge_error=error)
         return merged
@@ -120,13 +123,13 @@ class Method:
         batch = to_device(next(iter(task.batches())), device_of(model))
         before = _outputs(model, task, batch)
         dtype = next(model.parameters()).dtype
-        merged = self.give_back(adapter.merge(model))  # type: ignore[arg-type]
+        merged = self.give_back(adapter.merge(model))
         error = float((_outputs(merged, task, batch) - before).abs().max())
         allowed = 4 * math.sqrt(torch.finfo(dtype).eps) * max(1.0, float(before.abs().max()))
         if not error <= allowed:
             raise ValueError(
-                f"task {task.name!r}: merging changed an output by {error:.3g}, more than the {allowed:.3g} that {dtype}"
-                " explains; was the model altered outside the adapter?"
+                f"task {task.name!r}: merging changed an output by {error:.3g}, more than the {allowed:.3g} that"
+                f" {dtype} explains; was the model altered outside the adapter?"
             )
         return merged, error
 

@@ -64,10 +64,6 @@ class KeepLoRAConfig(MethodConfig):
                 raise ValueError(f"{name} = {getattr(self, name)} is a share; give a number from 0 to 1")
         if not 0 < self.gradient_share <= 1:
             raise ValueError(f"gradient_share = {self.gradient_share} is a share; give a number above 0, at most 1")
-        for name in ("b_start", "features", "classifier"):
-            choices = self.__dataclass_fields__[name].type.__args__
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} = {getattr(self, name)!r} is unknown; choose from {', '.join(choices)}")
 
 
 class KeepLoRA(Method):
@@ -112,7 +108,7 @@ class KeepLoRA(Method):
         self._shift_base(model, +1.0)
         updates = adapter.factors_of(model)
         self._require_no_leak(updates, task)
-        saved = adapter.detach(model)  # type: ignore[arg-type]  # the model that before_task returned
+        saved = adapter.detach(model)
         head = {name: value.detach().cpu().clone() for name, value in _head_state(model).items()}
         merged, error = self.merge_checked(model, task)
         grams = collect.input_grams(merged, task, list(self.bases), features=self.config.features, track=self.track)
@@ -140,12 +136,12 @@ class KeepLoRA(Method):
         if self.bases:
             return
         targets = adapter.linear_targets(model, self.config.targets)
-        weights = {name: model.get_submodule(name).weight.detach() for name in targets}
+        weights = {name: model.get_parameter(f"{name}.weight").detach() for name in targets}
         shares = {name: _tower_share(name, self.config.weight_energy) for name in targets}
         self.bases = subspace.principal_bases(weights, shares)
 
     def _residual_factors(self, gradients: dict[str, Tensor], task: Task) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return `(a, b)` at the start for every layer that has room, `a` spanning the residual gradient's top (Eq. 6)."""
+        """Return `(a, b)` at the start for every layer with room; `a` spans the residual gradient's top (Eq. 6)."""
         factors, left_alone = {}, []
         self._surviving = {}
         for name, gradient in gradients.items():
@@ -164,8 +160,8 @@ class KeepLoRA(Method):
             factors[name] = (a, b)
         if not factors:
             raise ValueError(
-                f"task {task.name!r}: no layer has a residual direction left to learn with; the protected subspaces are"
-                " full, or no gradient reaches the targets. Lower weight_energy or feature_energy, or target more layers"
+                f"task {task.name!r}: no layer has a residual direction left to learn with; the protected subspaces"
+                " are full, or no gradient reaches the targets. Lower weight_energy or feature_energy, or add targets"
             )
         for name in left_alone:
             logger.warning("task %r: layer %s has no residual direction left and is left alone", task.name, name)
@@ -177,7 +173,7 @@ class KeepLoRA(Method):
         return {name: self.config.alpha * rank / self.config.rank * scales[name] for name, rank in ranks.items()}
 
     def _shift_base(self, adapted: nn.Module, sign: float) -> None:
-        """Move the start of `b` out of the weight (-1), or back into it and out of `b` (+1); nothing if `b` was zero."""
+        """Move the start of `b` out of the weight (-1), or back into it and out of `b` (+1), unless it was zero."""
         layers = adapter.lora_layers(adapted)
         for name, (a, b) in self._starts.items():
             scaling = layers[name].scaling[adapter.ADAPTER]
@@ -193,8 +189,8 @@ class KeepLoRA(Method):
             leak = subspace.leak(a, b, self.bases[name])
             if leak > LEAK_ALLOWED:
                 raise ValueError(
-                    f"task {task.name!r}: {leak:.2g} of the update of layer {name!r} lies in the protected subspace, more"
-                    f" than {LEAK_ALLOWED:g}; was `a` trained or replaced outside keeplora?"
+                    f"task {task.name!r}: {leak:.2g} of the update of layer {name!r} lies in the protected subspace,"
+                    f" more than {LEAK_ALLOWED:g}; was `a` trained or replaced outside keeplora?"
                 )
 
 

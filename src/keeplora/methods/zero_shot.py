@@ -1,8 +1,9 @@
 """Zero-shot: the pre-trained model as it is, the reference every method is compared with."""
 
+from torch import nn
+
 from keeplora.methods.base import Method, TaskRecord
 from keeplora.task import Task
-from torch import nn
 
 
 class ZeroShot(Method):

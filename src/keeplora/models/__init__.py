@@ -33,8 +33,8 @@ def family_of(model: str) -> Family:
         reason = str(error).strip().splitlines()[0]
         known = ", ".join(EMBEDDED)
         raise ValueError(
-            f"model {model!r} is neither an embedded model ({known}), nor a folder with a Hugging Face model, nor on the"
-            f" hub: {reason}"
+            f"model {model!r} is neither an embedded model ({known}), nor a folder with a Hugging Face model, nor on"
+            f" the hub: {reason}"
         ) from None
     if model_type not in FAMILIES:
         raise ValueError(f"model {model!r} is of type {model_type!r}; known types: {', '.join(FAMILIES)}")

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-from keeplora.collect import Track, device_of, evaluation_mode, only_these_require_grad
+from keeplora.collect import Track, device_of, evaluation_mode
 from keeplora.datasets import read_splits
 from keeplora.models.base import StreamTask
-from keeplora.models.pixels import Pixels, PixelStore, normaliser
+from keeplora.models.pixels import Pixels, PixelStore
 from keeplora.task import Batch, TaskSpec, to_device
 
 
@@ -67,9 +67,9 @@ class ClassificationTask(StreamTask):
             # The model's own forward pass, which is what wraps around it (DDP, autocast) expect to be called.
             prompts = to_device(self.prompts, batch["labels"].device)
             return cast(Tensor, model(pixel_values=batch["pixel_values"], **prompts).logits_per_image)
-        images = _pooled(model.get_image_features(pixel_values=batch["pixel_values"]))
+        images = _image_features(model, batch)
         text = self._text_of(model)
-        scale = model.logit_scale.exp()
+        scale = cast(Tensor, model.logit_scale).exp()
         logits = scale * F.normalize(images, dim=-1) @ text.T
         return logits if self.head is None else logits + scale * self.head(images)
 
@@ -91,14 +91,15 @@ class ClassificationTask(StreamTask):
 
     def start_head(self, model: nn.Module) -> nn.Module:
         """Start the task's cosine classifier from the class means of its normalised training features."""
-        weight = next(model.parameters())
         num_classes = len(self.prompts["input_ids"])
-        with torch.no_grad(), evaluation_mode(model), only_these_require_grad(model, []):
-            sums = weight.new_zeros(num_classes, model.config.projection_dim)
+        sums: Tensor | None = None
+        with torch.no_grad(), evaluation_mode(model):
             for batch in self.batches():
-                batch = to_device(batch, weight.device)
-                features = _pooled(model.get_image_features(pixel_values=batch["pixel_values"]))
-                sums.index_add_(0, batch["labels"], F.normalize(features, dim=-1))
+                batch = to_device(batch, device_of(model))
+                features = F.normalize(_image_features(model, batch).float(), dim=-1)
+                sums = features.new_zeros(num_classes, features.shape[1]) if sums is None else sums
+                sums.index_add_(0, batch["labels"], features)
+        assert sums is not None
         self.head = CosineHead(F.normalize(sums, dim=-1))
         return self.head
 
@@ -119,7 +120,7 @@ class ClassificationTask(StreamTask):
         if self._text_features is not None:
             return self._text_features
         prompts = to_device(self.prompts, device_of(model))
-        features = F.normalize(_pooled(model.get_text_features(**prompts)), dim=-1)
+        features = F.normalize(_pooled(cast(Any, model).get_text_features(**prompts)), dim=-1)
         if self._is_frozen:
             self._text_features = features
         return features
@@ -184,6 +185,10 @@ def tokenise(tokenizer: Any, texts: list[str], task: str) -> dict[str, Tensor]:
         )
     encoded = tokenizer(texts, padding="longest" if masked else "max_length", return_tensors="pt")
     return {key: encoded[key] for key in ("input_ids", "attention_mask") if key in encoded}
+
+
+def _image_features(model: nn.Module, batch: Batch) -> Tensor:
+    return _pooled(cast(Any, model).get_image_features(pixel_values=batch["pixel_values"]))
 
 
 def _pooled(output: Any) -> Tensor:
