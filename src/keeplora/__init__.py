@@ -1,7 +1,8 @@
 """Continual learning of pre-trained vision-language models by KeepLoRA."""
 
+from keeplora.evaluate import evaluate
 from keeplora.methods import METHODS, KeepLoRA, KeepLoRAConfig, LoRAFT, Method, MethodConfig, ZeroShot
-from keeplora.run import RunConfig, run
+from keeplora.run import RunConfig, load_stream, run
 from keeplora.task import Task
 from keeplora.train import TrainConfig, fit
 
@@ -16,6 +17,8 @@ __all__ = [
     "Task",
     "TrainConfig",
     "ZeroShot",
+    "evaluate",
     "fit",
+    "load_stream",
     "run",
 ]

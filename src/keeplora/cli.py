@@ -22,12 +22,10 @@ from keeplora.display import Display, matrix_table, score_table
 from keeplora.evaluate import evaluate as evaluate_model
 from keeplora.ledger import Ledger, read_manifest
 from keeplora.methods import METHODS
-from keeplora.models import family_of
 from keeplora.report import heat_maps, write_report
-from keeplora.run import RunConfig
+from keeplora.run import RunConfig, load_stream
 from keeplora.run import run as run_stream
 from keeplora.task import read_benchmark
-from keeplora.train import best_device
 
 console = Console()
 errors = Console(stderr=True)
@@ -101,22 +99,18 @@ def evaluate(run: tyro.conf.Positional[Path], *, split: Literal["test", "validat
     ledger = Ledger(run, read_manifest(run))
     recorded = ledger.results()
     config = ledger.manifest["config"]
-    benchmark = read_benchmark(config["benchmark"])
     folder = run / "model"
     if not folder.is_dir():
         raise ValueError(f"{run} has no model yet: no task is finished; go on with the run first")
-    family = family_of(str(folder))
     display = Display(console)
     with display.shown():
-        tasks = family.tasks(
+        model, tasks = load_stream(
             str(folder),
-            benchmark.tasks,
+            config["benchmark"],
             batch_size=config["train"]["batch_size"],
             evaluation=split,
-            seed=config["seed"],
             track=display.track,
         )
-        model = family.load(str(folder)).to(best_device())
         for index, task in enumerate(tasks[: ledger.num_finished]):
             record, _ = ledger.record(index)
             if record.head:

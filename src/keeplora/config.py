@@ -4,7 +4,7 @@ A configuration lives beside what it configures; this module only knows how to r
 """
 
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
@@ -62,7 +62,8 @@ def _line(kind: type, problem: Any) -> str:
     # Pydantic appends the name of the union member it tried, which is not a key of the file.
     place = ".".join(str(part) for part in problem["loc"] if part not in ("float", "dict[str,float]"))
     if problem["type"] == "unexpected_keyword_argument":
-        known = ", ".join(getattr(_owner(kind, problem["loc"][:-1]), "__dataclass_fields__", {}))
+        owner = _owner(kind, problem["loc"][:-1])
+        known = ", ".join(field.name for field in fields(owner)) if is_dataclass(owner) else ""
         return f"unknown key {place!r}" + (f"; known keys: {known}" if known else "")
     if problem["type"] == "missing":
         return f"the key {place!r} is missing"

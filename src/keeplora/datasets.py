@@ -47,7 +47,8 @@ class Examples:
             ValueError: If it cannot be read; the message names it.
         """
         try:
-            return self.load(index).convert("RGB")
+            with self.load(index) as image:
+                return image.convert("RGB")
         except (OSError, SyntaxError, ValueError, UnidentifiedImageError, zipfile.BadZipFile) as error:
             raise ValueError(f"{self.origin(index)} is not a readable image ({error}); replace or remove it") from None
 
@@ -160,8 +161,8 @@ def _dataset_split(spec: TaskSpec, split: str, rows: Any) -> Examples:
     if isinstance(feature, hf_datasets.ClassLabel):
         class_names = tuple(feature.names)
     else:
-        class_names = tuple(sorted({str(label) for label in labels}))
-        labels = [class_names.index(str(label)) for label in labels]
+        class_names = tuple(sorted({str(label) for label in labels if label is not None}))
+        labels = [None if label is None else class_names.index(str(label)) for label in labels]
     for i, label in enumerate(labels):
         if label is None or not 0 <= label < len(class_names):
             raise ValueError(

@@ -55,7 +55,8 @@ def top_directions(gram: Tensor, share: float, *, covered: float = 0.0, total: f
     _require_full_precision(gram)
     eigenvalues, eigenvectors = torch.linalg.eigh((gram + gram.T) / 2)
     m = energy_rank(eigenvalues.flip(0), share, covered=covered, total=total)
-    return eigenvectors.flip(1)[:, :m].contiguous()
+    leading: Tensor = eigenvectors.flip(1)[:, :m]
+    return leading.contiguous()
 
 
 def project_out(rows: Tensor, basis: Tensor) -> Tensor:
@@ -71,13 +72,18 @@ def residual_gram(gram: Tensor, basis: Tensor) -> Tensor:
 def orthonormal_rows(rows: Tensor, basis: Tensor) -> Tensor:
     """Turn unit rows into orthonormal ones that are orthogonal to a basis, `[<= n, d_in]`, spanning what is left.
 
-    Projects twice, so that rows which were nearly inside the basis lose what rounding left of it. A row that the basis
-    and the rows before it already span has nothing left and is dropped.
+    Projects twice, so that rows which were nearly inside the basis lose what rounding left of it. What the basis and the
+    other rows already span is dropped.
     """
     _require_full_precision(rows)
     for _ in range(2):
-        q, triangle = torch.linalg.qr(project_out(rows, basis).T)
-        rows = q.T[triangle.diagonal().abs() > NOTHING_LEFT]
+        rows = project_out(rows, basis)
+        q, triangle = torch.linalg.qr(rows.T)
+        if (triangle.diagonal().abs() > NOTHING_LEFT).all():
+            rows = q.T
+        else:  # QR gives a row with nothing left a random direction, and takes that out of the rows after it.
+            _, s, vh = torch.linalg.svd(rows, full_matrices=False)
+            rows = vh[s > NOTHING_LEFT]
     return rows.contiguous()
 
 
@@ -86,10 +92,9 @@ def extend(basis: Tensor, directions: Tensor) -> Tensor:
 
     The first `k` columns stay as they are, bit by bit, so that a basis is the concatenation of what each task added.
     """
-    room = basis.shape[0] - basis.shape[1]
-    if directions.shape[1] == 0 or room == 0:
+    if directions.shape[1] == 0 or basis.shape[0] == basis.shape[1]:
         return basis
-    added = orthonormal_rows(directions[:, :room].T, basis).T
+    added = orthonormal_rows(directions.T, basis).T
     return torch.cat([basis, added], dim=1)
 
 

@@ -25,7 +25,7 @@ from keeplora.methods import METHODS, KeepLoRAConfig, Method, MethodConfig
 from keeplora.models import StreamTask, family_of, locate
 from keeplora.report import write_report
 from keeplora.results import Results
-from keeplora.task import TaskSpec, read_benchmark
+from keeplora.task import read_benchmark
 from keeplora.train import TrainConfig, best_device, fit, seed_everything
 
 Watch = Callable[[Results], None]
@@ -71,19 +71,50 @@ def run(config: RunConfig, *, track: Track = silent, watch: Watch = lambda resul
     benchmark = read_benchmark(config.benchmark)
     with open_ledger(config.output, _plain(config), [spec.name for spec in benchmark.tasks]) as ledger:
         if not ledger.is_complete:
-            learn(config, benchmark.tasks, ledger, track, watch)
+            learn(config, ledger, track, watch)
         results = ledger.results()
         write_report([results], config.output / "report.html")
         return results
 
 
-def learn(config: RunConfig, specs: tuple[TaskSpec, ...], ledger: Ledger, track: Track, watch: Watch) -> None:
+def load_stream(
+    model: str = "mini",
+    benchmark: str = "mini",
+    *,
+    batch_size: int = 64,
+    evaluation: str = "test",
+    seed: int = 0,
+    track: Track = silent,
+) -> tuple[nn.Module, list[StreamTask]]:
+    """Load a model, in float32 on the best device, and the tasks of a benchmark for it.
+
+    Args:
+        model: The embedded model, a hub name, or a folder.
+        benchmark: Name of a benchmark, or path of its TOML file.
+        batch_size: Images in a batch.
+        evaluation: The split to evaluate on, test or validation.
+        seed: Seed of the order of the training batches.
+        track: Shows progress over the images that are read.
+
+    Raises:
+        ValueError: If the model, the benchmark or the data is wrong; the message names what.
+    """
+    specs = read_benchmark(benchmark).tasks
+    family, source = family_of(model), locate(model)
+    tasks = family.tasks(source, specs, batch_size=batch_size, evaluation=evaluation, seed=seed, track=track)
+    return family.load(source).to(best_device()), tasks
+
+
+def learn(config: RunConfig, ledger: Ledger, track: Track, watch: Watch) -> None:
     """Learn, one after another, the tasks that the ledger does not have yet."""
-    family, source = family_of(config.model), locate(config.model)
-    tasks = family.tasks(
-        source, specs, batch_size=config.train.batch_size, evaluation=config.evaluation, seed=config.seed, track=track
+    model, tasks = load_stream(
+        config.model,
+        config.benchmark,
+        batch_size=config.train.batch_size,
+        evaluation=config.evaluation,
+        seed=config.seed,
+        track=track,
     )
-    model = family.load(source).to(best_device())
     method = METHODS[config.method](config.options, seed=config.seed, track=track)
     if "zero_shot" not in ledger.manifest:
         phases: Phases = {}
@@ -107,7 +138,7 @@ def learn(config: RunConfig, specs: tuple[TaskSpec, ...], ledger: Ledger, track:
         with measured(phases, "evaluate"):
             scores = evaluate(model, tasks, track=track) if method.record.adapter else scores
         details = {"name": task.name, "scores": scores, "losses": losses, "phases": phases}
-        ledger.add_task(method.record, details, partial(family.save, model, source))
+        ledger.add_task(method.record, details, partial(family_of(config.model).save, model, locate(config.model)))
         watch(ledger.results())
 
 

@@ -44,6 +44,7 @@ class ClassificationTask(StreamTask):
         self.prompts = prompts
         self.head: CosineHead | None = None
         generator = torch.Generator().manual_seed(seed)
+        self.train = train
         self._train = DataLoader(train, batch_size, shuffle=True, generator=generator, collate_fn=train.collate)
         self._test = DataLoader(test, batch_size, collate_fn=test.collate)
         self._text_features: Tensor | None = None
