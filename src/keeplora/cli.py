@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,8 +64,6 @@ def demo(output: Path = Path("runs/demo"), *, seed: int = 0) -> None:
             )
             for method in DEMO_METHODS
         ]
-    if not console.is_terminal:
-        console.print(score_table(runs))
     for run_results in runs:
         console.print(matrix_table(run_results))
     write_report(runs, output / "report.html")
@@ -130,6 +129,8 @@ def run_defaults(benchmark: str, method: str, values: dict[str, Any], source: st
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; known methods: {', '.join(METHODS)}")
     defaults = read_benchmark(benchmark).defaults
+    if unknown := sorted(set(defaults) - {"train", *METHODS}):
+        raise ValueError(f"benchmark {benchmark!r}: [defaults.{unknown[0]}] is neither train nor a method")
     options = {**defaults.get(method, {}), **values.pop("options", {})}
     train = {**defaults.get("train", {}), **options.pop("train", {}), **values.pop("train", {})}
     parsed = parse(RunConfig, {**values, "train": train, "benchmark": benchmark, "method": method}, source=source)
@@ -146,6 +147,8 @@ def main(arguments: list[str] | None = None) -> None:
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=errors, show_path=False)]
     )
     transformers_logging.disable_progress_bar()
+    # peft asks transformers by a name that transformers is about to drop; nothing a user can do about it.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
     with _readable_errors():
         commands = dict(COMMANDS)
         if arguments[:1] == ["run"]:

@@ -91,6 +91,8 @@ def input_grams(
         ValueError: If a layer was never reached, if its input is not finite, or if it shares its input with another
             layer in one batch and not in the next.
     """
+    if features == "batch_mean" and dist.is_initialized():
+        raise ValueError("features = 'batch_mean' is defined for one process only; use second_moment")
     collector = _GramCollector(task, STATISTICS[features])
     handles = []
     try:
@@ -236,11 +238,11 @@ def _batches(model: nn.Module, task: Task, share: float, track: Track, what: str
                 f"task {task.name!r}: a share of {share} of the batches needs their number; let batches() return a"
                 " list or a DataLoader"
             )
-        total = math.ceil(share * total)
+        total = math.ceil(round(share * total, 6))  # 0.07 * 100 is a little above 7
         batches = itertools.islice(batches, total)
     rank, num_processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if total is not None:
-        if total < num_processes:
+        if 0 < total < num_processes:
             raise ValueError(
                 f"task {task.name!r} has {total} batches for {num_processes} processes; use fewer processes"
             )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console, Group, RenderableType
@@ -36,9 +37,13 @@ class Display:
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Show the display while the body runs."""
-        with self.live:
+        """Show the display while the body runs; without a terminal, print the table at the end."""
+        if self.console.is_terminal:
+            with self.live:
+                yield
+        else:
             yield
+            self.console.print(self._table())
 
     def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
         """Yield the items and show how far they are."""
@@ -64,12 +69,15 @@ class Display:
         )
 
     def _render(self) -> RenderableType:
-        return Group(*([score_table(list(self.runs.values()))] if self.runs else []), self.progress)
+        return Group(self._table(), self.progress)
+
+    def _table(self) -> RenderableType:
+        return score_table(list(self.runs.values())) if self.runs else ""
 
 
 def score_table(runs: list[Results]) -> Table:
     """Tabulate the current score of every task, a column for each run, with the metrics below."""
-    table = Table(title=f"Accuracy in % on {runs[0].benchmark} (bold: learned)")
+    table = Table(title=f"Accuracy in % on {Path(runs[0].benchmark).stem} (bold: learned)")
     table.add_column("task")
     table.add_column("untouched", justify="right")
     for run in runs:

@@ -40,6 +40,7 @@ class Ledger:
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
         self.manifest = manifest
+        self.tasks = [self._task_json(index) for index in range(self.num_finished)]
 
     @property
     def num_finished(self) -> int:
@@ -54,8 +55,7 @@ class Ledger:
     def results(self) -> Results:
         """Return the scores so far, from the files."""
         config = self.manifest["config"]
-        tasks = [self._task_json(index) for index in range(self.num_finished)]
-        phases = [self.manifest["start"], *(task["phases"] for task in tasks)]
+        phases = [self.manifest["start"], *(task["phases"] for task in self.tasks)]
         seconds: dict[str, float] = {}
         for name, measured in ((name, measured) for phase in phases for name, measured in phase.items()):
             seconds[name] = seconds.get(name, 0.0) + measured["seconds"]
@@ -66,7 +66,7 @@ class Ledger:
             seed=config["seed"],
             tasks=self.manifest["tasks"],
             zero_shot=self.manifest["zero_shot"],
-            accuracy=[task["scores"] for task in tasks],
+            accuracy=[task["scores"] for task in self.tasks],
             seconds=seconds,
             peak_memory_mb=max((m["peak_memory_mb"] for phase in phases for m in phase.values()), default=0.0),
         )
@@ -95,9 +95,11 @@ class Ledger:
         certificate = {**certificate_to_json(record.certificate), "merge_error": record.merge_error}
         if record.surviving_gradient:
             certificate["surviving_gradient"] = record.surviving_gradient
-        self.write_json(f"{folder}/task.json", {**details, "certificate": certificate})
+        details = {**details, "certificate": certificate}
+        self.write_json(f"{folder}/task.json", details)
         if save_model is not None:
             self._replace_model(save_model)
+        self.tasks.append(details)
         self.manifest["tasks_finished"] += 1
         self.manifest["phase"] = "complete" if self.is_complete else "running"
         self.write_json("metrics.json", self.results().to_json())
@@ -198,7 +200,26 @@ def open_ledger(folder: Path, config: dict[str, Any], tasks: list[str]) -> Itera
     Raises:
         ValueError: If the folder belongs to another run or is no run, or another process is writing to it.
     """
-    manifest = {
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give another --output")
+    ours = {"run.json", "run.json.part", "lock"}
+    if folder.exists() and not (folder / "run.json").exists() and {path.name for path in folder.iterdir()} - ours:
+        raise ValueError(f"{folder} is not empty and holds no run; give another --output, or empty it")
+    folder.mkdir(parents=True, exist_ok=True)
+    with _lock(folder):
+        ledger = Ledger(folder, _manifest(folder, config, tasks))
+        ledger.write_manifest()
+        yield ledger
+
+
+def _manifest(folder: Path, config: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
+    """Return the manifest of the run that is there, or a new one."""
+    if (folder / "run.json").exists():
+        found = read_manifest(folder)
+        if found["tasks_finished"] > 0:  # Otherwise nothing is lost by starting over, perhaps with what was mended.
+            _require_same(folder, found, config, tasks)
+            return found
+    return {
         "format": FORMAT,
         "versions": {name: version(name) for name in VERSIONS_OF} | {"python": platform.python_version()},
         "config": config,
@@ -207,19 +228,6 @@ def open_ledger(folder: Path, config: dict[str, Any], tasks: list[str]) -> Itera
         "phase": "running",
         "files": {},
     }
-    if (folder / "run.json").exists():
-        found = read_manifest(folder)
-        _require_same(folder, found, config, tasks)
-        manifest = found
-    elif folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; give another --output")
-    elif folder.exists() and any(path.name not in ("lock", "run.json.part") for path in folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and holds no run; give another --output, or empty it")
-    folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder):
-        ledger = Ledger(folder, manifest)
-        ledger.write_manifest()
-        yield ledger
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -23,17 +23,21 @@ METRIC_NAMES = {
 
 
 def write_report(runs: list[Results], path: Path) -> None:
-    """Write the page; its pictures are inside it."""
+    """Write the page of some runs to a file."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(page(runs), encoding="utf-8")
+    temporary.replace(path)
+
+
+def page(runs: list[Results]) -> str:
+    """Return the page of some runs of one benchmark; its pictures are inside it."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    page = environment.from_string(TEMPLATE.read_text()).render(
+    return environment.from_string(TEMPLATE.read_text()).render(
         runs=runs,
         metric_names=METRIC_NAMES,
         picture=base64.b64encode(heat_maps(runs)).decode(),
         number=lambda value: "-" if value is None else f"{value:.1f}",
     )
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
 
 
 def heat_maps(runs: list[Results]) -> bytes:

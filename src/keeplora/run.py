@@ -23,7 +23,7 @@ from keeplora.evaluate import evaluate
 from keeplora.ledger import Ledger, Phases, open_ledger
 from keeplora.methods import METHODS, KeepLoRAConfig, Method, MethodConfig
 from keeplora.models import StreamTask, family_of, locate
-from keeplora.report import write_report
+from keeplora.report import page
 from keeplora.results import Results
 from keeplora.task import read_benchmark
 from keeplora.train import TrainConfig, best_device, fit, seed_everything
@@ -68,12 +68,14 @@ def run(config: RunConfig, *, track: Track = silent, watch: Watch = lambda resul
         ValueError: If something of the configuration or the data is wrong, or training diverges; the tasks that were
             finished before stay in the run directory.
     """
+    best_device()  # Processes must have met before the run directory is opened: only the first one writes to it.
     benchmark = read_benchmark(config.benchmark)
     with open_ledger(config.output, _plain(config), [spec.name for spec in benchmark.tasks]) as ledger:
         if not ledger.is_complete:
             learn(config, ledger, track, watch)
         results = ledger.results()
-        write_report([results], config.output / "report.html")
+        ledger.write("report.html", page([results]).encode())
+        ledger.write_manifest()
         return results
 
 

@@ -5,12 +5,13 @@ Trains whatever requires a gradient in the model it is given, and knows nothing 
 
 import math
 from collections.abc import Callable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
@@ -61,8 +62,8 @@ def seed_everything(seed: int) -> None:
 
 
 def best_device() -> torch.device:
-    """Return the device that training will use."""
-    return torch.device(Accelerator().device)
+    """Return the device that training will use, and meet the other processes if there are any."""
+    return torch.device(PartialState().device)
 
 
 def fit(
@@ -94,14 +95,14 @@ def fit(
     if not parameters:
         return []
     epochs = config.epochs if epochs is None else epochs
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.accumulation)
+    accelerator = _accelerator(config.mixed_precision)
     batches = _prepared_batches(accelerator, task)
     steps = epochs * math.ceil(len(batches) / config.accumulation)
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     scheduler = _schedule(optimizer, config, steps)
     with _prepared(accelerator, model) as prepared:
         optimizer = accelerator.prepare(optimizer)
-        step = _Step(accelerator, prepared, optimizer, scheduler, task, penalty)
+        step = _Step(accelerator, prepared, optimizer, scheduler, task, penalty, config.accumulation)
         return [step.epoch(batches, track, f"{task.name}: epoch {epoch + 1}/{epochs}") for epoch in range(epochs)]
 
 
@@ -116,6 +117,7 @@ class _Step:
         scheduler: LRScheduler,
         task: Task,
         penalty: Callable[[nn.Module], Tensor | None],
+        accumulation: int,
     ) -> None:
         self.accelerator = accelerator
         self.model = model
@@ -123,17 +125,23 @@ class _Step:
         self.scheduler = scheduler
         self.task = task
         self.penalty = penalty
+        self.accumulation = accumulation
 
     def epoch(self, batches: Any, track: Track, description: str) -> float:
         losses = []
         for number, batch in enumerate(track(batches, description, len(batches))):
-            with self.accelerator.accumulate(self.model):
-                losses.append(
-                    self._batch(to_device(batch, self.accelerator.device), f"{description}, batch {number + 1}")
-                )
+            start = number - number % self.accumulation
+            group = min(self.accumulation, len(batches) - start)  # the last one of an epoch may be smaller
+            ends = number + 1 == start + group
+            place = f"{description}, batch {number + 1}"
+            with nullcontext() if ends else self.accelerator.no_sync(self.model):
+                losses.append(self._backward(to_device(batch, self.accelerator.device), place, group))
+            if ends:
+                self._update(place)
         return sum(losses) / len(losses)
 
-    def _batch(self, batch: Any, place: str) -> float:
+    def _backward(self, batch: Any, place: str, group: int) -> float:
+        """Add a batch's share of the gradient of the mean over its group; return the batch's loss."""
         with self.accelerator.autocast():
             loss = self.task.loss(self.model, batch)
             extra = self.penalty(self.model)
@@ -144,14 +152,15 @@ class _Step:
                 f"{place}: the loss is {value}. Lower learning_rate, or set mixed_precision to no;"
                 " finished tasks are kept"
             )
-        self.accelerator.backward(loss)
-        if self.accelerator.sync_gradients:
-            self._require_finite_gradient(place)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            if not self.accelerator.optimizer_step_was_skipped:
-                self.scheduler.step()
+        self.accelerator.backward(loss / group)
         return value
+
+    def _update(self, place: str) -> None:
+        self._require_finite_gradient(place)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.scheduler.step()
 
     def _require_finite_gradient(self, place: str) -> None:
         if self.accelerator.scaler is not None:
@@ -159,6 +168,13 @@ class _Step:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
             raise ValueError(f"{place}: the gradient is not finite. Lower learning_rate; finished tasks are kept")
+
+
+def _accelerator(precision: str) -> Accelerator:
+    """Make an accelerator; accelerate keeps the precision of a process's first one until its state is reset."""
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()
+    return Accelerator(mixed_precision=precision)
 
 
 @contextmanager

@@ -142,30 +142,37 @@ class KeepLoRA(Method):
 
     def _residual_factors(self, gradients: dict[str, Tensor], task: Task) -> dict[str, tuple[Tensor, Tensor]]:
         """Return `(a, b)` at the start for every layer with room; `a` spans the residual gradient's top (Eq. 6)."""
-        factors, left_alone = {}, []
+        factors = {}
         self._surviving = {}
         for name, gradient in gradients.items():
             basis = self.bases[name]
             residual = linalg.project_out(gradient, basis)
             self._surviving[name] = subspace.surviving_share(gradient, basis)
             a = _leading_rows(residual, basis, self.config.rank, float(gradient.norm()), self.seed)
-            if len(a) == 0:
-                left_alone.append(name)
-                continue
-            if len(a) < self.config.rank:
-                logger.warning(
-                    "task %r: layer %s has room for rank %d only, not %d", task.name, name, len(a), self.config.rank
-                )
-            b = residual @ a.T if self.config.b_start == "gradient" else residual.new_zeros(len(residual), len(a))
-            factors[name] = (a, b)
+            if len(a) > 0:
+                b = residual @ a.T if self.config.b_start == "gradient" else residual.new_zeros(len(residual), len(a))
+                factors[name] = (a, b)
         if not factors:
             raise ValueError(
                 f"task {task.name!r}: no layer has a residual direction left to learn with; the protected subspaces"
                 " are full, or no gradient reaches the targets. Lower weight_energy or feature_energy, or add targets"
             )
-        for name in left_alone:
-            logger.warning("task %r: layer %s has no residual direction left and is left alone", task.name, name)
+        self._warn_of_small_ranks({name: len(factors[name][0]) if name in factors else 0 for name in gradients}, task)
         return factors
+
+    def _warn_of_small_ranks(self, ranks: dict[str, int], task: Task) -> None:
+        smaller = [f"{name} ({rank})" for name, rank in ranks.items() if 0 < rank < self.config.rank]
+        left_alone = [name for name, rank in ranks.items() if rank == 0]
+        if smaller:
+            logger.warning(
+                "task %r: %d of %d layers have no room for rank %d and take a smaller one: %s",
+                task.name, len(smaller), len(ranks), self.config.rank, ", ".join(smaller),
+            )  # fmt: skip
+        if left_alone:
+            logger.warning(
+                "task %r: %d of %d layers have no residual direction left and are left alone: %s",
+                task.name, len(left_alone), len(ranks), ", ".join(left_alone),
+            )  # fmt: skip
 
     def _alphas(self, ranks: dict[str, int]) -> dict[str, float]:
         """Return each layer's alpha, so that alpha / rank is the same where a rank had to shrink."""

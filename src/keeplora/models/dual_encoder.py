@@ -148,7 +148,9 @@ class DualEncoder:
         tasks: list[StreamTask] = []
         for index, spec in enumerate(specs):
             train, test = read_splits(spec, evaluation)
-            prompts = tokenise(tokenizer, [spec.template.format(label) for label in train.class_names], spec.name)
+            prompts = tokenise(
+                tokenizer, [spec.template.replace("{}", label) for label in train.class_names], spec.name
+            )
             task = ClassificationTask(
                 spec.name,
                 store.read(train, track, f"{spec.name}: reading train"),
