@@ -20,7 +20,9 @@ from transformers import (
     SiglipModel,
 )
 
-from keeplora.task import Task
+from keeplora.models.dual_encoder import ClassificationTask, tokenise
+from keeplora.models.pixels import Pixels
+from keeplora.task import Task, to_device
 
 SIZE = 16
 WORDS = ["a", "drawing", "of", "photo", ".", "red", "green", "blue", "dark", "big", "square", "thing"]
@@ -63,7 +65,9 @@ def siglip_model(seed: int = 0) -> SiglipModel:
             "pad_token_id": 0, "projection_size": 24}  # fmt: skip
     vision = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3,
               "image_size": SIZE, "patch_size": 8}  # fmt: skip
-    return _spread(SiglipModel(SiglipConfig(text_config=text, vision_config=vision)))
+    model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
+    nn.init.constant_(model.logit_scale, 2.5)
+    return _spread(model)
 
 
 def _spread(model: nn.Module) -> nn.Module:
@@ -186,3 +190,64 @@ def llama_model(seed: int = 0) -> LlamaForCausalLM:
         num_key_value_heads=2, max_position_embeddings=16, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return _spread(LlamaForCausalLM(config))
+
+
+class WideMLP(MLP):
+    """Layers wide enough for many tasks, none of them square."""
+
+    def __init__(self, seed: int = 0) -> None:
+        nn.Module.__init__(self)
+        torch.manual_seed(seed)
+        self.fc1 = nn.Linear(64, 48)
+        self.fc2 = nn.Linear(48, 56)
+        self.out = nn.Linear(56, 5)
+        _spread(self)
+
+
+class NarrowTask(VectorTask):
+    """Vectors `[n, 64]` that lie in a few directions, other ones for every seed."""
+
+    def __init__(self, name: str = "narrow", seed: int = 0, sizes: tuple[int, ...] = (8, 8, 5)) -> None:
+        self.name = name
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randn(sum(sizes), 4, generator=generator) @ torch.randn(4, 64, generator=generator)
+        labels = (rows @ torch.randn(64, 5, generator=generator)).argmax(1)
+        self.data = list(zip(rows.split(list(sizes)), labels.split(list(sizes)), strict=True))
+
+
+CLASSES = ["red", "dark green", "big dark blue"]
+
+
+def classification_task(
+    name: str = "colors", seed: int = 0, *, kind: str = "clip", per_class: int = 5, batch_size: int = 6
+) -> ClassificationTask:
+    """Noisy colours in memory; prompts of unequal length, batches of unequal size."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = tuple(i % len(CLASSES) for i in range(len(CLASSES) * per_class))
+    colors = torch.tensor(list(COLORS.values()), dtype=torch.float32)[list(labels), :, None, None]
+    noise = 60 * torch.randn(len(labels), 3, SIZE, SIZE, generator=generator)
+    images = (colors + noise).clamp(0, 255).to(torch.uint8)
+    pixels = Pixels(labels, lambda i: images[i], lambda batch: batch.float() / 127.5 - 1)
+    template = ["a drawing of a {}.", "a photo of a {} thing."][seed % 2]
+    prompts = tokenise(tokenizer(masked=kind == "clip"), [template.format(label) for label in CLASSES], name)
+    return ClassificationTask(name, pixels, pixels, prompts, batch_size=batch_size, seed=seed)
+
+
+def train(model: nn.Module, task: Task, *, epochs: int = 2, optimizer=torch.optim.SGD, **options) -> None:
+    """Train what requires a gradient with a plain loop, as a user of the verbs would."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        return
+    steps = optimizer(parameters, **({"lr": 0.1} | options))
+    for _ in range(epochs):
+        for batch in task.batches():
+            loss = task.loss(model, to_device(batch, parameters[0].device))
+            steps.zero_grad()
+            loss.backward()
+            steps.step()
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Return the content of every file below a folder by its path."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}

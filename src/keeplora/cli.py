@@ -96,11 +96,11 @@ def evaluate(run: tyro.conf.Positional[Path], *, split: Literal["test", "validat
         split: The examples to evaluate on.
     """
     ledger = Ledger(run, read_manifest(run))
-    recorded = ledger.results()
     config = ledger.manifest["config"]
     folder = run / "model"
     if not folder.is_dir():
         raise ValueError(f"{run} has no model yet: no task is finished; go on with the run first")
+    recorded = ledger.results()
     display = Display(console)
     with display.shown():
         model, tasks = load_stream(

@@ -72,8 +72,8 @@ def residual_gram(gram: Tensor, basis: Tensor) -> Tensor:
 def orthonormal_rows(rows: Tensor, basis: Tensor) -> Tensor:
     """Turn unit rows into orthonormal ones that are orthogonal to a basis, `[<= n, d_in]`, spanning what is left.
 
-    Projects twice, so that rows which were nearly inside the basis lose what rounding left of it. What the basis and the
-    other rows already span is dropped.
+    Projects twice, so that rows which were nearly inside the basis lose what rounding left of it. What the basis and
+    the other rows already span is dropped.
     """
     _require_full_precision(rows)
     for _ in range(2):

@@ -47,7 +47,7 @@ def heat_maps(runs: list[Results]) -> bytes:
     marks the entry right after a task was learned: left and below of it is memory, right and above transfer.
     """
     num_tasks = len(runs[0].tasks)
-    with matplotlib.rc_context({"font.size": 8}):
+    with matplotlib.rc_context({"font.size": 8, "text.parse_math": False}):
         side = 1.4 + 0.42 * num_tasks
         figure = Figure(figsize=(1.2 + side * len(runs), 1.0 + side), layout="constrained", dpi=110)
         axes = figure.subplots(1, len(runs), squeeze=False, sharey=True)[0]

@@ -1,0 +1,325 @@
+"""The run directory: the promised files, their hashes, and what happens to damaged or foreign ones."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+import tiny
+from keeplora import ledger as ledger_module
+from keeplora.ledger import Ledger, open_ledger, read_manifest
+from keeplora.methods import KeepLoRAConfig
+from keeplora.models.dual_encoder import DualEncoder
+from keeplora.run import RunConfig, run
+from keeplora.train import TrainConfig
+
+
+class CutOff(Exception):
+    """Ends a run after its first task."""
+
+
+def after_first_task(results):
+    if len(results.accuracy) == 1:
+        raise CutOff
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A complete run and one that was cut off after task 1, of one configuration."""
+    folder = tmp_path_factory.mktemp("ledger")
+    benchmark = tiny.write_benchmark(folder, tasks=2, per_class=4)
+    config = RunConfig(
+        benchmark=str(benchmark),
+        model=str(tiny.save_dual_encoder(folder / "model")),
+        output=folder / "full",
+        train=TrainConfig(epochs=1, batch_size=6, learning_rate=0.01),
+        options=KeepLoRAConfig(rank=2, classifier="cosine"),
+    )
+    run(config)
+    with pytest.raises(CutOff):
+        run(replace(config, output=folder / "cut"), watch=after_first_task)
+    return folder, config
+
+
+@pytest.fixture
+def cut(place, tmp_path):
+    folder, config = place
+    shutil.copytree(folder / "cut", tmp_path / "cut")
+    return replace(config, output=tmp_path / "cut")
+
+
+TASK_FILES = [
+    "adapter/adapter_config.json",
+    "adapter/adapter_model.safetensors",
+    "head.safetensors",
+    "subspace.safetensors",
+    "task.json",
+]
+
+
+def test_the_files_are_those_of_the_contract(place):
+    names = set(tiny.tree(place[0] / "full"))
+    tasks = {f"tasks/{task}/{name}" for task in ("01-task0", "02-task1") for name in TASK_FILES}
+    assert tasks == {name for name in names if name.startswith("tasks/")}
+    assert {"run.json", "metrics.json", "report.html", "model/config.json", "model/model.safetensors"} <= names
+    outside = {name for name in names if not name.startswith(("tasks/", "model/"))}
+    assert outside == {"run.json", "metrics.json", "report.html", "lock"}
+
+
+def test_there_is_no_pickle_only_json_and_safetensors(place):
+    names = {name for name in tiny.tree(place[0] / "full") if name not in ("lock", "report.html")}
+    assert {name.rsplit(".", 1)[-1] for name in names} <= {"json", "safetensors", "txt", "jinja"}
+    for name, content in tiny.tree(place[0] / "full").items():
+        assert not content.startswith((b"\x80", b"PK")), name
+
+
+def test_the_manifest_lists_the_hash_of_every_file(place):
+    full = place[0] / "full"
+    listed = read_manifest(full)["files"]
+    files = tiny.tree(full)
+    assert set(listed) == set(files) - {"run.json", "lock"}
+    for name, digest in listed.items():
+        assert hashlib.sha256(files[name]).hexdigest() == digest, name
+
+
+def test_the_manifest_says_what_was_run(place):
+    folder, config = place
+    manifest = read_manifest(folder / "full")
+    assert manifest["config"]["model"] == config.model
+    assert manifest["config"]["seed"] == 0
+    assert manifest["config"]["train"]["epochs"] == 1
+    assert manifest["config"]["options"]["classifier"] == "cosine"
+    assert manifest["config"]["options"]["feature_energy"] == 0.99
+    assert manifest["tasks"] == ["task0", "task1"]
+    assert (manifest["phase"], manifest["tasks_finished"]) == ("complete", 2)
+    assert manifest["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert {"keeplora", "transformers", "peft", "python"} <= set(manifest["versions"])
+
+
+def test_a_task_file_holds_scores_times_memory_and_certificate(place):
+    task = json.loads((place[0] / "full/tasks/02-task1/task.json").read_text())
+    assert task["name"] == "task1"
+    assert len(task["scores"]) == 2
+    assert list(task["phases"]) == ["before_task", "train", "after_task", "evaluate"]
+    assert all(set(phase) == {"seconds", "peak_memory_mb"} for phase in task["phases"].values())
+    assert task["certificate"]["worst"]["leak"] < 1e-5
+    assert task["certificate"]["worst"]["orthonormality"] < 1e-5
+    assert task["certificate"]["merge_error"] < 1e-3
+    assert task["certificate"]["worst"]["residual_dims"] >= 0
+
+
+def test_the_metrics_file_is_what_the_task_files_say(place):
+    full = place[0] / "full"
+    metrics = json.loads((full / "metrics.json").read_text())
+    rows = [json.loads((full / f"tasks/{name}/task.json").read_text())["scores"] for name in ("01-task0", "02-task1")]
+    assert metrics["accuracy"] == rows
+    assert metrics == json.loads(json.dumps(Ledger(full, read_manifest(full)).results().to_json()))
+
+
+def test_directions_are_stored_for_every_target_and_orthonormal(place):
+    directions = load_file(place[0] / "full/tasks/01-task0/subspace.safetensors")
+    assert len(directions) == 16
+    assert {value.shape[0] for value in directions.values()} == {12, 24}
+    for value in directions.values():
+        torch.testing.assert_close(value.T @ value, torch.eye(value.shape[1]), atol=1e-5, rtol=0)
+
+
+def test_the_adapters_rebuild_the_merged_model_in_plain_peft(place):
+    folder, config = place
+    model = DualEncoder().load(config.model)
+    for name in ("01-task0", "02-task1"):
+        model = PeftModel.from_pretrained(model, folder / "full/tasks" / name / "adapter").merge_and_unload()
+    stored = load_file(folder / "full/model/model.safetensors")
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, stored[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", TASK_FILES)
+@pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])
+def test_a_damaged_file_of_a_finished_task_is_named_on_resume(cut, name, harm):
+    path = cut.output / "tasks/01-task0" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x01
+    path.write_bytes(content if harm == "flip" else content[:-1])
+    if harm == "remove":
+        path.unlink()
+    with pytest.raises(
+        ValueError, match="missing from the run" if harm == "remove" else "changed or damaged"
+    ) as caught:
+        run(cut)
+    assert str(path) in str(caught.value)
+    assert read_manifest(cut.output)["tasks_finished"] == 1
+
+
+@pytest.mark.parametrize("name", TASK_FILES)
+def test_every_single_flipped_byte_is_noticed(place, tmp_path, name):
+    shutil.copytree(place[0] / "full", tmp_path / "run")
+    ledger = Ledger(tmp_path / "run", read_manifest(tmp_path / "run"))
+    path = tmp_path / "run/tasks/01-task0" / name
+    good = path.read_bytes()
+    for place_of_flip in {0, 7, len(good) // 3, len(good) - 1}:
+        bad = bytearray(good)
+        bad[place_of_flip] ^= 0x80
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match="changed or damaged"):
+            ledger.read(f"tasks/01-task0/{name}")
+    path.write_bytes(good)
+    assert ledger.read(f"tasks/01-task0/{name}") == good
+
+
+def test_an_opened_folder_without_content_starts_a_run(tmp_path):
+    (tmp_path / "new").mkdir()
+    with open_ledger(tmp_path / "new", {"seed": 0}, ["a"]) as ledger:
+        assert ledger.num_finished == 0
+    assert read_manifest(tmp_path / "new")["phase"] == "running"
+
+
+def test_a_folder_with_other_things_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with (
+        pytest.raises(ValueError, match="is not empty and holds no run; give another --output"),
+        open_ledger(tmp_path, {}, ["a"]),
+    ):
+        pass
+    assert tiny.tree(tmp_path) == {"thesis.tex": b"x"}
+
+
+def test_a_file_instead_of_a_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with (
+        pytest.raises(ValueError, match="file is a file; give another --output"),
+        open_ledger(tmp_path / "file", {}, []),
+    ):
+        pass
+
+
+def test_a_newer_format_asks_for_an_update(cut):
+    manifest = json.loads((cut.output / "run.json").read_text()) | {"format": 99}
+    (cut.output / "run.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"run\.json has format 99, newer than 1; update keeplora"):
+        run(cut)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "3", '{"format": 1}', '{"format": "x"}', "\x00", "null"])
+def test_a_damaged_manifest_is_named(cut, content):
+    (cut.output / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=r"run\.json is damaged or not of keeplora"):
+        run(cut)
+
+
+def test_a_folder_without_a_manifest_holds_no_run(tmp_path):
+    with pytest.raises(ValueError, match="holds no run"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seed": 3}, "seed was 0, is 3"),
+        ({"evaluation": "validation"}, "evaluation was 'test', is 'validation'"),
+        ({"train": TrainConfig(epochs=9)}, "epochs.*9"),
+        ({"options": KeepLoRAConfig(rank=3)}, "rank.*3"),
+    ],
+)
+def test_another_configuration_is_refused_and_the_difference_named(cut, change, words):
+    before = tiny.tree(cut.output)
+    with pytest.raises(ValueError, match=f"holds another run .*{words}.*give another --output"):
+        run(replace(cut, **change))
+    assert tiny.tree(cut.output) == before
+
+
+def test_other_tasks_are_refused(tmp_path):
+    with open_ledger(tmp_path / "run", {"seed": 0}, ["a", "b"]) as ledger:
+        ledger.manifest["tasks_finished"] = 1
+        ledger.write_manifest()
+    with (
+        pytest.raises(ValueError, match=r"tasks were \['a', 'b'\], are \['b', 'a'\]"),
+        open_ledger(tmp_path / "run", {"seed": 0}, ["b", "a"]),
+    ):
+        pass
+
+
+def test_a_run_without_a_finished_task_may_start_over_with_what_was_mended(tmp_path):
+    with open_ledger(tmp_path / "run", {"seed": 0}, ["a", "b"]) as ledger:
+        ledger.start([1.0, 2.0], {})
+    with open_ledger(tmp_path / "run", {"seed": 1}, ["b"]) as ledger:
+        assert "zero_shot" not in ledger.manifest
+    assert read_manifest(tmp_path / "run")["config"] == {"seed": 1}
+
+
+def test_a_second_writer_is_refused_while_the_first_is_alive_and_let_in_after(tmp_path):
+    with open_ledger(tmp_path / "run", {}, ["a"]):
+        with pytest.raises(ValueError, match="another process is writing"), open_ledger(tmp_path / "run", {}, ["a"]):
+            pass
+    with open_ledger(tmp_path / "run", {}, ["a"]) as ledger:
+        assert ledger.num_finished == 0
+
+
+def test_the_lock_is_given_back_when_the_run_fails(tmp_path):
+    with pytest.raises(CutOff), open_ledger(tmp_path / "run", {}, ["a"]):
+        raise CutOff
+    with open_ledger(tmp_path / "run", {}, ["a"]) as ledger:
+        assert ledger.num_finished == 0
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def fail_at(number, monkeypatch):
+    """Let the disk be full at the given file, counted over one resumed run, or at the manifest, or at the model."""
+    if number == "model":
+        monkeypatch.setattr(DualEncoder, "save", full_disk)
+        return
+    if number == "manifest":
+        real = Ledger.write_manifest
+        monkeypatch.setattr(
+            Ledger, "write_manifest", lambda self: full_disk() if self.num_finished == 2 else real(self)
+        )
+        return
+    calls = []
+    real_sync = os.fsync
+    monkeypatch.setattr(
+        ledger_module.os, "fsync", lambda file: full_disk() if len(calls) == number else calls.append(real_sync(file))
+    )
+
+
+@pytest.mark.parametrize("number", [1, "model", 5, "manifest"])
+def test_a_full_disk_keeps_the_previous_state_and_the_run_goes_on_after_it(place, cut, monkeypatch, number):
+    with monkeypatch.context() as patch:
+        fail_at(number, patch)
+        with pytest.raises(OSError, match="No space left"):
+            run(cut)
+    manifest = read_manifest(cut.output)
+    ledger = Ledger(cut.output, manifest)
+    assert manifest["tasks_finished"] == 1
+    assert len(ledger.results().accuracy) == 1
+    assert ledger.record(0)[0].adapter is not None
+    json.loads((cut.output / "metrics.json").read_text())
+    load_file(cut.output / "model/model.safetensors")
+    run(cut)
+    expected, found = tiny.tree(place[0] / "full"), tiny.tree(cut.output)
+    assert set(found) == set(expected)
+    for name in expected:
+        if name.endswith(".safetensors") or "adapter_config" in name:
+            assert found[name] == expected[name], name
+
+
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    with open_ledger(tmp_path / "run", {}, ["a"]) as ledger:
+        ledger.write("metrics.json", b"the old content")
+        with monkeypatch.context() as patch:
+            patch.setattr(ledger_module.os, "fsync", full_disk)
+            with pytest.raises(OSError, match="No space"):
+                ledger.write("metrics.json", b"the new content")
+        assert ledger.read("metrics.json") == b"the old content"
+        ledger.write("metrics.json", b"the new content")
+        assert ledger.read("metrics.json") == b"the new content"
+    assert not list((tmp_path / "run").glob("*.part"))

@@ -1,0 +1,215 @@
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import subspace_angles
+from sklearn.utils.extmath import randomized_svd
+
+from keeplora import linalg
+
+
+def orthonormal(d, k, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(d, k, generator=generator, dtype=torch.float64))[0].float()
+
+
+def matrix_with_spectrum(s, d_out, d_in, seed=0):
+    u, v = orthonormal(d_out, len(s), seed).double(), orthonormal(d_in, len(s), seed + 1).double()
+    return (u * torch.as_tensor(s, dtype=torch.float64) @ v.T).float()
+
+
+def same_span(first, second, tolerance=1e-4):
+    assert first.shape == second.shape
+    return np.max(subspace_angles(np.asarray(first, np.float64), np.asarray(second, np.float64))) < tolerance
+
+
+@pytest.mark.parametrize(
+    ("share", "wanted"), [(0.01, 1), (0.49, 1), (0.51, 2), (0.79, 2), (0.81, 3), (0.94, 3), (0.96, 4), (1.0, 4)]
+)
+def test_energy_rank_is_the_fewest_directions_that_reach_the_share(share, wanted):
+    assert linalg.energy_rank(torch.tensor([0.5, 0.3, 0.15, 0.05]), share) == wanted
+
+
+def test_energy_rank_agrees_with_counting_one_by_one():
+    generator = torch.Generator().manual_seed(3)
+    for trial in range(50):
+        energies = torch.rand(9, generator=generator).sort(descending=True).values
+        share, covered = (0.05 + 0.9 * torch.rand(2, generator=generator)).tolist()
+        total = covered + float(energies.double().sum()) if trial % 2 else None
+        reference = covered + float(energies.double().sum())
+        wanted, reached = 0, covered
+        while reached < share * reference:
+            reached += float(energies[wanted].double())
+            wanted += 1
+        assert linalg.energy_rank(energies, share, covered=covered, total=total) == wanted
+
+
+def test_energy_rank_counts_what_is_already_covered():
+    energies = torch.tensor([0.3, 0.15, 0.05])
+    assert linalg.energy_rank(energies, 0.79, covered=0.5, total=1.0) == 1
+    assert linalg.energy_rank(energies, 0.81, covered=0.5, total=1.0) == 2
+    assert linalg.energy_rank(energies, 0.49, covered=0.5, total=1.0) == 0
+
+
+def test_energy_rank_stops_at_all_directions_when_rounding_keeps_the_sum_below():
+    assert linalg.energy_rank(torch.tensor([0.5, 0.25]), 0.99, total=1.0) == 2
+
+
+def test_energy_rank_of_no_energy_is_zero():
+    assert linalg.energy_rank(torch.zeros(4), 0.9) == 0
+    assert linalg.energy_rank(torch.tensor([-1e-9, -1e-8]), 0.9) == 0
+
+
+@pytest.mark.parametrize("shape", [(7, 12), (12, 7)])
+@pytest.mark.parametrize("share", [0.31, 0.72, 0.93])
+def test_top_directions_are_the_leading_right_singular_vectors_of_a_weight(shape, share):
+    weight = matrix_with_spectrum(0.75 ** np.arange(7), *shape)
+    basis = linalg.top_directions(weight.T @ weight, share)
+    _, s, vh = np.linalg.svd(weight.double().numpy(), full_matrices=False)
+    energy = np.cumsum(s**2) / np.sum(s**2)
+    p = int(np.argmax(energy >= share)) + 1
+    assert basis.shape == (shape[1], p)
+    assert same_span(basis, vh[:p].T)
+    kept = float((weight.double() @ basis.double()).square().sum() / weight.double().square().sum())
+    assert kept == pytest.approx(energy[p - 1], abs=1e-5)
+
+
+def test_top_directions_of_a_share_of_nothing_are_none():
+    assert linalg.top_directions(torch.eye(5), 0.0).shape == (5, 0)
+
+
+def test_project_out_removes_from_every_row_its_part_in_the_span():
+    basis, rows = orthonormal(9, 3), torch.randn(5, 9)
+    wanted = torch.stack([row - sum((row @ column) * column for column in basis.double().T) for row in rows.double()])
+    torch.testing.assert_close(linalg.project_out(rows, basis).double(), wanted, atol=1e-6, rtol=0)
+    assert linalg.project_out(rows, basis[:, :0]).equal(rows)
+
+
+def test_residual_gram_is_the_gram_of_the_projected_rows():
+    basis, rows = orthonormal(9, 4), torch.randn(20, 9)
+    projected = linalg.project_out(rows.double(), basis.double())
+    wanted = sum(torch.outer(row, row) for row in projected)
+    torch.testing.assert_close(linalg.residual_gram(rows.T @ rows, basis).double(), wanted, atol=1e-5, rtol=0)
+
+
+def test_extend_keeps_the_old_columns_bit_by_bit_and_spans_both():
+    basis, directions = orthonormal(20, 5, 1), orthonormal(20, 4, 2)
+    longer = linalg.extend(basis, directions)
+    assert longer[:, :5].equal(basis)
+    assert longer.shape == (20, 9)
+    assert same_span(longer, torch.cat([basis, directions], dim=1))
+    assert linalg.orthonormality_error(longer) < 1e-6
+
+
+def test_basis_stays_orthonormal_after_many_extensions_by_nearly_covered_directions():
+    d = 96
+    basis = orthonormal(d, 10)
+    for step in range(14):
+        inside = basis @ torch.randn(basis.shape[1], 5)
+        directions = torch.linalg.qr(inside / inside.norm(dim=0) + 0.02 * orthonormal(d, 5, seed=step + 5))[0]
+        longer = linalg.extend(basis, directions)
+        assert longer[:, : basis.shape[1]].equal(basis)
+        basis = longer
+    gram = basis.double().T @ basis.double()
+    assert basis.shape[1] == 80
+    assert float((gram - torch.eye(80)).abs().max()) < 1e-5
+
+
+def test_a_direction_already_inside_is_dropped_and_the_others_are_kept_whole():
+    basis, new = orthonormal(12, 8).split([6, 2], dim=1)
+    for order in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):
+        directions = torch.cat([basis[:, 2:3], new], dim=1)[:, order]
+        longer = linalg.extend(basis, directions)
+        assert longer.shape == (12, 8)
+        assert same_span(longer, torch.cat([basis, new], dim=1), tolerance=1e-5)
+
+
+def test_a_row_that_repeats_an_earlier_one_does_not_cost_a_later_one():
+    rows = torch.eye(5)[[0, 0, 1]]
+    kept = linalg.orthonormal_rows(rows, torch.eye(5)[:, 4:])
+    assert kept.shape == (2, 5)
+    assert same_span(kept.T, torch.eye(5)[:, :2], tolerance=1e-6)
+
+
+def test_an_exhausted_space_takes_nothing_more():
+    full = orthonormal(6, 6)
+    assert linalg.extend(full, orthonormal(6, 2, 7)).equal(full)
+    nearly = full[:, :5]
+    longer = linalg.extend(nearly, full[:, [1, 5]])
+    assert longer.shape == (6, 6)
+    assert linalg.orthonormality_error(longer) < 1e-6
+    assert len(linalg.orthonormal_rows(orthonormal(6, 3, 8).T, full)) == 0
+
+
+def test_extending_by_nothing_returns_the_basis():
+    basis = orthonormal(6, 2)
+    assert linalg.extend(basis, basis[:, :0]).equal(basis)
+
+
+@pytest.mark.parametrize("shape", [(9, 14), (14, 9)])
+def test_low_rank_of_a_small_matrix_is_the_truncated_svd(shape):
+    matrix = torch.randn(*shape)
+    u, s, vh = linalg.low_rank(matrix, 4)
+    wanted_u, wanted_s, wanted_vh = np.linalg.svd(matrix.double().numpy(), full_matrices=False)
+    assert u.shape == (shape[0], 4)
+    assert vh.shape == (4, shape[1])
+    np.testing.assert_allclose(s, wanted_s[:4], rtol=1e-5)
+    best = wanted_u[:, :4] * wanted_s[:4] @ wanted_vh[:4]
+    np.testing.assert_allclose((u * s @ vh).double(), best, atol=1e-5)
+
+
+LARGE = (linalg.EXACT_BELOW + 40, linalg.EXACT_BELOW + 90)
+
+
+def test_low_rank_of_a_large_matrix_spans_the_exact_top_directions():
+    matrix = matrix_with_spectrum(0.9 ** np.arange(120), *LARGE)
+    u, s, vh = linalg.low_rank(matrix, 8)
+    exact_u, exact_s, exact_vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    assert same_span(vh.T, exact_vh[:8].T, tolerance=1e-4)
+    assert same_span(u, exact_u[:, :8], tolerance=1e-4)
+    torch.testing.assert_close(s.double(), exact_s[:8], rtol=1e-5, atol=0)
+
+
+def test_low_rank_of_a_flat_spectrum_is_as_good_as_scikit_learn():
+    matrix, r = torch.randn(*LARGE), 8
+    _, _, vh = linalg.low_rank(matrix, r)
+    _, _, reference = randomized_svd(
+        matrix.numpy(), r, n_oversamples=(linalg.OVERSAMPLING - 1) * r, n_iter=linalg.POWER_ITERATIONS, random_state=0
+    )
+    ours, theirs = (
+        float((matrix.double() @ torch.tensor(v).double().T).square().sum()) for v in (vh.numpy(), reference)
+    )
+    assert ours > 0.98 * theirs
+
+
+def test_low_rank_is_seeded_and_leaves_the_global_generator_alone():
+    matrix = torch.randn(*LARGE)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = linalg.low_rank(matrix, 3, seed=5)
+    assert torch.get_rng_state().equal(state)
+    torch.manual_seed(2)
+    for ours, again in zip(first, linalg.low_rank(matrix, 3, seed=5), strict=True):
+        assert ours.equal(again)
+    assert not first[2].equal(linalg.low_rank(matrix, 3, seed=6)[2]), "the seed reaches the sketch"
+
+
+@pytest.mark.parametrize("r", [0, -1, 8])
+def test_low_rank_refuses_a_rank_that_the_matrix_cannot_have(r):
+    with pytest.raises(ValueError, match=f"rank {r} is not between 1 and 7"):
+        linalg.low_rank(torch.randn(7, 9), r)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_refused(dtype):
+    matrix = torch.eye(5, dtype=dtype)
+    for function in (lambda: linalg.low_rank(matrix, 2), lambda: linalg.top_directions(matrix, 0.5),
+                     lambda: linalg.orthonormal_rows(matrix, matrix[:, :1])):  # fmt: skip
+        with pytest.raises(AssertionError, match="too coarse"):
+            function()
+
+
+def test_orthonormality_error_is_the_largest_entry_off_the_identity():
+    basis = torch.eye(4)[:, :2].clone()
+    basis[0, 1] = 0.25
+    assert linalg.orthonormality_error(basis) == pytest.approx(0.25)
+    assert linalg.orthonormality_error(torch.empty(4, 0)) == 0.0

@@ -1,0 +1,89 @@
+"""The metrics of accuracy matrices that were computed by hand."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from keeplora.metrics import METRICS, accuracy
+from keeplora.results import Results, average, backward_transfer, forgetting, last, transfer
+
+FULL = [
+    [80.0, 40.0, 30.0],
+    [70.0, 90.0, 20.0],
+    [74.0, 60.0, 50.0],
+]
+
+
+def results(matrix, tasks=("a", "b", "c")):
+    return Results(
+        method="m", benchmark="b", model="x", seed=0, tasks=list(tasks), zero_shot=[50.0] * len(tasks), accuracy=matrix
+    )
+
+
+def test_a_full_matrix_gives_the_metrics_computed_by_hand():
+    assert transfer(FULL) == pytest.approx((40 + (30 + 20) / 2) / 2)
+    assert average(FULL) == pytest.approx(514 / 9)
+    assert last(FULL) == pytest.approx((74 + 60 + 50) / 3)
+    assert forgetting(FULL) == pytest.approx(((80 - 74) + (90 - 60)) / 2)
+    assert backward_transfer(FULL) == pytest.approx(((74 - 80) + (60 - 90)) / 2)
+
+
+def test_the_best_earlier_score_counts_for_forgetting_from_the_tasks_own_learning_on():
+    rising = [[50.0, 99.0, 0.0], [60.0, 40.0, 0.0], [55.0, 45.0, 0.0]]
+    assert forgetting(rising) == pytest.approx(((60 - 55) + (40 - 45)) / 2)
+    assert backward_transfer(rising) == pytest.approx(((55 - 50) + (45 - 40)) / 2)
+
+
+def test_two_rows_of_three_use_what_there_is():
+    partial = FULL[:2]
+    assert transfer(partial) == pytest.approx((40 + (30 + 20) / 2) / 2)
+    assert average(partial) == pytest.approx(330 / 6)
+    assert last(partial) == pytest.approx(180 / 3)
+    assert forgetting(partial) == pytest.approx(80 - 70)
+    assert backward_transfer(partial) == pytest.approx(70 - 80)
+
+
+def test_one_row_of_three_has_no_forgetting_yet():
+    partial = FULL[:1]
+    assert transfer(partial) == pytest.approx((40 + 30) / 2)
+    assert average(partial) == last(partial) == pytest.approx(50)
+    assert forgetting(partial) is None
+    assert backward_transfer(partial) is None
+
+
+def test_no_row_gives_no_metric():
+    assert [metric([]) for metric in (transfer, average, last, forgetting, backward_transfer)] == [None] * 5
+
+
+def test_a_stream_of_one_task_has_no_transfer_and_no_forgetting():
+    assert (average([[70.0]]), last([[70.0]])) == (70.0, 70.0)
+    assert [metric([[70.0]]) for metric in (transfer, forgetting, backward_transfer)] == [None] * 3
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3])
+def test_metrics_json_has_the_keys_of_the_contract_in_order(rows):
+    assert list(results(FULL[:rows]).to_json()) == [
+        "method", "benchmark", "model", "seed", "tasks", "zero_shot", "accuracy", "transfer", "average", "last",
+        "forgetting", "backward_transfer", "seconds", "peak_memory_mb",
+    ]  # fmt: skip
+
+
+def test_metrics_json_is_plain_json_even_without_rows():
+    stored = json.loads(json.dumps(results([]).to_json(), allow_nan=False))
+    assert stored["transfer"] is None
+    assert stored["accuracy"] == []
+
+
+def test_accuracy_is_the_share_of_right_answers_in_percent():
+    assert METRICS["accuracy"] is accuracy
+    assert accuracy(torch.tensor([1, 2, 3]), torch.tensor([1, 0, 3])) == pytest.approx(200 / 3)
+    assert accuracy(torch.tensor([1]), torch.tensor([0])) == 0.0
+
+
+def test_the_accuracy_of_many_examples_is_not_rounded_to_single_precision():
+    predictions = torch.zeros(2**24 + 3, dtype=torch.uint8)
+    references = predictions.clone()
+    references[0] = 1
+    assert math.isclose(accuracy(predictions, references), 100 * (1 - 1 / (2**24 + 3)), rel_tol=1e-12)

@@ -1,0 +1,275 @@
+"""One task's optimisation, against plain PyTorch loops."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.data import DataLoader, TensorDataset
+
+import tiny
+from keeplora.train import TrainConfig, best_device, fit, seed_everything
+
+
+class LoaderTask(tiny.VectorTask):
+    """The same vectors from a shuffling DataLoader, whose order follows from a seed."""
+
+    def __init__(self, batch_size=8, order=0):
+        super().__init__(sizes=(30,))
+        generator = torch.Generator().manual_seed(order)
+        self.loader = DataLoader(TensorDataset(*self.data[0]), batch_size, shuffle=True, generator=generator)
+
+    def batches(self):
+        return self.loader
+
+
+def state(model):
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def rates_of(action):
+    """Return the learning rate of every optimiser step inside."""
+    rates = []
+    handle = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    try:
+        action()
+    finally:
+        handle.remove()
+    return rates
+
+
+def plain_loop(model, groups, *, epochs, config, scheduler_of):
+    """The obvious loop; a group is what one step sees, its loss the mean over its batches."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    scheduler = scheduler_of(optimizer, epochs * len(groups))
+    for _ in range(epochs):
+        for group in groups:
+            optimizer.zero_grad()
+            sum(F.cross_entropy(model(x), y) / len(group) for x, y in group).backward()
+            optimizer.step()
+            scheduler.step()
+    return model
+
+
+def one_cycle(optimizer, steps):
+    return OneCycleLR(optimizer, max_lr=optimizer.param_groups[0]["lr"], total_steps=steps)
+
+
+def cosine(optimizer, steps):
+    return CosineAnnealingLR(optimizer, T_max=steps)
+
+
+@pytest.mark.parametrize(("schedule", "reference"), [("one_cycle", one_cycle), ("cosine", cosine)])
+def test_training_is_adamw_with_the_named_schedule(schedule, reference):
+    config = TrainConfig(epochs=3, learning_rate=0.02, weight_decay=0.1, schedule=schedule, warmup=0.0)
+    task, model = tiny.VectorTask(), tiny.MLP()
+    expected = plain_loop(tiny.MLP(), [[batch] for batch in task.data], epochs=3, config=config, scheduler_of=reference)
+    fit(model, task, config)
+    torch.testing.assert_close(state(model), state(expected), rtol=1e-5, atol=1e-6)
+    assert (state(model) - state(tiny.MLP())).abs().max() > 0.01
+
+
+def test_the_cosine_rises_to_the_peak_and_falls_to_nearly_zero():
+    task = tiny.VectorTask(sizes=(4,) * 5)
+    config = TrainConfig(epochs=4, learning_rate=0.5, schedule="cosine", warmup=0.2)
+    rates = rates_of(lambda: fit(tiny.MLP(), task, config))
+    rise = [0.5 * i / 5 for i in (1, 2, 3, 4)]
+    fall = [0.25 * (1 + math.cos(math.pi * i / 16)) for i in range(16)]
+    assert rates == pytest.approx(rise + fall)
+
+
+def test_given_epochs_go_before_those_of_the_config():
+    losses = fit(tiny.MLP(), tiny.VectorTask(), TrainConfig(epochs=5), epochs=2)
+    assert len(losses) == 2
+
+
+def test_the_mean_loss_of_each_epoch_is_returned():
+    config = TrainConfig(epochs=2, learning_rate=1e-12, weight_decay=0.0)
+    task, model = tiny.VectorTask(), tiny.MLP()
+    expected = sum(task.loss(model, batch).item() for batch in task.data) / len(task.data)
+    assert fit(model, task, config) == pytest.approx([expected, expected], rel=1e-4)
+
+
+def test_training_lowers_the_loss():
+    losses = fit(tiny.MLP(), tiny.VectorTask(), TrainConfig(epochs=20, learning_rate=0.01))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_accumulated_batches_train_as_one_large_batch():
+    small, large = tiny.VectorTask(sizes=(4,) * 6), tiny.VectorTask(sizes=(12, 12))
+    config = {"epochs": 3, "learning_rate": 0.01}
+    accumulated, whole = tiny.MLP(), tiny.MLP()
+    rates = rates_of(lambda: fit(accumulated, small, TrainConfig(accumulation=3, **config)))
+    fit(whole, large, TrainConfig(**config))
+    assert len(rates) == 6
+    torch.testing.assert_close(state(accumulated), state(whole), rtol=1e-4, atol=1e-5)
+
+
+def test_a_last_group_with_fewer_batches_is_a_step_of_its_own_with_its_own_mean():
+    task, model = tiny.VectorTask(sizes=(4,) * 5), tiny.MLP()
+    config = TrainConfig(epochs=2, learning_rate=0.01, accumulation=2)
+    groups = [task.data[:2], task.data[2:4], task.data[4:]]
+    expected = plain_loop(tiny.MLP(), groups, epochs=2, config=config, scheduler_of=one_cycle)
+    rates = rates_of(lambda: fit(model, task, config))
+    assert len(rates) == 6
+    torch.testing.assert_close(state(model), state(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_a_data_loader_accumulates_as_a_list_does():
+    model, same = tiny.MLP(), tiny.MLP()
+    config = TrainConfig(epochs=2, learning_rate=0.01, accumulation=3)
+    rates = rates_of(lambda: fit(model, LoaderTask(), config))
+    assert len(rates) == 4
+    task = tiny.VectorTask()
+    loader = LoaderTask().loader
+    task.data = [tuple(batch) for _ in range(2) for batch in loader]
+    groups = [task.data[:3], task.data[3:4], task.data[4:7], task.data[7:]]
+    expected = plain_loop(same, groups, epochs=1, config=config, scheduler_of=one_cycle)
+    torch.testing.assert_close(state(model), state(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_only_what_requires_a_gradient_is_trained():
+    model, fresh = tiny.MLP(), tiny.MLP()
+    model.fc1.requires_grad_(False)
+    fit(model, tiny.VectorTask(), TrainConfig(epochs=2, learning_rate=0.01))
+    assert torch.equal(model.fc1.weight, fresh.fc1.weight)
+    assert not torch.equal(model.fc2.weight, fresh.fc2.weight)
+
+
+def test_a_model_without_anything_to_train_is_left_alone():
+    model = tiny.MLP().requires_grad_(False)
+    assert fit(model, tiny.VectorTask(), TrainConfig()) == []
+    assert torch.equal(state(model), state(tiny.MLP()))
+
+
+def test_a_penalty_is_added_to_the_loss_of_every_batch():
+    def squares(model):
+        return 0.3 * sum(parameter.square().sum() for parameter in model.parameters())
+
+    class Penalised(tiny.VectorTask):
+        def loss(self, model, batch):
+            return super().loss(model, batch) + squares(model)
+
+    config = TrainConfig(epochs=2, learning_rate=0.01)
+    by_penalty, by_loss, without = tiny.MLP(), tiny.MLP(), tiny.MLP()
+    losses = fit(by_penalty, tiny.VectorTask(), config, penalty=squares)
+    assert losses == pytest.approx(fit(by_loss, Penalised(), config))
+    fit(without, tiny.VectorTask(), config)
+    torch.testing.assert_close(state(by_penalty), state(by_loss))
+    assert (state(by_penalty) - state(without)).abs().max() > 1e-3
+
+
+class Failing(tiny.VectorTask):
+    """Loses its numbers at the fifth batch: the second of the second epoch."""
+
+    def __init__(self, how):
+        super().__init__(name="bad")
+        self.how = how
+        self.calls = 0
+
+    def loss(self, model, batch):
+        self.calls += 1
+        loss = super().loss(model, batch)
+        if self.calls < 5:
+            return loss
+        if self.how == "gradient":
+            return loss + (next(model.parameters()).sum() * 0).sqrt()
+        return loss * float(self.how)
+
+
+@pytest.mark.parametrize("how", ["nan", "inf"])
+def test_a_loss_that_is_no_number_stops_and_names_task_epoch_and_batch(how):
+    with pytest.raises(ValueError, match=rf"bad: epoch 2/3, batch 2: the loss is {how}.*learning_rate"):
+        fit(tiny.MLP(), Failing(how), TrainConfig(epochs=3))
+
+
+def test_a_gradient_that_is_no_number_stops_before_the_step():
+    model = tiny.MLP()
+    with pytest.raises(ValueError, match=r"bad: epoch 2/3, batch 2: the gradient is not finite.*learning_rate"):
+        fit(model, Failing("gradient"), TrainConfig(epochs=3))
+    assert torch.isfinite(state(model)).all()
+
+
+def test_batches_without_a_length_ask_for_a_data_loader():
+    class Endless(tiny.VectorTask):
+        def batches(self):
+            return iter(self.data)
+
+    with pytest.raises(ValueError, match=r"'vectors': training needs the number of batches.*DataLoader"):
+        fit(tiny.MLP(), Endless(), TrainConfig())
+
+
+def test_no_batch_at_all_is_an_error():
+    task = tiny.VectorTask()
+    task.data = []
+    with pytest.raises(ValueError, match="'vectors' has no training batch"):
+        fit(tiny.MLP(), task, TrainConfig())
+
+
+@pytest.mark.parametrize("how", ["fine", "nan"])
+def test_every_module_gets_its_own_mode_back(how):
+    class Watched(Failing):
+        def loss(self, model, batch):
+            seen.append([module.training for module in model.modules()])
+            return super().loss(model, batch)
+
+    seen = []
+    model = nn.Sequential(tiny.MLP(), nn.Dropout(0.5)).eval()
+    model[1].train()
+    before = [module.training for module in model.modules()]
+    if how == "fine":
+        fit(model, Watched("1"), TrainConfig(epochs=2))
+    else:
+        with pytest.raises(ValueError, match="the loss is nan"):
+            fit(model, Watched("nan"), TrainConfig(epochs=2))
+    assert all(all(modes) for modes in seen)
+    assert [module.training for module in model.modules()] == before
+    assert before.count(True) == 1
+
+
+def test_two_runs_with_one_seed_are_identical_and_another_seed_differs():
+    def trained(seed):
+        seed_everything(seed)
+        model = nn.Sequential(nn.Dropout(0.2), tiny.MLP())
+        losses = fit(model, LoaderTask(order=seed), TrainConfig(epochs=2, learning_rate=0.01))
+        return losses, state(model)
+
+    (losses, first), (again, second), (other, third) = trained(1), trained(1), trained(2)
+    assert losses == again
+    assert torch.equal(first, second)
+    assert losses != other
+    assert not torch.equal(first, third)
+
+
+def test_the_model_is_not_wrapped_afterwards():
+    model = tiny.MLP()
+    forward = model.forward.__func__
+    fit(model, tiny.VectorTask(), TrainConfig(epochs=1, mixed_precision="bf16"))
+    assert model.forward.__func__ is forward
+    assert model(torch.zeros(1, 11)).dtype == torch.float32
+
+
+def test_half_precision_trains_nearly_as_float32_and_in_any_order_with_it():
+    best_device()
+    losses = {
+        precision: fit(tiny.MLP(), tiny.VectorTask(), TrainConfig(epochs=3, learning_rate=0.01, mixed_precision=precision))
+        for precision in ("no", "bf16")
+    }  # fmt: skip
+    again = fit(tiny.MLP(), tiny.VectorTask(), TrainConfig(epochs=3, learning_rate=0.01))
+    assert losses["bf16"] != losses["no"]
+    assert losses["bf16"] == pytest.approx(losses["no"], rel=0.05)
+    assert again == losses["no"]
+
+
+def test_progress_is_told_what_is_done_and_how_many_batches_there_are():
+    seen = []
+
+    def track(items, description, total):
+        seen.append((description, total))
+        return items
+
+    fit(tiny.MLP(), tiny.VectorTask(), TrainConfig(epochs=2), track=track)
+    assert seen == [("vectors: epoch 1/2", 3), ("vectors: epoch 2/2", 3)]
