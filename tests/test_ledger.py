@@ -255,9 +255,9 @@ def test_a_run_without_a_finished_task_may_start_over_with_what_was_mended(tmp_p
 
 
 def test_a_second_writer_is_refused_while_the_first_is_alive_and_let_in_after(tmp_path):
-    with open_ledger(tmp_path / "run", {}, ["a"]):
-        with pytest.raises(ValueError, match="another process is writing"), open_ledger(tmp_path / "run", {}, ["a"]):
-            pass
+    again = open_ledger(tmp_path / "run", {}, ["a"])
+    with open_ledger(tmp_path / "run", {}, ["a"]), pytest.raises(ValueError, match="another process is writing"):
+        again.__enter__()
     with open_ledger(tmp_path / "run", {}, ["a"]) as ledger:
         assert ledger.num_finished == 0
 

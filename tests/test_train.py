@@ -1,6 +1,7 @@
 """One task's optimisation, against plain PyTorch loops."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -254,11 +255,12 @@ def test_the_model_is_not_wrapped_afterwards():
 
 def test_half_precision_trains_nearly_as_float32_and_in_any_order_with_it():
     best_device()
+    config = TrainConfig(epochs=3, learning_rate=0.01)
     losses = {
-        precision: fit(tiny.MLP(), tiny.VectorTask(), TrainConfig(epochs=3, learning_rate=0.01, mixed_precision=precision))
+        precision: fit(tiny.MLP(), tiny.VectorTask(), replace(config, mixed_precision=precision))
         for precision in ("no", "bf16")
-    }  # fmt: skip
-    again = fit(tiny.MLP(), tiny.VectorTask(), TrainConfig(epochs=3, learning_rate=0.01))
+    }
+    again = fit(tiny.MLP(), tiny.VectorTask(), config)
     assert losses["bf16"] != losses["no"]
     assert losses["bf16"] == pytest.approx(losses["no"], rel=0.05)
     assert again == losses["no"]
