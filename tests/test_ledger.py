@@ -13,8 +13,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import tiny
-from keeplora import ledger as ledger_module
-from keeplora.ledger import Ledger, open_ledger, read_manifest
+from keeplora.ledger import Ledger, open_ledger
+from keeplora.manifest import read_manifest
 from keeplora.methods import KeepLoRAConfig
 from keeplora.models.dual_encoder import DualEncoder
 from keeplora.run import RunConfig, run
@@ -287,7 +287,7 @@ def fail_at(number, monkeypatch):
     calls = []
     real_sync = os.fsync
     monkeypatch.setattr(
-        ledger_module.os, "fsync", lambda file: full_disk() if len(calls) == number else calls.append(real_sync(file))
+        os, "fsync", lambda file: full_disk() if len(calls) == number else calls.append(real_sync(file))
     )
 
 
@@ -316,7 +316,7 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
     with open_ledger(tmp_path / "run", {}, ["a"]) as ledger:
         ledger.write("metrics.json", b"the old content")
         with monkeypatch.context() as patch:
-            patch.setattr(ledger_module.os, "fsync", full_disk)
+            patch.setattr(os, "fsync", full_disk)
             with pytest.raises(OSError, match="No space"):
                 ledger.write("metrics.json", b"the new content")
         assert ledger.read("metrics.json") == b"the old content"

@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoTokenizer
 import tiny
 from keeplora.collect import silent
 from keeplora.evaluate import evaluate
-from keeplora.ledger import read_manifest
+from keeplora.manifest import read_manifest
 from keeplora.methods import KeepLoRAConfig, MethodConfig
 from keeplora.models.dual_encoder import DualEncoder
 from keeplora.results import Results

@@ -21,7 +21,8 @@ from transformers.utils import logging as transformers_logging
 from keeplora.config import parse, read_toml
 from keeplora.display import Display, matrix_table, score_table
 from keeplora.evaluate import evaluate as evaluate_model
-from keeplora.ledger import Ledger, read_manifest
+from keeplora.ledger import Ledger
+from keeplora.manifest import read_manifest
 from keeplora.methods import METHODS
 from keeplora.report import heat_maps, write_report
 from keeplora.run import RunConfig, load_stream

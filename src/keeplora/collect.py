@@ -8,12 +8,12 @@ import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from keeplora.borrow import device_of, evaluation_mode, only_these_require_grad
 from keeplora.task import Batch, Task, to_device
 
 Track = Callable[[Iterable[Batch], str, int | None], Iterable[Batch]]
@@ -115,37 +115,6 @@ def input_grams(
     for leader, gram in grams.items():
         _require_finite(gram, f"task {task.name!r}: the inputs of layer {leader!r} are not finite")
     return {name: grams[collector.leaders[name]] for name in targets}
-
-
-@contextmanager
-def only_these_require_grad(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Let only the given parameters require a gradient; give every flag back."""
-    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        model.requires_grad_(False)
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter, flag in before.items():
-            parameter.requires_grad_(flag)
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode; give each module its own mode back."""
-    before = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Return the device of a model's first parameter."""
-    return next(model.parameters()).device
 
 
 class _SecondMoment:

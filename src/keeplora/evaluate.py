@@ -5,7 +5,8 @@ from collections.abc import Sized
 import torch
 from torch import nn
 
-from keeplora.collect import Track, device_of, evaluation_mode, silent
+from keeplora.borrow import device_of, evaluation_mode
+from keeplora.collect import Track, silent
 from keeplora.metrics import METRICS
 from keeplora.models import StreamTask
 from keeplora.task import to_device

@@ -4,15 +4,11 @@ Safetensors and JSON only. Every file is written under a temporary name and rena
 of each, so that a reader never sees half a file and a damaged one is noticed.
 """
 
-import fcntl
 import hashlib
 import json
-import os
-import platform
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib.metadata import version
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from keeplora.adapter import CONFIG_FILE, WEIGHTS_FILE, SavedAdapter
+from keeplora.manifest import locked, open_manifest, write_atomically
 from keeplora.methods import TaskRecord
 from keeplora.results import Results
 from keeplora.subspace import certificate_to_json
 
 Phases = dict[str, dict[str, float]]
 """Seconds and peak memory (MiB) of each phase, by its name."""
-
-FORMAT = 1
-"""Version of the layout of a run directory; a reader refuses a newer one."""
-
-VERSIONS_OF = ("keeplora", "torch", "transformers", "peft", "accelerate", "safetensors")
 
 
 class Ledger:
@@ -127,14 +119,7 @@ class Ledger:
         """Write a file under a temporary name, rename it, and remember its hash."""
         if not _is_main_process():
             return
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".part")
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_atomically(self.folder / name, content)
         self.manifest["files"][name] = hashlib.sha256(content).hexdigest()
 
     def write_json(self, name: str, value: object) -> None:
@@ -187,10 +172,7 @@ class Ledger:
     def write_manifest(self) -> None:
         """Write `run.json`; what it does not list has not happened."""
         if _is_main_process():
-            content = (json.dumps(self.manifest, indent=1) + "\n").encode()
-            temporary = self.folder / "run.json.part"
-            temporary.write_bytes(content)
-            temporary.replace(self.folder / "run.json")
+            write_atomically(self.folder / "run.json", (json.dumps(self.manifest, indent=1) + "\n").encode())
 
 
 @contextmanager
@@ -206,76 +188,10 @@ def open_ledger(folder: Path, config: dict[str, Any], tasks: list[str]) -> Itera
     if folder.exists() and not (folder / "run.json").exists() and {path.name for path in folder.iterdir()} - ours:
         raise ValueError(f"{folder} is not empty and holds no run; give another --output, or empty it")
     folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder):
-        ledger = Ledger(folder, _manifest(folder, config, tasks))
+    with locked(folder) if _is_main_process() else nullcontext():
+        ledger = Ledger(folder, open_manifest(folder, config, tasks))
         ledger.write_manifest()
         yield ledger
-
-
-def _manifest(folder: Path, config: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
-    """Return the manifest of the run that is there, or a new one."""
-    if (folder / "run.json").exists():
-        found = read_manifest(folder)
-        if found["tasks_finished"] > 0:  # Otherwise nothing is lost by starting over, perhaps with what was mended.
-            _require_same(folder, found, config, tasks)
-            return found
-    return {
-        "format": FORMAT,
-        "versions": {name: version(name) for name in VERSIONS_OF} | {"python": platform.python_version()},
-        "config": config,
-        "tasks": tasks,
-        "tasks_finished": 0,
-        "phase": "running",
-        "files": {},
-    }
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read `run.json`.
-
-    Raises:
-        ValueError: If the folder holds no run, or one of a newer format, or the file is damaged.
-    """
-    path = folder / "run.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} holds no run: there is no {path}")
-    try:
-        manifest = json.loads(path.read_text())
-        newer = manifest["format"] > FORMAT
-        complete = {"config", "tasks", "tasks_finished", "phase", "files"} <= set(manifest)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or not of keeplora: {error}") from None
-    if newer:
-        raise ValueError(f"{path} has format {manifest['format']}, newer than {FORMAT}; update keeplora")
-    if not complete:
-        raise ValueError(f"{path} is damaged or not of keeplora: a key is missing")
-    return dict(manifest)
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Keep a second process out; the operating system drops the lock when its owner ends, however it ends."""
-    if not _is_main_process():
-        yield
-        return
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is writing to {folder}; wait for it, or give another --output") from None
-        yield
-
-
-def _require_same(folder: Path, found: dict[str, Any], config: dict[str, Any], tasks: list[str]) -> None:
-    different = [
-        f"{key} was {found['config'].get(key)!r}, is {config.get(key)!r}"
-        for key in sorted({*found["config"], *config})
-        if found["config"].get(key) != config.get(key)
-    ]
-    if found["tasks"] != tasks:
-        different.append(f"tasks were {found['tasks']}, are {tasks}")
-    if different:
-        raise ValueError(f"{folder} holds another run ({'; '.join(different)}); give another --output")
 
 
 def _is_main_process() -> bool:

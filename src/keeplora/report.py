@@ -8,6 +8,7 @@ import jinja2
 import matplotlib
 from matplotlib.figure import Figure
 
+from keeplora.manifest import write_atomically
 from keeplora.results import Results
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -24,9 +25,7 @@ METRIC_NAMES = {
 
 def write_report(runs: list[Results], path: Path) -> None:
     """Write the page of some runs to a file."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(page(runs), encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, page(runs).encode())
 
 
 def page(runs: list[Results]) -> str:

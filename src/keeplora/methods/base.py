@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from keeplora import adapter
 from keeplora.adapter import SavedAdapter
-from keeplora.collect import Track, device_of, evaluation_mode, silent
+from keeplora.borrow import device_of, evaluation_mode
+from keeplora.collect import Track, silent
 from keeplora.config import Config
 from keeplora.subspace import LayerCertificate
 from keeplora.task import Task, to_device

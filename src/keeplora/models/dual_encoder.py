@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-from keeplora.collect import Track, device_of, evaluation_mode
+from keeplora.borrow import device_of, evaluation_mode
+from keeplora.collect import Track
 from keeplora.datasets import read_splits
 from keeplora.models.base import StreamTask
 from keeplora.models.pixels import Pixels, PixelStore
