@@ -12,7 +12,7 @@ from keeplora.methods import METHODS
 ROOT = Path(keeplora.__file__).parent
 
 LAYERS = [
-    {"config", "borrow", "manifest"},
+    {"config", "borrow", "manifest", "towers", "examples"},
     {"linalg", "results", "metrics", "task"},
     {"collect", "subspace", "adapter", "datasets", "report"},
     {"methods", "models", "train", "display"},

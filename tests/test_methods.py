@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from keeplora.collect import mean_gradients
 from keeplora.methods import METHODS, KeepLoRA, KeepLoRAConfig, LoRAFT, MethodConfig, ZeroShot
-from keeplora.methods.keeplora import layer_scales
+from keeplora.towers import layer_scales
 from tiny import (
     MLP,
     NarrowTask,

@@ -50,8 +50,8 @@ def test_each_layer_has_its_own_share():
 
 def test_a_basis_of_a_half_precision_weight_is_in_float32():
     half = {name: weight.bfloat16() for name, weight in weights().items()}
-    for bases in (subspace.principal_bases(half, dict.fromkeys(D_IN, 0.5)), subspace.empty_bases(half)):
-        assert all(basis.dtype == torch.float32 for basis in bases.values())
+    bases = subspace.principal_bases(half, dict.fromkeys(D_IN, 0.5))
+    assert all(basis.dtype == torch.float32 for basis in bases.values())
 
 
 def test_new_directions_reach_the_share_of_the_total_energy_with_the_fewest():

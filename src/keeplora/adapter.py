@@ -90,6 +90,7 @@ def attach(
         target_modules=list(ranks),
         rank_pattern={name: ranks[name] for name in names if ranks[name] != rank},
         alpha_pattern={name: alphas[name] for name in names if alphas[name] != alpha},
+        exclude_modules=_namesakes(model, set(ranks)) or None,
         lora_dropout=0.0,
         bias="none",
     )
@@ -102,6 +103,12 @@ def attach(
         set_factors(layers[name], a, b)
         layers[name].lora_A[ADAPTER].weight.requires_grad_(False)
     return adapted
+
+
+def _namesakes(model: nn.Module, targets: set[str]) -> list[str]:
+    """List the layers that PEFT would take for a target because their name ends in one."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in targets]
+    return [name for name in names if any(name.endswith(f".{target}") for target in targets)]
 
 
 def lora_layers(adapted: nn.Module) -> dict[str, LoraLinear]:
@@ -140,6 +147,17 @@ def detach(adapted: nn.Module) -> SavedAdapter:
     weights = get_peft_model_state_dict(adapted, adapter_name=ADAPTER)
     copies = {name: value.detach().cpu().clone() for name, value in weights.items()}
     return SavedAdapter(cast(PeftModel, adapted).peft_config[ADAPTER], copies)
+
+
+def inner(adapted: nn.Module) -> nn.Module:
+    """Return the base model with the adapter's layers inside it, without PEFT's wrapper."""
+    return cast(nn.Module, cast(PeftModel, adapted).get_base_model())
+
+
+def base_parameters(adapted: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the base model's parameters by the names they have without the adapter."""
+    found = inner(adapted).named_parameters()
+    return {name.replace(".base_layer.", "."): value for name, value in found if ".lora_" not in name}
 
 
 def merge(adapted: nn.Module) -> nn.Module:

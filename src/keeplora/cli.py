@@ -19,7 +19,7 @@ from rich.markup import escape
 from transformers.utils import logging as transformers_logging
 
 from keeplora.config import parse, read_toml
-from keeplora.display import Display, matrix_table, score_table
+from keeplora.display import Display, evaluation_table, matrix_table
 from keeplora.evaluate import evaluate as evaluate_model
 from keeplora.ledger import Ledger
 from keeplora.manifest import read_manifest
@@ -69,7 +69,7 @@ def demo(output: Path = Path("runs/demo"), *, seed: int = 0) -> None:
         console.print(matrix_table(run_results))
     write_report(runs, output / "report.html")
     (output / "heat_maps.png").write_bytes(heat_maps(runs))
-    console.print(f"Report: {output / 'report.html'}")
+    console.print(f"Report: {escape(str(output / 'report.html'))}")
 
 
 def run(flags: tyro.conf.OmitArgPrefixes[RunFlags]) -> None:
@@ -86,26 +86,26 @@ def run(flags: tyro.conf.OmitArgPrefixes[RunFlags]) -> None:
     with display.shown():
         results = run_stream(config, track=display.track, watch=display.watch)
     console.print(matrix_table(results))
-    console.print(f"Run directory: {config.output}")
+    console.print(f"Run directory: {escape(str(config.output))}")
 
 
-def evaluate(run: tyro.conf.Positional[Path], *, split: Literal["test", "validation"] = "test") -> None:
+def evaluate(run: tyro.conf.Positional[Path], *, split: Literal["test", "validation"] | None = None) -> None:
     """Evaluate the model of a run directory on all tasks of its benchmark, and compare with what the run recorded.
 
     Args:
         run: The run directory.
-        split: The examples to evaluate on.
+        split: The examples to evaluate on; the run's own if not given.
     """
     ledger = Ledger(run, read_manifest(run))
-    config = ledger.manifest["config"]
-    folder = run / "model"
-    if not folder.is_dir():
+    if ledger.num_finished == 0:
         raise ValueError(f"{run} has no model yet: no task is finished; go on with the run first")
-    recorded = ledger.results()
+    ledger.require_intact_model()
+    config = ledger.manifest["config"]
+    split = split or config["evaluation"]
     display = Display(console)
     with display.shown():
         model, tasks = load_stream(
-            str(folder),
+            str(run / "model"),
             config["benchmark"],
             batch_size=config["train"]["batch_size"],
             evaluation=split,
@@ -116,9 +116,7 @@ def evaluate(run: tyro.conf.Positional[Path], *, split: Literal["test", "validat
             if record.head:
                 task.load_head(record.head)
         scores = evaluate_model(model, tasks, track=display.track)
-    console.print(
-        score_table([dataclasses.replace(recorded, method=f"evaluated ({split})", accuracy=[scores]), recorded])
-    )
+    console.print(evaluation_table(ledger.results(), config["evaluation"], scores, split))
 
 
 def run_defaults(benchmark: str, method: str, values: dict[str, Any], source: str) -> RunConfig:
@@ -132,10 +130,19 @@ def run_defaults(benchmark: str, method: str, values: dict[str, Any], source: st
     defaults = read_benchmark(benchmark).defaults
     if unknown := sorted(set(defaults) - {"train", *METHODS}):
         raise ValueError(f"benchmark {benchmark!r}: [defaults.{unknown[0]}] is neither train nor a method")
-    options = {**defaults.get(method, {}), **values.pop("options", {})}
-    train = {**defaults.get("train", {}), **options.pop("train", {}), **values.pop("train", {})}
+    own = dict(defaults.get(method, {}))
+    train = {**defaults.get("train", {}), **own.pop("train", {}), **_table(values, "train", source)}
+    options = {**own, **_table(values, "options", source)}
     parsed = parse(RunConfig, {**values, "train": train, "benchmark": benchmark, "method": method}, source=source)
     return dataclasses.replace(parsed, options=parse(METHODS[method].Config, options, source=f"{source} [options]"))
+
+
+def _table(values: dict[str, Any], key: str, source: str) -> dict[str, Any]:
+    """Take a table out of a file's values."""
+    table = values.pop(key, {})
+    if not isinstance(table, dict):
+        raise ValueError(f"{source}: {key} = {table!r} must be a table, [{key}]")
+    return table
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {"demo": demo, "run": run, "evaluate": evaluate}
@@ -164,8 +171,11 @@ def _with_default(arguments: list[str]) -> Any:
         parser.add_argument(name, nargs="?")
     named, _ = parser.parse_known_args(arguments)
     values = read_toml(Path(named.config)) if named.config else {}
-    benchmark = named.benchmark or values.pop("benchmark", RunConfig.benchmark)
-    method = named.method or values.pop("method", RunConfig.method)
+    for key, given in (("benchmark", named.benchmark), ("method", named.method)):
+        values[key] = given or values.get(key, getattr(RunConfig, key))
+        if not isinstance(values[key], str):
+            raise ValueError(f"{named.config}: {key} = {values[key]!r} must be a name")
+    benchmark, method = values.pop("benchmark"), values.pop("method")
     config = run_defaults(benchmark, method, values, named.config or "the benchmark's defaults")
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(RunConfig)}
     default = RunFlags(**fields, config=Path(named.config) if named.config else None)

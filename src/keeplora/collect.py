@@ -91,8 +91,6 @@ def input_grams(
         ValueError: If a layer was never reached, if its input is not finite, or if it shares its input with another
             layer in one batch and not in the next.
     """
-    if features == "batch_mean" and dist.is_initialized():
-        raise ValueError("features = 'batch_mean' is defined for one process only; use second_moment")
     collector = _GramCollector(task, STATISTICS[features])
     handles = []
     try:

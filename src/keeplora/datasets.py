@@ -7,16 +7,17 @@ import io
 import os
 import zipfile
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import datasets as hf_datasets
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from keeplora.examples import Examples
 from keeplora.task import TaskSpec
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -25,41 +26,6 @@ HELD_OUT = 0.2
 """Share of the training images that becomes the validation split of a task that has none."""
 
 HOLD_OUT_SEED = 42
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Labelled images of one split: `labels[i]` indexes `class_names`, `load(i)` decodes image i."""
-
-    class_names: tuple[str, ...]
-    labels: tuple[int, ...]
-    load: Callable[[int], Image.Image]
-    origin: Callable[[int], str]
-    """Says where image i comes from, for messages."""
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def image(self, index: int) -> Image.Image:
-        """Decode image `index` as RGB.
-
-        Raises:
-            ValueError: If it cannot be read; the message names it.
-        """
-        try:
-            with self.load(index) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, UnidentifiedImageError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{self.origin(index)} is not a readable image ({error}); replace or remove it") from None
-
-    def subset(self, indices: list[int]) -> "Examples":
-        """Return some of the examples."""
-        return replace(
-            self,
-            labels=tuple(self.labels[i] for i in indices),
-            load=lambda i: self.load(indices[i]),
-            origin=lambda i: self.origin(indices[i]),
-        )
 
 
 def read_splits(spec: TaskSpec, evaluation: str) -> tuple[Examples, Examples]:
@@ -75,7 +41,7 @@ def read_splits(spec: TaskSpec, evaluation: str) -> tuple[Examples, Examples]:
         raise ValueError(f"task {spec.name!r}: unknown reader {spec.reader!r}; known readers: {', '.join(READERS)}")
     splits = READERS[spec.reader](spec)
     if "train" not in splits:
-        raise ValueError(f"task {spec.name!r}: {spec.path} has no train split")
+        raise ValueError(f"task {spec.name!r}: {spec.path} has no train split; it has {', '.join(splits)}")
     train = splits["train"]
     if evaluation == "validation" and "validation" not in splits:
         train, held_out = _hold_out(train)
@@ -83,6 +49,11 @@ def read_splits(spec: TaskSpec, evaluation: str) -> tuple[Examples, Examples]:
         held_out = splits[evaluation]
     else:
         raise ValueError(f"task {spec.name!r}: {spec.path} has no {evaluation} split; it has {', '.join(splits)}")
+    if unknown := sorted(set(spec.class_names) - set(train.class_names)):
+        raise ValueError(
+            f"task {spec.name!r}: class_names has {unknown[0]!r}, which is no class of {spec.path}; its classes are"
+            f" {', '.join(train.class_names[:20])}"
+        )
     names = tuple(spec.class_names.get(name, name) for name in train.class_names)
     _require_distinct(spec, names)
     held_out = _with_labels_of(train, held_out, spec, evaluation)
@@ -94,9 +65,12 @@ def read_splits(spec: TaskSpec, evaluation: str) -> tuple[Examples, Examples]:
 def _read_folder(spec: TaskSpec) -> dict[str, Examples]:
     """Read `SPLIT/CLASS/IMAGE` from a folder or a zip archive."""
     if spec.path.is_dir():
-        names = [path.relative_to(spec.path).as_posix() + "/" * path.is_dir() for path in spec.path.rglob("*")]
+        names = [path.relative_to(spec.path).as_posix() + "/" * path.is_dir() for path in _walk(spec.path)]
     elif zipfile.is_zipfile(spec.path):
-        names = _archive(spec.path, os.getpid()).namelist()
+        try:
+            names = _archive(spec.path, os.getpid()).namelist()
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"task {spec.name!r}: {spec.path} is a damaged zip archive: {error}") from None
     else:
         raise ValueError(
             f"task {spec.name!r}: {spec.path} is neither a folder nor a zip archive; expected SPLIT/CLASS/IMAGE in it"
@@ -126,6 +100,12 @@ def _folder_split(spec: TaskSpec, split: str, images: list[str], class_names: tu
         load=load,
         origin=lambda i: f"task {spec.name!r}: {spec.path / mine[i]}",
     )
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """Yield everything below a folder, through symbolic links too."""
+    for folder, folders, files in os.walk(root, followlinks=True):
+        yield from (Path(folder) / name for name in [*folders, *files])
 
 
 @lru_cache(maxsize=64)

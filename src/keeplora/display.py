@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -84,9 +85,20 @@ def score_table(runs: list[Results]) -> Table:
         table.add_column(f"{run.method}\n{len(run.accuracy)}/{len(run.tasks)}", justify="right")
     for i, task in enumerate(runs[0].tasks):
         cells = [_cell(run, i) for run in runs]
-        table.add_row(task, f"{runs[0].zero_shot[i]:.1f}", *cells, end_section=i + 1 == len(runs[0].tasks))
+        table.add_row(escape(task), f"{runs[0].zero_shot[i]:.1f}", *cells, end_section=i + 1 == len(runs[0].tasks))
     for key in HEADLINE:
         table.add_row(METRIC_NAMES[key], "", *[_number(run.summary()[key]) for run in runs])
+    return table
+
+
+def evaluation_table(recorded: Results, recorded_on: str, scores: list[float], evaluated_on: str) -> Table:
+    """Tabulate what a run recorded after its last finished task beside a new evaluation of its model."""
+    table = Table(title=f"{recorded.method}: accuracy in %, {len(recorded.accuracy)} tasks learned")
+    table.add_column("task")
+    table.add_column(f"recorded\n({recorded_on})", justify="right")
+    table.add_column(f"evaluated\n({evaluated_on})", justify="right")
+    for task, before, now in zip(recorded.tasks, recorded.accuracy[-1], scores, strict=True):
+        table.add_row(escape(task), f"{before:.1f}", f"{now:.1f}")
     return table
 
 
@@ -96,11 +108,11 @@ def matrix_table(run: Results) -> Table:
     table = Table(title=f"{run.method}: accuracy in %", caption=summary)
     table.add_column("after learning", no_wrap=True)
     for task in run.tasks:
-        table.add_column(task, justify="right", min_width=4, overflow="ellipsis", no_wrap=True)
+        table.add_column(escape(task), justify="right", min_width=4, overflow="ellipsis", no_wrap=True)
     table.add_row("(untouched)", *[f"{score:.0f}" for score in run.zero_shot])
     for t, row in enumerate(run.accuracy):
         cells = [f"[bold]{score:.0f}[/]" if i == t else f"{score:.0f}" for i, score in enumerate(row)]
-        table.add_row(run.tasks[t], *cells)
+        table.add_row(escape(run.tasks[t]), *cells)
     return table
 
 

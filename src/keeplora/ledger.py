@@ -115,6 +115,16 @@ class Ledger:
             head=self._tensors(f"{folder}/head.safetensors"),
         ), adapter
 
+    def require_intact_model(self) -> None:
+        """Check the merged model's files against their hashes.
+
+        Raises:
+            ValueError: If one is missing or damaged; the message names it.
+        """
+        for name in self.manifest["files"]:
+            if name.startswith("model/"):
+                self.read(name)
+
     def write(self, name: str, content: bytes) -> None:
         """Write a file under a temporary name, rename it, and remember its hash."""
         if not _is_main_process():
@@ -165,6 +175,9 @@ class Ledger:
             final.rename(old)
         part.rename(final)
         shutil.rmtree(old, ignore_errors=True)
+        self.manifest["files"] = {
+            name: h for name, h in self.manifest["files"].items() if not name.startswith("model/")
+        }
         files = {f"model/{path.relative_to(final).as_posix()}": path for path in final.rglob("*") if path.is_file()}
         for name, path in files.items():
             self.manifest["files"][name] = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -40,7 +40,7 @@ def energy_rank(energies: Tensor, share: float, *, covered: float = 0.0, total: 
         The smallest `n` with `covered + energies[:n].sum() >= share * total`, or `len(energies)` where rounding
         keeps the sum below it.
     """
-    reached = covered + energies.double().clamp_min(0).cumsum(0)
+    reached = covered + energies.cpu().double().clamp_min(0).cumsum(0)
     total = float(reached[-1]) if total is None else total
     if total <= 0 or covered >= share * total:
         return 0

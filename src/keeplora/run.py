@@ -4,6 +4,7 @@ A run that was cut off goes on after its last finished task.
 """
 
 import dataclasses
+import json
 import resource
 import sys
 import time
@@ -21,11 +22,11 @@ from keeplora.collect import Track, silent
 from keeplora.config import Config
 from keeplora.evaluate import evaluate
 from keeplora.ledger import Ledger, Phases, open_ledger
-from keeplora.methods import METHODS, KeepLoRAConfig, Method, MethodConfig
+from keeplora.methods import METHODS, Method, MethodConfig
 from keeplora.models import StreamTask, family_of, locate
 from keeplora.report import page
 from keeplora.results import Results
-from keeplora.task import read_benchmark
+from keeplora.task import Benchmark, read_benchmark
 from keeplora.train import TrainConfig, best_device, fit, seed_everything
 
 Watch = Callable[[Results], None]
@@ -50,13 +51,20 @@ class RunConfig(Config):
     """The split to evaluate on; choose settings on validation."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """How each task is optimised."""
-    options: MethodConfig = field(default_factory=KeepLoRAConfig)
-    """The method's own options."""
+    options: MethodConfig = field(default_factory=MethodConfig)
+    """The method's own options; left out, its defaults."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}; known methods: {', '.join(METHODS)}")
+        kind = METHODS[self.method].Config
+        if type(self.options) is MethodConfig and kind is not MethodConfig:
+            object.__setattr__(self, "options", kind())
+        if type(self.options) is not kind:
+            raise ValueError(
+                f"options of method {self.method!r} must be {kind.__name__}, not {type(self.options).__name__}"
+            )
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed = {self.seed} must be from 0 to 2147483647")
 
@@ -70,7 +78,7 @@ def run(config: RunConfig, *, track: Track = silent, watch: Watch = lambda resul
     """
     best_device()  # Processes must have met before the run directory is opened: only the first one writes to it.
     benchmark = read_benchmark(config.benchmark)
-    with open_ledger(config.output, _plain(config), [spec.name for spec in benchmark.tasks]) as ledger:
+    with open_ledger(config.output, _plain(config, benchmark), [spec.name for spec in benchmark.tasks]) as ledger:
         if not ledger.is_complete:
             learn(config, ledger, track, watch)
         results = ledger.results()
@@ -140,7 +148,9 @@ def learn(config: RunConfig, ledger: Ledger, track: Track, watch: Watch) -> None
         with measured(phases, "evaluate"):
             scores = evaluate(model, tasks, track=track) if method.record.adapter else scores
         details = {"name": task.name, "scores": scores, "losses": losses, "phases": phases}
-        ledger.add_task(method.record, details, partial(family_of(config.model).save, model, locate(config.model)))
+        changed = method.record.adapter is not None or index == 0
+        save = partial(family_of(config.model).save, model, locate(config.model)) if changed else None
+        ledger.add_task(method.record, details, save)
         watch(ledger.results())
 
 
@@ -170,9 +180,13 @@ def _peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
-def _plain(config: RunConfig) -> dict[str, Any]:
-    """Return the configuration as JSON values, without the place it is written to."""
+def _plain(config: RunConfig, benchmark: Benchmark) -> dict[str, Any]:
+    """Return as JSON values what a run is: its configuration and its tasks, but not the place it is written to."""
     values = dataclasses.asdict(config)
     del values["output"]
-    values["options"]["targets"] = list(config.options.targets)
-    return values
+    if config.benchmark.endswith(".toml"):
+        values["benchmark"] = str(Path(config.benchmark).resolve())
+    tasks = {spec.name: dataclasses.asdict(spec) for spec in benchmark.tasks}
+    for spec in tasks.values():
+        spec["path"] = spec["path"].name
+    return dict(json.loads(json.dumps({**values, "tasks": tasks})))

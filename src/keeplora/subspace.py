@@ -5,10 +5,8 @@ the KeepLoRA paper, arXiv 2601.19659) and grows by the dominant input directions
 """
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from keeplora import linalg
@@ -45,11 +43,6 @@ def principal_bases(weights: dict[str, Tensor], shares: dict[str, float]) -> dic
         weight = weight.detach().float()
         bases[name] = linalg.top_directions(weight.T @ weight, shares[name])
     return bases
-
-
-def empty_bases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a basis without columns for each weight."""
-    return {name: weight.new_zeros(weight.shape[1], 0, dtype=torch.float32) for name, weight in weights.items()}
 
 
 def new_directions(bases: dict[str, Tensor], grams: dict[str, Tensor], share: float) -> dict[str, Tensor]:
@@ -121,8 +114,3 @@ def certificate_to_json(certificate: dict[str, LayerCertificate]) -> dict[str, o
         "residual_dims": min(layer.residual_dims for layer in certificate.values()),
     }
     return {"worst": worst, "layers": {name: asdict(layer) for name, layer in certificate.items()}}
-
-
-def load_directions(path: Path) -> dict[str, Tensor]:
-    """Read the directions a task added, one tensor `[d_in, k]` for each layer."""
-    return load_file(path)

@@ -120,9 +120,16 @@ def read_benchmark(name: str) -> Benchmark:
     if not name.endswith(".toml") and not path.is_file():
         known = ", ".join(sorted(file.stem for file in BENCHMARKS.glob("*.toml")))
         raise ValueError(f"unknown benchmark {name!r}; known: {known}, or give the path of a .toml file")
-    benchmark = parse(Benchmark, {"name": path.stem} | read_toml(path), source=str(path))
+    values = read_toml(path)
+    if any(isinstance(task, dict) and "hub" in task for task in _as_list(values.get("tasks"))):
+        raise ValueError(f"{path}: tasks have no key 'hub'; give the name of a dataset as path")
+    benchmark = parse(Benchmark, {"name": path.stem} | values, source=str(path))
     tasks = tuple(replace(task, path=path.parent / task.path, hub=str(task.path)) for task in benchmark.tasks)
     return replace(benchmark, tasks=tasks)
+
+
+def _as_list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -132,7 +139,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
-        return type(batch)(to_device(value, device) for value in batch)
+        moved = [to_device(value, device) for value in batch]
+        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
     return batch
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ def seed_everything(seed: int) -> None:
 
 def best_device() -> torch.device:
     """Return the device that training will use, and meet the other processes if there are any."""
-    return torch.device(PartialState().device)
+    return torch.device(_accelerator("no").device)
 
 
 def fit(
@@ -200,6 +200,8 @@ def _prepared_batches(accelerator: Any, task: Task) -> Any:
 
 
 def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> LRScheduler:
+    if steps == 1:  # Either schedule would spend its only step at the end of the cycle, at a rate of nearly zero.
+        return LambdaLR(optimizer, lambda step: 1.0)
     if config.schedule == "one_cycle":
         return OneCycleLR(optimizer, max_lr=config.learning_rate, total_steps=steps)
     warmup = config.warmup * steps

@@ -40,6 +40,9 @@ class MethodConfig(Config):
             raise ValueError(f"rank = {self.rank} leaves nothing to train; set it to at least 1")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"alpha = {self.alpha} must be a positive number")
+        targets: object = self.targets
+        if isinstance(targets, str):
+            raise ValueError(f"targets = {targets!r} must be a tuple of names, such as ({targets!r},)")
         if not self.targets:
             raise ValueError("targets is empty; name at least one linear layer")
 
@@ -74,6 +77,7 @@ class Method:
         self.track = track
         self.record = TaskRecord()
         self._required_grad: dict[str, bool] = {}
+        self._fingerprints: dict[str, Tensor] = {}
 
     def before_task(self, model: nn.Module, task: Task) -> nn.Module:
         """Return the model to train on a task: here a stock PEFT LoRA model, with the same outputs as the given one.
@@ -110,8 +114,9 @@ class Method:
         return self.give_back(adapter.merge_from(model, folder))
 
     def borrow(self, model: nn.Module) -> None:
-        """Remember which parameters required a gradient."""
+        """Remember which parameters required a gradient, and what the weights were."""
         self._required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        self._fingerprints = {name: _fingerprint(parameter) for name, parameter in model.named_parameters()}
 
     def give_back(self, model: nn.Module) -> nn.Module:
         """Let the parameters require a gradient as they did before the task."""
@@ -119,10 +124,25 @@ class Method:
             parameter.requires_grad_(self._required_grad[name])
         return model
 
+    def _require_untouched(self, model: nn.Module, task: Task) -> None:
+        """Check that training changed the adapter alone: only then does the certificate speak for the weights."""
+        for name, parameter in adapter.base_parameters(model).items():
+            if name in self._fingerprints and not torch.equal(_fingerprint(parameter), self._fingerprints[name]):
+                raise ValueError(
+                    f"task {task.name!r}: the weight {name!r} of the base model was changed during training; train only"
+                    " the parameters that require a gradient after before_task"
+                )
+
     def merge_checked(self, model: nn.Module, task: Task) -> tuple[nn.Module, float]:
-        """Merge the adapter; return the base model and the largest change of one batch's outputs."""
+        """Merge the adapter; return the base model and the largest change of one batch's outputs.
+
+        Raises:
+            ValueError: If a weight of the base model was trained, or the merge changed the outputs.
+        """
+        self._require_untouched(model, task)
         batch = to_device(next(iter(task.batches())), device_of(model))
-        before = _outputs(model, task, batch)
+        # The base model with its adapter inside: a trainer may have left a wrapper of other precision around it.
+        before = _outputs(adapter.inner(model), task, batch)
         dtype = next(model.parameters()).dtype
         merged = self.give_back(adapter.merge(model))
         error = float((_outputs(merged, task, batch) - before).abs().max())
@@ -133,6 +153,12 @@ class Method:
                 f" {dtype} explains; was the model altered outside the adapter?"
             )
         return merged, error
+
+
+def _fingerprint(parameter: Tensor) -> Tensor:
+    """Return a projection of a parameter that any change of it changes: one number a row."""
+    rows = parameter.detach().reshape(len(parameter) if parameter.dim() > 1 else 1, -1).float()
+    return rows @ torch.linspace(1.0, 2.0, rows.shape[1], device=rows.device).sin()
 
 
 def _outputs(model: nn.Module, task: Task, batch: object) -> Tensor:

@@ -8,20 +8,20 @@ followed; `features="batch_mean"` and `b_start="gradient"` bring the release's c
 
 import logging
 import math
-import re
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from keeplora import adapter, collect, linalg, subspace
 from keeplora.collect import Track, silent
 from keeplora.methods.base import HEAD, Method, MethodConfig, TaskRecord
 from keeplora.task import Task
+from keeplora.towers import layer_scales, tower_share
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +84,7 @@ class KeepLoRA(Method):
         Raises:
             ValueError: If no layer matches the targets, a gradient is not finite, or nothing is left to learn with.
         """
+        self._require_one_process()
         self.protect_principal(model)
         gradients = collect.mean_gradients(
             model, task, list(self.bases), share=self.config.gradient_share, track=self.track
@@ -93,8 +94,8 @@ class KeepLoRA(Method):
         head = task.start_head(model) if self.config.classifier == "cosine" else None
         self.borrow(model)
         adapted = adapter.attach(model, ranks, self._alphas(ranks), factors=factors)
-        self._starts = factors if self.config.b_start == "gradient" else {}
-        self._shift_base(adapted, -1.0)
+        if self.config.b_start == "gradient":
+            self._take_start_out(adapted, factors)
         if head is not None:
             adapted.add_module(HEAD, head)
         return adapted
@@ -105,7 +106,7 @@ class KeepLoRA(Method):
         Raises:
             ValueError: If the update left the residual subspace, or the merge changed the outputs.
         """
-        self._shift_base(model, +1.0)
+        self._put_start_back(model)
         updates = adapter.factors_of(model)
         self._require_no_leak(updates, task)
         saved = adapter.detach(model)
@@ -137,7 +138,7 @@ class KeepLoRA(Method):
             return
         targets = adapter.linear_targets(model, self.config.targets)
         weights = {name: model.get_parameter(f"{name}.weight").detach() for name in targets}
-        shares = {name: _tower_share(name, self.config.weight_energy) for name in targets}
+        shares = {name: tower_share(name, self.config.weight_energy) for name in targets}
         self.bases = subspace.principal_bases(weights, shares)
 
     def _residual_factors(self, gradients: dict[str, Tensor], task: Task) -> dict[str, tuple[Tensor, Tensor]]:
@@ -174,20 +175,34 @@ class KeepLoRA(Method):
                 task.name, len(left_alone), len(ranks), ", ".join(left_alone),
             )  # fmt: skip
 
+    def _require_one_process(self) -> None:
+        if not dist.is_initialized():
+            return
+        for option, value in (("features", "batch_mean"), ("classifier", "cosine")):
+            if getattr(self.config, option) == value:
+                raise ValueError(f"{option} = {value!r} works in one process only; run without a launcher")
+
     def _alphas(self, ranks: dict[str, int]) -> dict[str, float]:
         """Return each layer's alpha, so that alpha / rank is the same where a rank had to shrink."""
         scales = layer_scales(list(self.bases), self.config.layer_scale)
         return {name: self.config.alpha * rank / self.config.rank * scales[name] for name, rank in ranks.items()}
 
-    def _shift_base(self, adapted: nn.Module, sign: float) -> None:
-        """Move the start of `b` out of the weight (-1), or back into it and out of `b` (+1), unless it was zero."""
+    def _take_start_out(self, adapted: nn.Module, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Reduce the weights by the start of the update, so that the function stays; keep them for later."""
         layers = adapter.lora_layers(adapted)
-        for name, (a, b) in self._starts.items():
-            scaling = layers[name].scaling[adapter.ADAPTER]
-            adapter.add_to_base(layers[name], sign * scaling * b @ a)
-            if sign > 0:
-                trained = layers[name].lora_B[adapter.ADAPTER].weight.detach()
-                adapter.set_factors(layers[name], a, trained - b)
+        for name, (a, b) in factors.items():
+            weight = layers[name].get_base_layer().weight
+            self._starts[name] = (b, weight.detach().clone())
+            adapter.add_to_base(layers[name], -layers[name].scaling[adapter.ADAPTER] * b @ a)
+
+    def _put_start_back(self, adapted: nn.Module) -> None:
+        """Give the weights back, bit by bit, and take the start out of `b`: the adapter is then the whole update."""
+        layers = adapter.lora_layers(adapted)
+        for name, (b, weight) in self._starts.items():
+            with torch.no_grad():
+                layers[name].get_base_layer().weight.copy_(weight)
+                layers[name].lora_B[adapter.ADAPTER].weight.sub_(b)
+        self._starts = {}
 
     def _require_no_leak(self, updates: dict[str, tuple[Tensor, Tensor]], task: Task) -> None:
         for name, (a, b) in updates.items():
@@ -201,25 +216,6 @@ class KeepLoRA(Method):
                 )
 
 
-def layer_scales(names: list[str], first: float) -> dict[str, float]:
-    """Return the factor of each layer's update: `first` at the shallowest block of its tower, 1 at the deepest.
-
-    Blocks are told by the first number in a layer's name; layers without one keep the factor 1 (KeepLoRA++,
-    arXiv 2606.16256).
-    """
-    blocks: dict[str, dict[str, int]] = defaultdict(dict)
-    for name in names:
-        if match := re.match(r"(|.*?\.)(\d+)(\.|$)", name):
-            blocks[match[1]][name] = int(match[2])
-    scales = dict.fromkeys(names, 1.0)
-    for tower in blocks.values():
-        numbers = sorted(set(tower.values()))
-        for name, number in tower.items():
-            depth = numbers.index(number) / (len(numbers) - 1) if len(numbers) > 1 else 1.0
-            scales[name] = first + (1.0 - first) * depth
-    return scales
-
-
 def _leading_rows(residual: Tensor, basis: Tensor, rank: int, norm: float, seed: int) -> Tensor:
     """Return the top input directions of a residual gradient as orthonormal rows, at most `rank`, perhaps none."""
     room = min(rank, basis.shape[0] - basis.shape[1], *residual.shape)
@@ -227,16 +223,6 @@ def _leading_rows(residual: Tensor, basis: Tensor, rank: int, norm: float, seed:
         return residual.new_zeros(0, basis.shape[0])
     _, s, vh = linalg.low_rank(residual, room, seed=seed)
     return linalg.orthonormal_rows(vh[s > SIGNIFICANT * norm], basis)
-
-
-def _tower_share(name: str, weight_energy: float | Mapping[str, float]) -> float:
-    if not isinstance(weight_energy, Mapping):
-        return weight_energy
-    for tower, share in weight_energy.items():
-        if tower in name:
-            return share
-    towers = ", ".join(weight_energy)
-    raise ValueError(f"layer {name!r} is in none of the towers {towers} of weight_energy; give it one value for all")
 
 
 def _head_state(model: nn.Module) -> dict[str, Tensor]:

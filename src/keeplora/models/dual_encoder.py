@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -73,7 +74,7 @@ class ClassificationTask(StreamTask):
         text = self._text_of(model)
         scale = cast(Tensor, model.logit_scale).exp()
         logits = scale * F.normalize(images, dim=-1) @ text.T
-        return logits if self.head is None else logits + scale * self.head(images)
+        return logits if self.head is None else logits + scale * self.head.to(images.device)(images)
 
     def predict(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the most likely class of every image, `[n]`."""
@@ -132,8 +133,18 @@ class DualEncoder:
     """Loads a dual encoder and makes classification tasks for it."""
 
     def load(self, name: str) -> nn.Module:
-        """Load a model in float32 by hub name or folder."""
-        return cast(nn.Module, AutoModel.from_pretrained(name, dtype=torch.float32).eval())
+        """Load a model in float32 by hub name or folder.
+
+        Raises:
+            ValueError: If its weights cannot be read, or some are missing.
+        """
+        try:
+            model, info = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"the weights of model {name!r} cannot be loaded: {error}") from None
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(f"model {name!r} has no weight {missing[0]!r} ({len(missing)} are missing); get it anew")
+        return cast(nn.Module, model.eval())
 
     def tasks(
         self, name: str, specs: tuple[TaskSpec, ...], *, batch_size: int, evaluation: str, seed: int, track: Track
@@ -143,8 +154,11 @@ class DualEncoder:
         Raises:
             ValueError: If data is missing, inconsistent, or unreadable, or a prompt is longer than the context.
         """
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        processor = AutoImageProcessor.from_pretrained(name, backend="pil")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            processor = AutoImageProcessor.from_pretrained(name, backend="pil")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"the tokenizer or image processor of model {name!r} cannot be loaded: {error}") from None
         store = PixelStore(processor)
         tasks: list[StreamTask] = []
         for index, spec in enumerate(specs):
@@ -188,6 +202,8 @@ def tokenise(tokenizer: Any, texts: list[str], task: str) -> dict[str, Tensor]:
             " shorten the template or the class names"
         )
     encoded = tokenizer(texts, padding="longest" if masked else "max_length", return_tensors="pt")
+    if len(encoded["input_ids"].unique(dim=0)) < len(texts):
+        raise ValueError(f"task {task!r}: the tokenizer cannot tell the class names apart; is it the model's own?")
     return {key: encoded[key] for key in ("input_ids", "attention_mask") if key in encoded}
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from keeplora.collect import Track
-from keeplora.datasets import Examples
+from keeplora.examples import Examples
 
 Item = tuple[Tensor, int]
 
@@ -55,16 +55,19 @@ class PixelStore:
         Raises:
             ValueError: If an image cannot be read; the message names it.
         """
-        chunks: list[Tensor] = []
+        kept: Tensor | None = None
         starts = range(0, len(examples), READ_AT_ONCE)
         for start in track(starts, description, len(starts)):
             chunk = self._resized([examples.image(i) for i in range(start, min(start + READ_AT_ONCE, len(examples)))])
-            self.left -= chunk.numel()
-            chunks = [*chunks, chunk] if self.left >= 0 else []
-        if self.left < 0:
+            if start == 0 and chunk[0].numel() * len(examples) <= self.left:
+                kept = chunk.new_empty(len(examples), *chunk.shape[1:])
+                self.left -= kept.numel()
+            if kept is not None:
+                kept[start : start + len(chunk)] = chunk
+        if kept is None:
             return Pixels(examples.labels, lambda i: self._resized([examples.image(i)])[0], self.normalise)
-        kept = torch.cat(chunks)
-        return Pixels(examples.labels, lambda i: kept[i], self.normalise)
+        pixels = kept
+        return Pixels(examples.labels, lambda i: pixels[i], self.normalise)
 
     def _resized(self, images: list[Any]) -> Tensor:
         values = self.processor(images, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]

@@ -1,0 +1,41 @@
+"""What a layer's name tells: the tower it belongs to, and how deep it lies there."""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+
+
+def tower_share(name: str, weight_energy: float | Mapping[str, float]) -> float:
+    """Return a layer's share of the energy: the one value, or that of the tower which its name names.
+
+    A tower's name matches a part of the layer's name, alone or followed by an underscore: vision, vision_model.
+
+    Raises:
+        ValueError: If the layer is in none of the towers.
+    """
+    if not isinstance(weight_energy, Mapping):
+        return weight_energy
+    for tower, share in weight_energy.items():
+        if any(part == tower or part.startswith(f"{tower}_") for part in name.split(".")):
+            return share
+    towers = ", ".join(weight_energy)
+    raise ValueError(f"layer {name!r} is in none of the towers {towers} of weight_energy; give it one value for all")
+
+
+def layer_scales(names: list[str], first: float) -> dict[str, float]:
+    """Return the factor of each layer's update: `first` at the shallowest block of its tower, 1 at the deepest.
+
+    Blocks are told by the first number in a layer's name; layers without one keep the factor 1 (KeepLoRA++,
+    arXiv 2606.16256).
+    """
+    blocks: dict[str, dict[str, int]] = defaultdict(dict)
+    for name in names:
+        if match := re.match(r"(|.*?\.)(\d+)(\.|$)", name):
+            blocks[match[1]][name] = int(match[2])
+    scales = dict.fromkeys(names, 1.0)
+    for tower in blocks.values():
+        numbers = sorted(set(tower.values()))
+        for name, number in tower.items():
+            depth = numbers.index(number) / (len(numbers) - 1) if len(numbers) > 1 else 1.0
+            scales[name] = first + (1.0 - first) * depth
+    return scales

@@ -1,0 +1,1 @@
+"""Build the embedded model and benchmark: sources, drawings, tasks, pre-training, export."""
