@@ -5,7 +5,8 @@ import torch
 
 import tiny
 from keeplora import task as task_module
-from keeplora.task import Task, TaskSpec, read_benchmark, to_device
+from keeplora.config import read_toml
+from keeplora.task import BENCHMARKS, Task, TaskSpec, read_benchmark, to_device
 
 
 def write(folder, text, name="mine.toml"):
@@ -128,3 +129,10 @@ def test_every_tensor_of_a_nested_batch_is_moved_and_the_rest_is_kept():
     moved = to_device(batch, torch.device("meta"))
     assert moved["a"].device.type == moved["b"][0].device.type == "meta"
     assert moved["b"][1] == ("text", 3)
+
+
+def test_the_mini_benchmark_lists_the_embedded_tasks():
+    embedded = read_toml(BENCHMARKS.parent / "mini" / "tasks.toml")["task"]
+    benchmark = read_benchmark("mini")
+    assert {task.name: task.template for task in benchmark.tasks} == {t["name"]: t["template"] for t in embedded}
+    assert all(task.path.is_file() for task in benchmark.tasks)
