@@ -68,5 +68,5 @@ def heat_maps(runs: list[Results]) -> bytes:
         if image is not None:
             figure.colorbar(image, ax=axes, label="accuracy in %", shrink=0.6)
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
+        figure.savefig(buffer, format="png", bbox_inches="tight", metadata={"Software": None})
         return buffer.getvalue()
