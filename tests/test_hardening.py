@@ -121,3 +121,10 @@ def test_floating_point_images_are_refused():
 def test_a_named_tuple_of_tensors_stays_one():
     pair = namedtuple("pair", "x y")(torch.ones(2), torch.zeros(2))
     assert type(to_device(pair, torch.device("cpu"))) is type(pair)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/model", "a/b/c"])
+def test_a_missing_model_folder_is_not_asked_of_the_hub(name, monkeypatch):
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_: pytest.fail("asked"))
+    with pytest.raises(ValueError, match=r"there is no such folder"):
+        load_stream(name)

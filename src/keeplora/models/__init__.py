@@ -27,6 +27,8 @@ def family_of(model: str) -> Family:
     Raises:
         ValueError: If the model cannot be found or is of no known family; the message lists the known ones.
     """
+    if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).is_dir():
+        raise ValueError(f"model {model!r}: there is no such folder")
     try:
         model_type = AutoConfig.from_pretrained(locate(model)).model_type
     except (OSError, ValueError, KeyError) as error:
