@@ -27,9 +27,9 @@ def family_of(model: str) -> Family:
     Raises:
         ValueError: If the model cannot be found or is of no known family; the message lists the known ones.
     """
-    if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).is_dir():
-        raise ValueError(f"model {model!r}: there is no such folder")
     try:
+        if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).is_dir():
+            raise ValueError("there is no such folder, and no name on the hub looks like this")
         model_type = AutoConfig.from_pretrained(locate(model)).model_type
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
