@@ -81,7 +81,7 @@ def test_a_wrong_command_lists_the_commands(capsys):
         ('[train]\nepochs = "many"', "train.epochs = 'many'"),
         ("[options]\nrank = 0", "rank = 0"),
         ("seed = = 3", "is not a TOML file"),
-        ('method = "best"', "unknown method 'best'; known methods: keeplora"),
+        ('method = "best"', "unknown method 'best'; known methods: zero_shot, "),
         ('benchmark = "none"', "unknown benchmark 'none'; known:"),
     ],
 )

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 ADAPTER = "default"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+PREFIX = "base_model.model."
+A_KEY, B_KEY = ".lora_A.weight", ".lora_B.weight"
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,18 @@ class SavedAdapter:
         plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
         text = json.dumps(plain, indent=2, sort_keys=True)
         return {CONFIG_FILE: text.encode(), WEIGHTS_FILE: save(self.weights, metadata={"format": "pt"})}
+
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the factors `(a, scaling * b)` of every layer, in float32; their product is the update."""
+        lora = cast(LoraConfig, self.config)
+        factors = {}
+        for key, a in self.weights.items():
+            if key.endswith(A_KEY):
+                name = key.removeprefix(PREFIX).removesuffix(A_KEY)
+                alpha = lora.alpha_pattern.get(name, lora.lora_alpha)
+                b = self.weights[key.removesuffix(A_KEY) + B_KEY]
+                factors[name] = (a.float(), b.float() * (alpha / a.shape[0]))
+        return factors
 
     @staticmethod
     def config_from(content: bytes) -> PeftConfig:
@@ -108,9 +122,8 @@ def _namesakes(model: nn.Module, targets: set[str]) -> list[str]:
 
 def lora_layers(adapted: nn.Module) -> dict[str, LoraLinear]:
     """Return the adapted layers by their name in the base model."""
-    prefix = "base_model.model."
     found = {name: module for name, module in adapted.named_modules() if isinstance(module, LoraLinear)}
-    return {name.removeprefix(prefix): module for name, module in found.items()}
+    return {name.removeprefix(PREFIX): module for name, module in found.items()}
 
 
 def add_to_base(layer: LoraLinear, update: Tensor) -> None:

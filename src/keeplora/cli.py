@@ -23,7 +23,7 @@ from keeplora.display import Display, evaluation_table, matrix_table
 from keeplora.evaluate import evaluate as evaluate_model
 from keeplora.ledger import Ledger
 from keeplora.manifest import read_manifest
-from keeplora.methods import METHODS
+from keeplora.methods import find_method, known_methods, method_behind
 from keeplora.report import heat_maps, write_report
 from keeplora.run import RunConfig, load_stream
 from keeplora.run import run as run_stream
@@ -125,16 +125,19 @@ def run_defaults(benchmark: str, method: str, values: dict[str, Any], source: st
     Raises:
         ValueError: If the benchmark or the method is unknown, or a value is wrong.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; known methods: {', '.join(METHODS)}")
+    kind, variant = find_method(method)
     defaults = read_benchmark(benchmark).defaults
-    if unknown := sorted(set(defaults) - {"train", *METHODS}):
+    if unknown := sorted(set(defaults) - {"train", *known_methods()}):
         raise ValueError(f"benchmark {benchmark!r}: [defaults.{unknown[0]}] is neither train nor a method")
-    own = dict(defaults.get(method, {}))
-    train = {**defaults.get("train", {}), **own.pop("train", {}), **_table(values, "train", source)}
-    options = {**own, **_table(values, "options", source)}
+    train: dict[str, Any] = dict(defaults.get("train", {}))
+    options: dict[str, Any] = {}
+    for table in (defaults.get(method_behind(method), {}), variant, defaults.get(method, {})):
+        options |= {key: value for key, value in table.items() if key != "train"}
+        train |= table.get("train", {})
+    train |= _table(values, "train", source)
+    options |= _table(values, "options", source)
     parsed = parse(RunConfig, {**values, "train": train, "benchmark": benchmark, "method": method}, source=source)
-    return dataclasses.replace(parsed, options=parse(METHODS[method].Config, options, source=f"{source} [options]"))
+    return dataclasses.replace(parsed, options=parse(kind.Config, options, source=f"{source} [options]"))
 
 
 def _table(values: dict[str, Any], key: str, source: str) -> dict[str, Any]:

@@ -80,14 +80,14 @@ class Ledger:
         if record.adapter is not None:
             for name, content in record.adapter.files().items():
                 self.write(f"{folder}/adapter/{name}", content)
-        for name, tensors in (("subspace", record.directions), ("head", record.head)):
+        for name, tensors in (("subspace", record.directions), ("head", record.head), ("state", record.state)):
             if tensors:
                 plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
                 self.write(f"{folder}/{name}.safetensors", save(plain))
         certificate = {**certificate_to_json(record.certificate), "merge_error": record.merge_error}
         if record.surviving_gradient:
             certificate["surviving_gradient"] = record.surviving_gradient
-        details = {**details, "certificate": certificate}
+        details = {**details, "certificate": certificate, "merged": record.merged}
         self.write_json(f"{folder}/task.json", details)
         if save_model is not None:
             self._replace_model(save_model)
@@ -113,6 +113,8 @@ class Ledger:
             adapter=saved,
             directions=self._tensors(f"{folder}/subspace.safetensors"),
             head=self._tensors(f"{folder}/head.safetensors"),
+            state=self._tensors(f"{folder}/state.safetensors"),
+            merged=self.tasks[index].get("merged", True),
         ), adapter
 
     def require_intact_model(self) -> None:

@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from keeplora.collect import Track, silent
-from keeplora.config import Config
+from keeplora.config import Config, parse
 from keeplora.evaluate import evaluate
 from keeplora.ledger import Ledger, Phases, open_ledger
-from keeplora.methods import METHODS, Method, MethodConfig
+from keeplora.methods import Method, MethodConfig, find_method
 from keeplora.models import StreamTask, family_of, locate
 from keeplora.report import page
 from keeplora.results import Results
@@ -42,7 +42,7 @@ class RunConfig(Config):
     model: str = "mini"
     """The embedded model, a hub name, or a folder."""
     method: str = "keeplora"
-    """Name of the method."""
+    """Name of the method, or of a variant of one."""
     seed: int = 0
     """Seed of every random draw."""
     output: Path = Path("runs/run")
@@ -56,11 +56,10 @@ class RunConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.method not in METHODS:
-            raise ValueError(f"unknown method {self.method!r}; known methods: {', '.join(METHODS)}")
-        kind = METHODS[self.method].Config
-        if type(self.options) is MethodConfig and kind is not MethodConfig:
-            object.__setattr__(self, "options", kind())
+        method, options = find_method(self.method)
+        kind = method.Config
+        if type(self.options) is MethodConfig and (options or kind is not MethodConfig):
+            object.__setattr__(self, "options", parse(kind, options, source=f"method {self.method}"))
         if type(self.options) is not kind:
             raise ValueError(
                 f"options of method {self.method!r} must be {kind.__name__}, not {type(self.options).__name__}"
@@ -125,7 +124,8 @@ def learn(config: RunConfig, ledger: Ledger, track: Track, watch: Watch) -> None
         seed=config.seed,
         track=track,
     )
-    method = METHODS[config.method](config.options, seed=config.seed, track=track)
+    method = find_method(config.method)[0](config.options, seed=config.seed, track=track)
+    lessons = method.plan(tasks)
     if "zero_shot" not in ledger.manifest:
         phases: Phases = {}
         with measured(phases, "zero_shot"):
@@ -133,22 +133,24 @@ def learn(config: RunConfig, ledger: Ledger, track: Track, watch: Watch) -> None
         ledger.start(scores, phases)
     scores = ledger.manifest["zero_shot"]
     watch(ledger.results())
-    for index, task in enumerate(tasks):
+    for index, (task, lesson) in enumerate(zip(tasks, lessons, strict=True)):
         if index < ledger.num_finished:
             model = replay(method, model, task, ledger, index)
             continue
         seed_everything(config.seed + 1000 * index)
         phases = {}
         with measured(phases, "before_task"):
-            adapted = method.before_task(model, task)
+            adapted = method.before_task(model, lesson)
+        trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
         with measured(phases, "train"):
-            losses = fit(adapted, task, config.train, epochs=task.epochs, penalty=method.penalty, track=track)
+            losses = fit(adapted, lesson, config.train, epochs=task.epochs, penalty=method.penalty, track=track)
         with measured(phases, "after_task"):
-            model = method.after_task(adapted, task)
+            model = method.after_task(adapted, lesson)
         with measured(phases, "evaluate"):
             scores = evaluate(model, tasks, track=track) if method.record.adapter else scores
-        details = {"name": task.name, "scores": scores, "losses": losses, "phases": phases}
-        changed = method.record.adapter is not None or index == 0
+        parameters = {"trained": trained, "added": method.record.added_parameters}
+        details = {"name": task.name, "scores": scores, "losses": losses, "phases": phases, "parameters": parameters}
+        changed = (method.record.adapter is not None and method.record.merged) or index == 0
         save = partial(family_of(config.model).save, model, locate(config.model)) if changed else None
         ledger.add_task(method.record, details, save)
         watch(ledger.results())

@@ -1,9 +1,11 @@
 """The three verbs of a continual-learning method. This base class is sequential LoRA: train, merge, go on.
 
-A method changes what happens in `before_task`, `penalty` and `after_task`, and nothing else.
+A method changes what happens in `before_task`, `penalty` and `after_task`. What it carries from task to task it takes
+up in `remember`, from the task's record alone, so that a run can be resumed.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -59,8 +61,18 @@ class TaskRecord:
     """Largest difference of the outputs of one batch before and after the merge."""
     head: dict[str, Tensor] = field(default_factory=dict)
     """Weights of the task's own classifier, if it has one."""
+    state: dict[str, Tensor] = field(default_factory=dict)
+    """What else later tasks, or inference, need of this one."""
+    merged: bool = True
+    """Whether the adapter went into the weights; otherwise it stays beside them at inference, with `state`."""
     surviving_gradient: dict[str, float] = field(default_factory=dict)
     """The share of each layer's gradient norm that the protected subspace left to learn from."""
+
+    @property
+    def added_parameters(self) -> int:
+        """How many parameters the task adds at inference: its head, and what was not merged."""
+        beside = [] if self.merged or self.adapter is None else [*self.adapter.weights.values(), *self.state.values()]
+        return sum(tensor.numel() for tensor in [*self.head.values(), *beside])
 
 
 class Method:
@@ -71,6 +83,9 @@ class Method:
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
 
+    one_by_one: ClassVar[bool] = True
+    """Whether each task is learned from its own data alone; Transfer and forgetting mean nothing otherwise."""
+
     def __init__(self, config: MethodConfig | None = None, *, seed: int = 0, track: Track = silent) -> None:
         self.config = self.Config() if config is None else config
         self.seed = seed
@@ -78,6 +93,10 @@ class Method:
         self.record = TaskRecord()
         self._required_grad: dict[str, bool] = {}
         self._fingerprints: dict[str, Tensor] = {}
+
+    def plan(self, tasks: Sequence[Task]) -> Sequence[Task]:
+        """Return what to learn at each place of a stream: its tasks, one by one."""
+        return tasks
 
     def before_task(self, model: nn.Module, task: Task) -> nn.Module:
         """Return the model to train on a task: here a stock PEFT LoRA model, with the same outputs as the given one.
@@ -103,11 +122,20 @@ class Method:
         """
         saved = adapter.detach(model)
         merged, error = self.merge_checked(model, task)
-        self.record = TaskRecord(adapter=saved, merge_error=error)
+        self.keep(TaskRecord(adapter=saved, merge_error=error))
         return merged
+
+    def remember(self, record: TaskRecord) -> None:
+        """Take up what later tasks need to know of a finished one: here nothing."""
+
+    def keep(self, record: TaskRecord) -> None:
+        """Leave a task's record behind, and remember it."""
+        self.record = record
+        self.remember(record)
 
     def replay(self, model: nn.Module, record: TaskRecord, folder: Path) -> nn.Module:
         """Redo a finished task from its record and the folder of its adapter; return the merged model."""
+        self.remember(record)
         if record.adapter is None:
             return model
         self.borrow(model)

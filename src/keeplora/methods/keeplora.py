@@ -114,22 +114,25 @@ class KeepLoRA(Method):
         merged, error = self.merge_checked(model, task)
         grams = collect.input_grams(merged, task, list(self.bases), features=self.config.features, track=self.track)
         directions = subspace.new_directions(self.bases, grams, self.config.feature_energy)
-        before, self.bases = self.bases, subspace.extend_bases(self.bases, directions)
-        self.record = TaskRecord(
+        record = TaskRecord(
             adapter=saved,
             directions=directions,
-            certificate=subspace.certify(before, self.bases, updates),
+            certificate=subspace.certify(self.bases, subspace.extend_bases(self.bases, directions), updates),
             merge_error=error,
             head=head,
             surviving_gradient=self._surviving,
         )
+        self.keep(record)
         return merged
+
+    def remember(self, record: TaskRecord) -> None:
+        """Protect the directions that a task recorded."""
+        directions = {name: value.to(self.bases[name].device) for name, value in record.directions.items()}
+        self.bases = subspace.extend_bases(self.bases, directions)
 
     def replay(self, model: nn.Module, record: TaskRecord, folder: Path) -> nn.Module:
         """Redo a finished task: merge its adapter and protect the directions it recorded."""
         self.protect_principal(model)
-        directions = {name: value.to(self.bases[name].device) for name, value in record.directions.items()}
-        self.bases = subspace.extend_bases(self.bases, directions)
         return super().replay(model, record, folder)
 
     def protect_principal(self, model: nn.Module) -> None:

@@ -1,0 +1,105 @@
+"""Joint training: all tasks at once, from the untouched model. Not a continual method but the bound above them.
+
+The first place of the stream learns the union of all tasks, with as many steps as they have one by one; the other
+places learn nothing. Every row of the accuracy matrix is therefore the same model, and only Last speaks of it.
+"""
+
+from collections.abc import Iterator, Sequence, Sized
+from typing import ClassVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from keeplora.collect import Track, silent
+from keeplora.methods.base import Method, MethodConfig, TaskRecord
+from keeplora.task import Batch, Task
+
+
+class Joint(Method):
+    """Train one LoRA on the batches of all tasks, mixed in random order, and merge it."""
+
+    one_by_one: ClassVar[bool] = False
+
+    def __init__(self, config: MethodConfig | None = None, *, seed: int = 0, track: Track = silent) -> None:
+        super().__init__(config, seed=seed, track=track)
+        self.is_done = False
+
+    def plan(self, tasks: Sequence[Task]) -> Sequence[Task]:
+        """Return the union of the tasks for every place of the stream.
+
+        Raises:
+            ValueError: If the tasks ask for different numbers of epochs, or several processes share the work.
+        """
+        if len({getattr(task, "epochs", None) for task in tasks}) > 1:
+            raise ValueError("joint training needs one number of epochs for all tasks; take `epochs` out of [[tasks]]")
+        if dist.is_initialized():
+            raise ValueError("joint training works in one process only; run without a launcher")
+        return [Union(tasks, self.seed)] * len(tasks)
+
+    def before_task(self, model: nn.Module, task: Task) -> nn.Module:
+        """Return the model to train at the first place, the model with every parameter frozen at the others."""
+        if not self.is_done:
+            return super().before_task(model, task)
+        self.borrow(model)
+        return model.requires_grad_(False)
+
+    def after_task(self, model: nn.Module, task: Task) -> nn.Module:
+        """Merge what was learned at the first place; leave nothing behind at the others."""
+        if not self.is_done:
+            return super().after_task(model, task)
+        self.keep(TaskRecord())
+        return self.give_back(model)
+
+    def remember(self, record: TaskRecord) -> None:
+        """Learn no more once something was learned."""
+        self.is_done = True
+
+
+class Union(Task):
+    """Several tasks as one: each batch is a batch of one of them, with the place of that task before it."""
+
+    def __init__(self, tasks: Sequence[Task], seed: int) -> None:
+        self.name = "all tasks"
+        self.tasks = tasks
+        self._batches = _Mixed(tasks, seed)
+
+    def batches(self) -> "_Mixed":
+        """Return the batches of all tasks, in a new random order each time; the orders follow from the seed."""
+        return self._batches
+
+    def loss(self, model: nn.Module, batch: tuple[int, Batch]) -> Tensor:
+        """Return the loss of the task that the batch is of."""
+        return self.tasks[batch[0]].loss(model, batch[1])
+
+    def outputs(self, model: nn.Module, batch: tuple[int, Batch]) -> Tensor:
+        """Return the outputs of the task that the batch is of."""
+        return self.tasks[batch[0]].outputs(model, batch[1])
+
+    def num_examples(self, batch: tuple[int, Batch]) -> int:
+        """Return the number of examples in a batch."""
+        return self.tasks[batch[0]].num_examples(batch[1])
+
+    def real_rows(self, layer: str, batch: tuple[int, Batch]) -> Tensor | None:
+        """Say which rows are real as the task does that the batch is of."""
+        return self.tasks[batch[0]].real_rows(layer, batch[1])
+
+
+class _Mixed:
+    """Draws from the tasks' batches in random order until all are used up."""
+
+    def __init__(self, tasks: Sequence[Task], seed: int) -> None:
+        self.tasks = tasks
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return sum(self._counts())
+
+    def __iter__(self) -> Iterator[tuple[int, Batch]]:
+        turns = [index for index, count in enumerate(self._counts()) for _ in range(count)]
+        iterators = [iter(task.batches()) for task in self.tasks]
+        for turn in torch.randperm(len(turns), generator=self.generator).tolist():
+            yield turns[turn], next(iterators[turns[turn]])
+
+    def _counts(self) -> list[int]:
+        return [len(cast(Sized, task.batches())) for task in self.tasks]
