@@ -12,13 +12,16 @@ from keeplora.methods import METHODS
 ROOT = Path(keeplora.__file__).parent
 
 LAYERS = [
-    {"config", "borrow", "manifest", "towers", "examples"},
+    {"config", "borrow", "manifest", "towers", "examples", "measure", "comparison"},
     {"linalg", "results", "metrics", "task"},
-    {"collect", "subspace", "adapter", "datasets", "report"},
-    {"methods", "models", "train", "display"},
+    {"collect", "fisher", "subspace", "adapter", "datasets", "report"},
+    {"methods", "models", "train"},
     {"ledger", "evaluate"},
-    {"run"},
-    {"cli", "compare"},
+    {"run", "analyze"},
+    {"display"},
+    {"settings", "workers"},
+    {"compare"},
+    {"cli"},
     {"__main__", "__init__"},
 ]
 """From the lowest up: a module may import its own layer and those below, as STYLE.md's import direction says."""

@@ -9,6 +9,7 @@ import torch.multiprocessing
 
 from keeplora import linalg
 from keeplora.collect import input_grams, mean_gradients
+from keeplora.fisher import fisher_diagonals
 from keeplora.subspace import new_directions, principal_bases
 from tiny import MLP, TokenTask, VectorTask, classification_task, clip_model, llama_model, siglip_model
 
@@ -96,7 +97,7 @@ def test_only_the_targets_get_a_gradient_and_the_model_is_in_evaluation_mode():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("collect", [mean_gradients, input_grams])
+@pytest.mark.parametrize("collect", [mean_gradients, input_grams, fisher_diagonals])
 def test_flags_modes_and_hooks_are_given_back(collect):
     model = odd_model()
     before = borrowed(model)
@@ -104,7 +105,7 @@ def test_flags_modes_and_hooks_are_given_back(collect):
     assert borrowed(model) == before
 
 
-@pytest.mark.parametrize("collect", [mean_gradients, input_grams])
+@pytest.mark.parametrize("collect", [mean_gradients, input_grams, fisher_diagonals])
 def test_flags_modes_and_hooks_are_given_back_after_an_error(collect):
     model = odd_model()
     before = borrowed(model)
@@ -200,6 +201,69 @@ def test_a_task_without_batches_is_an_error():
         mean_gradients(MLP(), task, LAYERS)
 
 
+# Fisher
+
+
+def squared_gradients(model, task, layers):
+    """Sum, in float64, `n * (gradient of the batch's mean loss) ** 2`, times `n / N`, over batches and entries."""
+    fishers = {}
+    total = sum(len(rows) for rows, _ in task.data)
+    for name in layers:
+        fishers[name] = torch.zeros(model.get_submodule(name).weight.shape, dtype=torch.float64)
+        for batch in task.data:
+            mean = gradients_one_by_one(model, task, [batch], [name])[name]
+            for i, row in enumerate(mean):
+                for j, entry in enumerate(row):
+                    fishers[name][i, j] += len(batch[0]) ** 2 * float(entry) ** 2 / total
+    return fishers
+
+
+def test_fisher_is_the_mean_over_batches_of_n_times_the_squared_gradient():
+    model, task = MLP(), VectorTask(sizes=(9, 4, 1, 6))
+    fishers = fisher_diagonals(model, task, LAYERS)
+    for name, wanted in squared_gradients(model, task, LAYERS).items():
+        assert fishers[name].shape == model.get_submodule(name).weight.shape
+        assert fishers[name].dtype == torch.float32
+        close(fishers[name], wanted)
+
+
+def test_fisher_of_single_examples_is_the_mean_of_their_squared_gradients():
+    model, task = MLP(), VectorTask(sizes=(1,) * 12)
+    fisher = fisher_diagonals(model, task, ["fc2"])["fc2"]
+    close(fisher, sum(gradients_one_by_one(model, task, [batch], ["fc2"])["fc2"] ** 2 for batch in task.data) / 12)
+
+
+def test_fisher_of_batches_estimates_that_of_single_examples_where_the_mean_gradient_vanishes():
+    model, task = MLP(), VectorTask(sizes=(1,) * 60)
+    singles = [gradients_one_by_one(model, task, [batch], ["fc2"])["fc2"] for batch in task.data]
+    mean = sum(singles) / 60
+
+    class Centred(VectorTask):
+        """The same losses less the mean gradient's part, which then vanishes."""
+
+        def loss(self, model, batch):
+            return super().loss(model, batch) - (mean.float() * model.fc2.weight).sum()
+
+    wanted = sum((single - mean) ** 2 for single in singles) / 60
+    found = []
+    for seed in range(40):
+        order = torch.randperm(60, generator=torch.Generator().manual_seed(seed)).tolist()
+        shuffled = Centred(sizes=(1,) * 60)
+        shuffled.data = [
+            tuple(torch.cat(parts) for parts in zip(*(task.data[i] for i in order[k : k + 4]), strict=True))
+            for k in range(0, 60, 4)
+        ]
+        found.append(fisher_diagonals(model, shuffled, ["fc2"])["fc2"].double())
+    # Drawn without replacement, so the expectation is smaller by the share (60 - 4) / (60 - 1).
+    assert float((sum(found) / 40).sum() / wanted.sum()) == pytest.approx(56 / 59, rel=0.05)
+
+
+def test_fisher_of_a_layer_that_no_gradient_reaches_is_zero():
+    model = MLP()
+    model.spare = torch.nn.Linear(3, 4)
+    assert fisher_diagonals(model, VectorTask(), ["fc2", "spare"])["spare"].equal(torch.zeros(4, 3))
+
+
 # Grams
 
 
@@ -229,7 +293,7 @@ def test_batch_mean_lets_opposite_inputs_cancel_and_the_second_moment_does_not()
 def test_results_do_not_depend_on_the_order_of_the_batches():
     model, task, turned = MLP(), VectorTask(sizes=(9, 4, 1, 6)), VectorTask(sizes=(9, 4, 1, 6))
     turned.data.reverse()
-    for collect in (mean_gradients, input_grams):
+    for collect in (mean_gradients, input_grams, fisher_diagonals):
         ours, other = collect(model, task, LAYERS), collect(model, turned, LAYERS)
         for name in LAYERS:
             close(ours[name], other[name])
@@ -352,6 +416,7 @@ def collect_in_one_of_two(rank, folder):
         "gradients": mean_gradients(model, task, LAYERS),
         "share": mean_gradients(model, task, LAYERS, share=0.41),
         "grams": input_grams(model, task, LAYERS),
+        "fishers": fisher_diagonals(model, task, LAYERS),
     }
     with pytest.raises(ValueError, match="1 batches for 2 processes"):
         mean_gradients(model, VectorTask(sizes=(4,)), LAYERS)
@@ -367,6 +432,7 @@ def test_two_processes_find_what_one_finds(tmp_path):
         "gradients": mean_gradients(model, task, LAYERS),
         "share": mean_gradients(model, task, LAYERS, share=0.41),
         "grams": input_grams(model, task, LAYERS),
+        "fishers": fisher_diagonals(model, task, LAYERS),
     }
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt")

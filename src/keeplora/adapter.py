@@ -139,6 +139,12 @@ def set_factors(layer: LoraLinear, a: Tensor, b: Tensor) -> None:
         layer.lora_B[ADAPTER].weight.copy_(b)
 
 
+def thaw_a(adapted: nn.Module) -> None:
+    """Let the optimiser train the factor `a` of every adapted layer."""
+    for layer in lora_layers(adapted).values():
+        layer.lora_A[ADAPTER].weight.requires_grad_(True)
+
+
 def factors_of(adapted: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     """Read the factors `(a, scaling * b)` of every adapted layer, in float32; their product is the update."""
     return {
@@ -175,6 +181,11 @@ def merge(adapted: nn.Module) -> nn.Module:
         ValueError: If a merged weight would not be finite.
     """
     return cast(nn.Module, cast(PeftModel, adapted).merge_and_unload(safe_merge=True))
+
+
+def unload(adapted: nn.Module) -> nn.Module:
+    """Take the adapter out without merging it and return the plain base model."""
+    return cast(nn.Module, cast(PeftModel, adapted).unload())
 
 
 def merge_from(model: nn.Module, folder: Path) -> nn.Module:

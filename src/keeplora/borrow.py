@@ -1,10 +1,10 @@
-"""Borrow from a module and give back: which parameters require a gradient, which modules are in training mode."""
+"""Borrow from a module and give back: gradient flags, training modes, weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -31,6 +31,20 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in before.items():
             module.training = training
+
+
+@contextmanager
+def other_weights(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
+    """Let the layers named have other weights `[d_out, d_in]`; give each its own tensor back."""
+    parameters = {name: model.get_parameter(f"{name}.weight") for name in weights}
+    own = {name: parameter.data for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            parameter.data = weights[name].to(parameter.dtype)
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = own[name]
 
 
 def device_of(model: nn.Module) -> torch.device:

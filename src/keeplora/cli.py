@@ -1,4 +1,4 @@
-"""The command line: `keeplora demo`, `run`, `evaluate`. Each subcommand is a typed function."""
+"""The command line: `keeplora demo`, `run`, `evaluate`, `analyze`. Each subcommand is a typed function."""
 
 import argparse
 import contextlib
@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,18 +15,28 @@ import tyro
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
-from transformers.utils import logging as transformers_logging
 
+from keeplora.analyze import PrincipalConfig, analyze_principal
+from keeplora.compare import CompareConfig
+from keeplora.compare import compare as compare_methods
 from keeplora.config import parse, read_toml
-from keeplora.display import Display, evaluation_table, matrix_table
+from keeplora.display import (
+    Display,
+    comparison_tables,
+    evaluation_table,
+    matrix_table,
+    principal_table,
+)
 from keeplora.evaluate import evaluate as evaluate_model
 from keeplora.ledger import Ledger
 from keeplora.manifest import read_manifest
-from keeplora.methods import find_method, known_methods, method_behind
+from keeplora.methods import find_method
+from keeplora.models.pixels import kept
 from keeplora.report import heat_maps, write_report
 from keeplora.run import RunConfig, load_stream
 from keeplora.run import run as run_stream
-from keeplora.task import read_benchmark
+from keeplora.settings import run_defaults
+from keeplora.workers import silence_libraries
 
 console = Console()
 errors = Console(stderr=True)
@@ -56,7 +65,7 @@ def demo(output: Path = Path("runs/demo"), *, seed: int = 0) -> None:
         seed: Seed of every random draw.
     """
     display = Display(console)
-    with display.shown():
+    with display.shown(), kept():
         runs = [
             run_stream(
                 dataclasses.replace(run_defaults("mini", method, {}, "demo"), seed=seed, output=output / method),
@@ -112,43 +121,64 @@ def evaluate(run: tyro.conf.Positional[Path], *, split: Literal["test", "validat
             track=display.track,
         )
         for index, task in enumerate(tasks[: ledger.num_finished]):
-            record, _ = ledger.record(index)
+            record, folder = ledger.record(index)
             if record.head:
                 task.load_head(record.head)
+        if not record.merged:
+            kind, _ = find_method(config["method"])
+            method = kind(parse(kind.Config, config["options"], source=str(run)), seed=config["seed"])
+            model = method.replay(model, record, folder)
         scores = evaluate_model(model, tasks, track=display.track)
     console.print(evaluation_table(ledger.results(), config["evaluation"], scores, split))
 
 
-def run_defaults(benchmark: str, method: str, values: dict[str, Any], source: str) -> RunConfig:
-    """Return a run's settings: the given values before the benchmark's own defaults before the library's.
+def analyze(
+    what: tyro.conf.OmitSubcommandPrefixes[
+        tyro.conf.OmitArgPrefixes[
+            Annotated[PrincipalConfig, tyro.conf.subcommand("principal")] | Annotated[None, tyro.conf.Suppress]
+        ]
+    ],
+) -> None:
+    """Look into a model without training it.
 
-    Raises:
-        ValueError: If the benchmark or the method is unknown, or a value is wrong.
+    Example: keeplora analyze principal --model mini --benchmark mini --output runs/principal
+
+    Args:
+        what: The analysis; keeplora analyze principal --help lists its settings.
     """
-    kind, variant = find_method(method)
-    defaults = read_benchmark(benchmark).defaults
-    if unknown := sorted(set(defaults) - {"train", *known_methods()}):
-        raise ValueError(f"benchmark {benchmark!r}: [defaults.{unknown[0]}] is neither train nor a method")
-    train: dict[str, Any] = dict(defaults.get("train", {}))
-    options: dict[str, Any] = {}
-    for table in (defaults.get(method_behind(method), {}), variant, defaults.get(method, {})):
-        options |= {key: value for key, value in table.items() if key != "train"}
-        train |= table.get("train", {})
-    train |= _table(values, "train", source)
-    options |= _table(values, "options", source)
-    parsed = parse(RunConfig, {**values, "train": train, "benchmark": benchmark, "method": method}, source=source)
-    return dataclasses.replace(parsed, options=parse(kind.Config, options, source=f"{source} [options]"))
+    assert what is not None, "a union needs a second member, but nobody can ask for it"
+    display = Display(console)
+    with display.shown():
+        curve = analyze_principal(what, track=display.track)
+    console.print(principal_table(curve))
+    console.print(f"Curve: {escape(str(what.output / 'principal.png'))}, every task in principal.json")
 
 
-def _table(values: dict[str, Any], key: str, source: str) -> dict[str, Any]:
-    """Take a table out of a file's values."""
-    table = values.pop(key, {})
-    if not isinstance(table, dict):
-        raise ValueError(f"{source}: {key} = {table!r} must be a table, [{key}]")
-    return table
+def compare(flags: tyro.conf.OmitArgPrefixes[CompareConfig]) -> None:
+    """Compare methods on equal terms: equal data, epochs and search, several seeds, means with intervals.
+
+    Example: keeplora compare --benchmark mini --methods zero_shot,lora_ft,keeplora --seeds 5 --output runs/compare
+
+    Args:
+        flags: The settings.
+    """
+    display = Display(console)
+    with display.shown():
+        comparison = compare_methods(flags, track=display.track)
+    for table in comparison_tables(comparison):
+        console.print(table)
+    for folder, error in comparison.failures.items():
+        console.print(f"[bold red]failed[/] {escape(folder)}: {escape(error)}")
+    console.print(f"Report: {escape(str(flags.output / 'report.html'))}")
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"demo": demo, "run": run, "evaluate": evaluate}
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "demo": demo,
+    "run": run,
+    "compare": compare,
+    "evaluate": evaluate,
+    "analyze": analyze,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -157,9 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=errors, show_path=False)]
     )
-    transformers_logging.disable_progress_bar()
-    # peft asks transformers by a name that transformers is about to drop; nothing a user can do about it.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+    silence_libraries()
     with _readable_errors():
         commands = dict(COMMANDS)
         if arguments[:1] == ["run"]:

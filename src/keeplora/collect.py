@@ -14,10 +14,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from keeplora.borrow import device_of, evaluation_mode, only_these_require_grad
-from keeplora.task import Batch, Task, to_device
+from keeplora.task import Batch, LearningError, Task, to_device
 
 Track = Callable[[Iterable[Batch], str, int | None], Iterable[Batch]]
 """Wraps an iterable of batches to show progress, given what is being done and how many batches there are, if known."""
+
+Statistic = Callable[[Tensor, int], Tensor]
+"""Makes a statistic `[d_out, d_in]` of the gradient of a batch's mean loss and the number of its examples."""
 
 
 def silent(batches: Iterable[Batch], description: str, total: int | None = None) -> Iterable[Batch]:
@@ -45,6 +48,16 @@ def mean_gradients(
     Raises:
         ValueError: If there is no batch, or if a loss or a gradient is not finite.
     """
+    return mean_over_examples(model, task, targets, lambda gradient, _: gradient, share=share, track=track)
+
+
+def mean_over_examples(
+    model: nn.Module, task: Task, targets: list[str], statistic: Statistic, *, share: float = 1.0, track: Track = silent
+) -> dict[str, Tensor]:
+    """Average a statistic of each batch's gradient over a task's examples, as `mean_gradients` does the gradient.
+
+    Takes, returns and raises what `mean_gradients` does; `statistic` is asked once for every batch and target.
+    """
     weights = {name: model.get_parameter(f"{name}.weight") for name in targets}
     sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
     count = 0
@@ -56,7 +69,7 @@ def mean_gradients(
             num_examples = task.num_examples(batch)
             for name, gradient in zip(weights, gradients, strict=True):
                 if gradient is not None:
-                    sums[name].add_(gradient, alpha=num_examples)
+                    sums[name].add_(statistic(gradient, num_examples), alpha=num_examples)
             count += num_examples
     count = _sum_over_processes(sums, count)
     if count == 0:
@@ -232,4 +245,4 @@ def _sum_over_processes(tensors: dict[str, Tensor], count: int) -> int:
 
 def _require_finite(tensor: Tensor, message: str) -> None:
     if not torch.isfinite(tensor).all():
-        raise ValueError(message)
+        raise LearningError(message)

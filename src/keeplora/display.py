@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import TypeVar
 
 from rich.console import Console, Group, RenderableType
@@ -11,6 +12,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from keeplora.analyze import PrincipalCurve, title_of
+from keeplora.comparison import COSTS, SCORES, Comparison, Estimate
 from keeplora.report import METRIC_NAMES
 from keeplora.results import Results
 
@@ -114,6 +117,53 @@ def matrix_table(run: Results) -> Table:
         cells = [f"[bold]{score:.0f}[/]" if i == t else f"{score:.0f}" for i, score in enumerate(row)]
         table.add_row(escape(run.tasks[t]), *cells)
     return table
+
+
+def principal_table(curve: PrincipalCurve) -> Table:
+    """Tabulate the mean accuracy with only the principal, and only the residual, directions of the weights."""
+    caption = (
+        f"untouched {fmean(curve.untouched):.1f}, chance {fmean(curve.chance):.1f}; mean of {len(curve.tasks)} tasks"
+    )
+    table = Table(title=f"{escape(title_of(curve))} in %", caption=caption)
+    for heading in ("energy kept", "directions kept\n(of the width)", "principal\nonly", "residual\nonly"):
+        table.add_column(heading, justify="right")
+    for point in curve.points:
+        scores = (f"{fmean(point.principal):.1f}", f"{fmean(point.residual):.1f}")
+        table.add_row(f"{100 * point.share:g} %", f"{100 * point.width:.1f} %", *scores)
+    return table
+
+
+def comparison_tables(comparison: Comparison) -> list[Table]:
+    """Tabulate every method's scores with their 95 % intervals, the differences to the reference, and the costs."""
+    seeds, orders = comparison.config["seeds"], comparison.config["orders"]
+    benchmark, reference = Path(comparison.config["benchmark"]).stem, comparison.config["reference"]
+    means = _score_grid(f"{benchmark}: {seeds} seeds, {orders} order(s), mean ± 95 % interval, in %")
+    less = _score_grid(f"less {reference}, by seed and order (bold: the interval excludes 0)")
+    costs = Table(title="Costs: medians over runs", caption="added: parameters at inference, after all tasks")
+    for name in ("method", "parameters trained a task", "added", "seconds a task", "MiB"):
+        costs.add_column(name, justify="left" if name == "method" else "right")
+    for method in comparison.methods:
+        means.add_row(method, *[_estimate(comparison.score(method, key)) for key in SCORES])
+        if method != reference:
+            less.add_row(method, *[_estimate(comparison.difference(method, key), signed=True) for key in SCORES])
+        trained, added, seconds, memory = (comparison.cost(method, key) for key in COSTS)
+        costs.add_row(method, f"{trained:,.0f}", f"{added:,.0f}", f"{seconds:.1f}", f"{memory:,.0f}")
+    return [means, less, costs] if reference in comparison.methods else [means, costs]
+
+
+def _score_grid(title: str) -> Table:
+    table = Table(title=title, padding=(0, 0, 0, 1))
+    table.add_column("method", no_wrap=True)
+    for key in SCORES:
+        table.add_column(METRIC_NAMES[key], justify="right", no_wrap=True)
+    return table
+
+
+def _estimate(value: Estimate | None, *, signed: bool = False) -> str:
+    if value is None:
+        return "-"
+    text = f"+{value}" if signed and value.mean >= 0 else str(value)
+    return f"[bold]{text}[/]" if signed and value.excludes_zero else text
 
 
 def _cell(run: Results, i: int) -> str:

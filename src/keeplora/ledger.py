@@ -18,12 +18,10 @@ from safetensors.torch import load, save
 
 from keeplora.adapter import CONFIG_FILE, WEIGHTS_FILE, SavedAdapter
 from keeplora.manifest import locked, open_manifest, write_atomically
+from keeplora.measure import Phases
 from keeplora.methods import TaskRecord
 from keeplora.results import Results
 from keeplora.subspace import certificate_to_json
-
-Phases = dict[str, dict[str, float]]
-"""Seconds and peak memory (MiB) of each phase, by its name."""
 
 
 class Ledger:

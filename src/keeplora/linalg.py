@@ -52,16 +52,28 @@ def top_directions(gram: Tensor, share: float, *, covered: float = 0.0, total: f
 
     With `gram = weight.T @ weight` these are the leading right singular vectors of the weight.
     """
+    energies, directions = spectrum(gram)
+    return directions[:, : energy_rank(energies, share, covered=covered, total=total)].contiguous()
+
+
+def spectrum(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues `[d_in]` of a gram, largest first, and its eigenvectors `[d_in, d_in]` in that order.
+
+    With `gram = weight.T @ weight` these are the squared singular values and the right singular vectors of the weight.
+    """
     _require_full_precision(gram)
     eigenvalues, eigenvectors = torch.linalg.eigh((gram + gram.T) / 2)
-    m = energy_rank(eigenvalues.flip(0), share, covered=covered, total=total)
-    leading: Tensor = eigenvectors.flip(1)[:, :m]
-    return leading.contiguous()
+    return eigenvalues.flip(0), eigenvectors.flip(1)
+
+
+def project_onto(rows: Tensor, basis: Tensor) -> Tensor:
+    """Keep of every row only its part inside the span of a basis, `[n, d_in]`."""
+    return (rows @ basis) @ basis.T
 
 
 def project_out(rows: Tensor, basis: Tensor) -> Tensor:
     """Remove from every row its part inside the span of a basis, `[n, d_in]`."""
-    return torch.sub(rows, (rows @ basis) @ basis.T)
+    return torch.sub(rows, project_onto(rows, basis))
 
 
 def residual_gram(gram: Tensor, basis: Tensor) -> Tensor:

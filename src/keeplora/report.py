@@ -3,15 +3,17 @@
 import base64
 import io
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import matplotlib
 from matplotlib.figure import Figure
 
+from keeplora.comparison import SCORES, Comparison
 from keeplora.manifest import write_atomically
 from keeplora.results import Results
 
-TEMPLATE = Path(__file__).with_name("report.html.j2")
+TEMPLATES = Path(__file__).parent
 
 METRIC_NAMES = {
     "transfer": "Transfer",
@@ -30,13 +32,58 @@ def write_report(runs: list[Results], path: Path) -> None:
 
 def page(runs: list[Results]) -> str:
     """Return the page of some runs of one benchmark; its pictures are inside it."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string(TEMPLATE.read_text()).render(
+    return _render(
+        "report.html.j2",
         runs=runs,
         metric_names=METRIC_NAMES,
         picture=base64.b64encode(heat_maps(runs)).decode(),
         number=lambda value: "-" if value is None else f"{value:.1f}",
     )
+
+
+def comparison_page(comparison: Comparison, chart: bytes) -> str:
+    """Return the page of a comparison: its chart, its tables, what was tried and what was chosen."""
+    return _render(
+        "compare.html.j2",
+        comparison=comparison,
+        metric_names={key: METRIC_NAMES[key] for key in SCORES},
+        picture=base64.b64encode(chart).decode(),
+        cell=lambda value: "-" if value is None else str(value),
+    )
+
+
+def _render(template: str, **values: Any) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template(template).render(**values)
+
+
+def comparison_chart(comparison: Comparison) -> bytes:
+    """Draw Last against Transfer for every method, with the 95 % intervals of both; return a PNG.
+
+    A method whose Transfer means nothing is a line at its Last.
+    """
+    with matplotlib.rc_context({"font.size": 9, "text.parse_math": False}):
+        figure = Figure(figsize=(7.5, 5.5), layout="constrained", dpi=120)
+        axis = figure.subplots()
+        for index, method in enumerate(comparison.methods):
+            last, transfer = comparison.score(method, "last"), comparison.score(method, "transfer")
+            color = matplotlib.colormaps["tab20"](index % 20)
+            if last is None:
+                continue
+            if transfer is None:
+                axis.axhline(last.mean, color=color, ls="--", lw=1, label=method)
+                continue
+            axis.errorbar(
+                transfer.mean, last.mean, xerr=transfer.half_width, yerr=last.half_width,
+                fmt="*" if method == comparison.config["reference"] else "o", color=color, capsize=2, label=method,
+            )  # fmt: skip
+            axis.annotate(method, (transfer.mean, last.mean), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        axis.set_xlabel("Transfer in %: tasks before they are learned")
+        axis.set_ylabel("Last in %: all tasks at the end")
+        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+        return _png(figure)
 
 
 def heat_maps(runs: list[Results]) -> bytes:
@@ -67,6 +114,10 @@ def heat_maps(runs: list[Results]) -> bytes:
         axes[0].set_ylabel("after learning")
         if image is not None:
             figure.colorbar(image, ax=axes, label="accuracy in %", shrink=0.6)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", bbox_inches="tight", metadata={"Software": None})
-        return buffer.getvalue()
+        return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", bbox_inches="tight", metadata={"Software": None})
+    return buffer.getvalue()

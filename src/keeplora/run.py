@@ -5,28 +5,25 @@ A run that was cut off goes on after its last finished task.
 
 import dataclasses
 import json
-import resource
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from keeplora.collect import Track, silent
 from keeplora.config import Config, parse
 from keeplora.evaluate import evaluate
-from keeplora.ledger import Ledger, Phases, open_ledger
+from keeplora.ledger import Ledger, open_ledger
+from keeplora.measure import Phases, measured
 from keeplora.methods import Method, MethodConfig, find_method
 from keeplora.models import StreamTask, family_of, locate
 from keeplora.report import page
 from keeplora.results import Results
-from keeplora.task import Benchmark, read_benchmark
+from keeplora.task import TaskSpec, read_benchmark
 from keeplora.train import TrainConfig, best_device, fit, seed_everything
 
 Watch = Callable[[Results], None]
@@ -49,6 +46,12 @@ class RunConfig(Config):
     """The run directory; a run that was cut off goes on where it stopped."""
     evaluation: Literal["test", "validation"] = "test"
     """The split to evaluate on; choose settings on validation."""
+    order: int = 0
+    """Order of the tasks: 0 for the benchmark's own, any other number is the seed of a random one."""
+    first_tasks: int | None = None
+    """Learn only this many tasks, the first ones of the stream."""
+    save_model: bool = True
+    """Write the merged model after each task; without it, it can be made again from the adapters."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """How each task is optimised."""
     options: MethodConfig = field(default_factory=MethodConfig)
@@ -64,8 +67,11 @@ class RunConfig(Config):
             raise ValueError(
                 f"options of method {self.method!r} must be {kind.__name__}, not {type(self.options).__name__}"
             )
-        if not 0 <= self.seed < 2**31:
-            raise ValueError(f"seed = {self.seed} must be from 0 to 2147483647")
+        for name in ("seed", "order"):
+            if not 0 <= getattr(self, name) < 2**31:
+                raise ValueError(f"{name} = {getattr(self, name)} must be from 0 to 2147483647")
+        if self.first_tasks is not None and self.first_tasks < 1:
+            raise ValueError(f"first_tasks = {self.first_tasks} must be at least 1")
 
 
 def run(config: RunConfig, *, track: Track = silent, watch: Watch = lambda results: None) -> Results:
@@ -76,8 +82,8 @@ def run(config: RunConfig, *, track: Track = silent, watch: Watch = lambda resul
             finished before stay in the run directory.
     """
     best_device()  # Processes must have met before the run directory is opened: only the first one writes to it.
-    benchmark = read_benchmark(config.benchmark)
-    with open_ledger(config.output, _plain(config, benchmark), [spec.name for spec in benchmark.tasks]) as ledger:
+    specs = stream_of(config)
+    with open_ledger(config.output, _plain(config, specs), [spec.name for spec in specs]) as ledger:
         if not ledger.is_complete:
             learn(config, ledger, track, watch)
         results = ledger.results()
@@ -91,7 +97,7 @@ def load_stream(
     benchmark: str = "mini",
     *,
     batch_size: int = 64,
-    evaluation: str = "test",
+    evaluation: Literal["test", "validation"] = "test",
     seed: int = 0,
     track: Track = silent,
 ) -> tuple[nn.Module, list[StreamTask]]:
@@ -108,22 +114,36 @@ def load_stream(
     Raises:
         ValueError: If the model, the benchmark or the data is wrong; the message names what.
     """
-    specs = read_benchmark(benchmark).tasks
-    family, source = family_of(model), locate(model)
-    tasks = family.tasks(source, specs, batch_size=batch_size, evaluation=evaluation, seed=seed, track=track)
-    return family.load(source).to(best_device()), tasks
+    train = TrainConfig(batch_size=batch_size)
+    config = RunConfig(benchmark=benchmark, model=model, seed=seed, evaluation=evaluation, train=train)
+    return open_stream(config, track)
 
 
-def learn(config: RunConfig, ledger: Ledger, track: Track, watch: Watch) -> None:
-    """Learn, one after another, the tasks that the ledger does not have yet."""
-    model, tasks = load_stream(
-        config.model,
-        config.benchmark,
+def open_stream(config: RunConfig, track: Track = silent) -> tuple[nn.Module, list[StreamTask]]:
+    """Load the model of a run, in float32 on the best device, and its tasks in their order."""
+    family, source = family_of(config.model), locate(config.model)
+    tasks = family.tasks(
+        source,
+        stream_of(config),
         batch_size=config.train.batch_size,
         evaluation=config.evaluation,
         seed=config.seed,
         track=track,
     )
+    return family.load(source).to(best_device()), tasks
+
+
+def stream_of(config: RunConfig) -> tuple[TaskSpec, ...]:
+    """Return the tasks that a run learns, in their order."""
+    specs = list(read_benchmark(config.benchmark).tasks)
+    if config.order > 0:
+        random.Random(config.order).shuffle(specs)
+    return tuple(specs[: config.first_tasks])
+
+
+def learn(config: RunConfig, ledger: Ledger, track: Track, watch: Watch) -> None:
+    """Learn, one after another, the tasks that the ledger does not have yet."""
+    model, tasks = open_stream(config, track)
     method = find_method(config.method)[0](config.options, seed=config.seed, track=track)
     lessons = method.plan(tasks)
     if "zero_shot" not in ledger.manifest:
@@ -151,7 +171,8 @@ def learn(config: RunConfig, ledger: Ledger, track: Track, watch: Watch) -> None
         parameters = {"trained": trained, "added": method.record.added_parameters}
         details = {"name": task.name, "scores": scores, "losses": losses, "phases": phases, "parameters": parameters}
         changed = (method.record.adapter is not None and method.record.merged) or index == 0
-        save = partial(family_of(config.model).save, model, locate(config.model)) if changed else None
+        saves = changed and config.save_model
+        save = partial(family_of(config.model).save, model, locate(config.model)) if saves else None
         ledger.add_task(method.record, details, save)
         watch(ledger.results())
 
@@ -164,31 +185,13 @@ def replay(method: Method, model: nn.Module, task: StreamTask, ledger: Ledger, i
     return method.replay(model, record, folder)
 
 
-@contextmanager
-def measured(phases: Phases, name: str) -> Iterator[None]:
-    """Record the seconds and the peak memory of what runs inside."""
-    start = time.perf_counter()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    yield
-    phases[name] = {"seconds": time.perf_counter() - start, "peak_memory_mb": _peak_memory_mb()}
-
-
-def _peak_memory_mb() -> float:
-    """Return the GPU's peak, or else the whole process's so far: the operating system keeps no other."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
-def _plain(config: RunConfig, benchmark: Benchmark) -> dict[str, Any]:
+def _plain(config: RunConfig, specs: tuple[TaskSpec, ...]) -> dict[str, Any]:
     """Return as JSON values what a run is: its configuration and its tasks, but not the place it is written to."""
     values = dataclasses.asdict(config)
     del values["output"]
     if config.benchmark.endswith(".toml"):
         values["benchmark"] = str(Path(config.benchmark).resolve())
-    tasks = {spec.name: dataclasses.asdict(spec) for spec in benchmark.tasks}
+    tasks = {spec.name: dataclasses.asdict(spec) for spec in specs}
     for spec in tasks.values():
         spec["path"] = spec["path"].name
     return dict(json.loads(json.dumps({**values, "tasks": tasks})))

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from keeplora import linalg
 
+ROUNDING = 1e-6
+"""Energies below this share of the total are rounding noise (float32)."""
+
 
 @dataclass(frozen=True)
 class LayerCertificate:
@@ -64,9 +67,26 @@ def new_directions(bases: dict[str, Tensor], grams: dict[str, Tensor], share: fl
     return directions
 
 
+def leading_inputs(gram: Tensor, basis: Tensor, rank: int, *, seed: int = 0) -> Tensor:
+    """Return the input directions that carry most of the energy a basis leaves, as orthonormal rows `[<= rank, d_in]`.
+
+    Fewer than `rank` where fewer dimensions are free, or carry more energy than rounding explains; perhaps none.
+    """
+    room = min(rank, basis.shape[0] - basis.shape[1])
+    if room == 0:
+        return gram.new_zeros(0, basis.shape[0])
+    _, energies, rows = linalg.low_rank(linalg.residual_gram(gram, basis), room, seed=seed)
+    return linalg.orthonormal_rows(rows[energies > ROUNDING * float(gram.trace())], basis)
+
+
 def extend_bases(bases: dict[str, Tensor], directions: dict[str, Tensor]) -> dict[str, Tensor]:
     """Append to each basis the directions that a task added."""
     return {name: torch.cat([basis, directions[name]], dim=1) for name, basis in bases.items()}
+
+
+def without_last(bases: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Drop the least direction of each basis: the released code's energy rule, for comparison."""
+    return {name: basis[:, :-1].contiguous() for name, basis in bases.items()}
 
 
 def surviving_share(gradient: Tensor, basis: Tensor) -> float:

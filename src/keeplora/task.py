@@ -19,6 +19,10 @@ Batch = Any
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 
 
+class LearningError(ValueError):
+    """A task could not be learned with these settings: training diverged, or nothing is left to learn with."""
+
+
 class Task:
     """One task of a stream. A subclass gives `batches` and `loss`; the rest has defaults."""
 
@@ -93,6 +97,32 @@ class TaskSpec(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompareBudget(Config):
+    """What a comparison spends on each method: epochs, and settings to choose from on the validation splits."""
+
+    epochs: int | None = None
+    """Epochs of each task; those of [defaults.train] if not given."""
+    search_tasks: int | None = None
+    """Learn this many tasks, the first ones, in each run of the search; all if not given."""
+    learning_rate: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    """Learning rates to try first, the same for every method."""
+    search: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
+    """For a method by its name: values of its settings to try next, at the best learning rate."""
+    common: dict[str, Any] = field(default_factory=dict)
+    """Options that every method gets, such as the rank; otherwise its own defaults."""
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """For a method by its name: options that it gets instead."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.learning_rate or min(self.learning_rate) <= 0:
+            raise ValueError(f"learning_rate = {self.learning_rate} must list positive numbers")
+        for name in ("epochs", "search_tasks"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} = {value} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Benchmark(Config):
     """A stream of tasks, in the order they are learned."""
 
@@ -101,6 +131,8 @@ class Benchmark(Config):
     tasks: tuple[TaskSpec, ...]
     defaults: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Settings that suit this benchmark: a table [defaults.train], and one for a method by its name."""
+    compare: CompareBudget = field(default_factory=CompareBudget)
+    """What `keeplora compare` spends on each method."""
 
     def __post_init__(self) -> None:
         names = [task.name for task in self.tasks]

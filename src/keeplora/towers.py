@@ -5,10 +5,13 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 
+def in_tower(name: str, tower: str) -> bool:
+    """Tell whether part of a layer's name is the tower's, alone or followed by an underscore: vision, vision_model."""
+    return any(part == tower or part.startswith(f"{tower}_") for part in name.split("."))
+
+
 def tower_share(name: str, weight_energy: float | Mapping[str, float]) -> float:
     """Return a layer's share of the energy: the one value, or that of the tower which its name names.
-
-    A tower's name matches a part of the layer's name, alone or followed by an underscore: vision, vision_model.
 
     Raises:
         ValueError: If the layer is in none of the towers.
@@ -16,7 +19,7 @@ def tower_share(name: str, weight_energy: float | Mapping[str, float]) -> float:
     if not isinstance(weight_energy, Mapping):
         return weight_energy
     for tower, share in weight_energy.items():
-        if any(part == tower or part.startswith(f"{tower}_") for part in name.split(".")):
+        if in_tower(name, tower):
             return share
     towers = ", ".join(weight_energy)
     raise ValueError(f"layer {name!r} is in none of the towers {towers} of weight_energy; give it one value for all")

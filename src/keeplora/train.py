@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from keeplora.collect import Track, silent
 from keeplora.config import Config
-from keeplora.task import Task, to_device
+from keeplora.task import LearningError, Task, to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,8 @@ def fit(
         The mean loss of each epoch; empty if nothing requires a gradient.
 
     Raises:
-        ValueError: If a loss or a gradient is not finite, or `batches()` has no length.
+        LearningError: If a loss or a gradient is not finite.
+        ValueError: If `batches()` has no length.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
@@ -148,7 +149,7 @@ class _Step:
             loss = loss if extra is None else loss + extra
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise ValueError(
+            raise LearningError(
                 f"{place}: the loss is {value}. Lower learning_rate, or set mixed_precision to no;"
                 " finished tasks are kept"
             )
@@ -167,7 +168,7 @@ class _Step:
             return  # Overflow is expected with a loss scale: the scaler skips the step and lowers the scale.
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-            raise ValueError(f"{place}: the gradient is not finite. Lower learning_rate; finished tasks are kept")
+            raise LearningError(f"{place}: the gradient is not finite. Lower learning_rate; finished tasks are kept")
 
 
 def _accelerator(precision: str) -> Accelerator:

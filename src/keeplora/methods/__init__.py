@@ -6,14 +6,27 @@ from typing import Any
 
 from keeplora.config import read_toml
 from keeplora.methods.base import Method, MethodConfig, TaskRecord
+from keeplora.methods.cl_moe import CLMoE
+from keeplora.methods.ewc import EWC
+from keeplora.methods.inflora import InfLoRA
 from keeplora.methods.joint import Joint
-from keeplora.methods.keeplora import KeepLoRA, KeepLoRAConfig
+from keeplora.methods.keeplora import KeepLoRA
+from keeplora.methods.keeplora_config import KeepLoRAConfig
 from keeplora.methods.lora_ft import LoRAFT
+from keeplora.methods.olora import OLoRA
+from keeplora.methods.sd_lora import SDLoRA
+from keeplora.methods.sefe import SEFE
 from keeplora.methods.zero_shot import ZeroShot
 
 METHODS: dict[str, type[Method]] = {
     "zero_shot": ZeroShot,
     "lora_ft": LoRAFT,
+    "ewc": EWC,
+    "olora": OLoRA,
+    "inflora": InfLoRA,
+    "sd_lora": SDLoRA,
+    "sefe": SEFE,
+    "cl_moe": CLMoE,
     "keeplora": KeepLoRA,
     "joint": Joint,
 }
@@ -38,6 +51,11 @@ def method_behind(name: str) -> str:
     return str(variants()[name]["method"]) if name in variants() else name
 
 
+def settings_of(name: str) -> str:
+    """Return whose settings a method is run with: its own, or, for an ablation, those of the method it takes apart."""
+    return method_behind(name) if variants().get(name, {}).get("inherits_settings") else name
+
+
 def find_method(name: str) -> tuple[type[Method], dict[str, Any]]:
     """Return the class of a method or variant, and the options that make the variant.
 
@@ -52,17 +70,24 @@ def find_method(name: str) -> tuple[type[Method], dict[str, Any]]:
 
 
 __all__ = [
+    "EWC",
     "METHODS",
+    "SEFE",
+    "CLMoE",
+    "InfLoRA",
     "Joint",
     "KeepLoRA",
     "KeepLoRAConfig",
     "LoRAFT",
     "Method",
     "MethodConfig",
+    "OLoRA",
+    "SDLoRA",
     "TaskRecord",
     "ZeroShot",
     "find_method",
     "known_methods",
     "method_behind",
+    "settings_of",
     "variants",
 ]

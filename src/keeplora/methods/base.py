@@ -19,7 +19,7 @@ from keeplora.borrow import device_of, evaluation_mode
 from keeplora.collect import Track, silent
 from keeplora.config import Config
 from keeplora.subspace import LayerCertificate
-from keeplora.task import Task, to_device
+from keeplora.task import LearningError, Task, to_device
 
 HEAD = "task_head"
 """Name under which a task's own classifier joins the adapted model, so that its weights are trained."""
@@ -85,6 +85,9 @@ class Method:
 
     one_by_one: ClassVar[bool] = True
     """Whether each task is learned from its own data alone; Transfer and forgetting mean nothing otherwise."""
+
+    has_settings: ClassVar[bool] = True
+    """Whether it trains, so that a learning rate has to be chosen for it."""
 
     def __init__(self, config: MethodConfig | None = None, *, seed: int = 0, track: Track = silent) -> None:
         self.config = self.Config() if config is None else config
@@ -176,7 +179,7 @@ class Method:
         error = float((_outputs(merged, task, batch) - before).abs().max())
         allowed = 4 * math.sqrt(torch.finfo(dtype).eps) * max(1.0, float(before.abs().max()))
         if not error <= allowed:
-            raise ValueError(
+            raise LearningError(
                 f"task {task.name!r}: merging changed an output by {error:.3g}, more than the {allowed:.3g} that"
                 f" {dtype} explains; was the model altered outside the adapter?"
             )

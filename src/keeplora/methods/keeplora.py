@@ -8,10 +8,8 @@ followed; `features="batch_mean"` and `b_start="gradient"` bring the release's c
 
 import logging
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -20,7 +18,8 @@ from torch import Tensor, nn
 from keeplora import adapter, collect, linalg, subspace
 from keeplora.collect import Track, silent
 from keeplora.methods.base import HEAD, Method, MethodConfig, TaskRecord
-from keeplora.task import Task
+from keeplora.methods.keeplora_config import KeepLoRAConfig
+from keeplora.task import LearningError, Task
 from keeplora.towers import layer_scales, tower_share
 
 logger = logging.getLogger(__name__)
@@ -32,40 +31,6 @@ SIGNIFICANT = 1e-5
 """Singular values of the residual gradient below this share of the gradient's norm are rounding noise."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class KeepLoRAConfig(MethodConfig):
-    """KeepLoRA's options; the defaults are the paper's for MTIL with CLIP ViT-B/16."""
-
-    weight_energy: float | dict[str, float] = field(default_factory=lambda: {"vision": 0.85, "text": 0.2})
-    """Share of each weight's energy that its principal subspace covers (eps_w): one value, or one for each tower, found
-    by its name in the layer's."""
-    feature_energy: float = 0.99
-    """Share of each layer's input energy on a task that is protected after it (eps_f)."""
-    gradient_share: float = 1.0
-    """Share of the training batches that the gradient is taken from."""
-    b_start: Literal["zero", "gradient"] = "zero"
-    """Start of B: zero with the weight untouched, or the residual gradient's factor with the weight reduced by it."""
-    features: Literal["second_moment", "batch_mean"] = "second_moment"
-    """Statistic of the inputs: exact second moment, or the released code's average over batches."""
-    layer_scale: float = 1.0
-    """KeepLoRA++: factor of the first block's update, growing linearly to 1 at the last."""
-    classifier: Literal["none", "cosine"] = "none"
-    """KeepLoRA+: `cosine` adds each learned task a cosine classifier on the image features."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        energies = self.weight_energy if isinstance(self.weight_energy, Mapping) else {"": self.weight_energy}
-        for tower, energy in energies.items():
-            if not 0 <= energy <= 1:
-                where = f" for {tower!r}" if tower else ""
-                raise ValueError(f"weight_energy{where} = {energy} is a share; give a number from 0 to 1")
-        for name in ("feature_energy", "layer_scale"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} = {getattr(self, name)} is a share; give a number from 0 to 1")
-        if not 0 < self.gradient_share <= 1:
-            raise ValueError(f"gradient_share = {self.gradient_share} is a share; give a number above 0, at most 1")
-
-
 class KeepLoRA(Method):
     """Learn each task orthogonally to what the model knows; `bases` holds what is protected, `[d_in, k]` a layer."""
 
@@ -75,6 +40,7 @@ class KeepLoRA(Method):
     def __init__(self, config: KeepLoRAConfig | None = None, *, seed: int = 0, track: Track = silent) -> None:
         super().__init__(config, seed=seed, track=track)
         self.bases: dict[str, Tensor] = {}
+        self._num_learned = 0
         self._starts: dict[str, tuple[Tensor, Tensor]] = {}
         self._surviving: dict[str, float] = {}
 
@@ -82,7 +48,8 @@ class KeepLoRA(Method):
         """Return a stock PEFT LoRA model with `a` set from the task's residual gradient and frozen (Eq. 4 to 6).
 
         Raises:
-            ValueError: If no layer matches the targets, a gradient is not finite, or nothing is left to learn with.
+            LearningError: If a gradient is not finite, or nothing is left to learn with.
+            ValueError: If no layer matches the targets.
         """
         self._require_one_process()
         self.protect_principal(model)
@@ -94,6 +61,8 @@ class KeepLoRA(Method):
         head = task.start_head(model) if self.config.classifier == "cosine" else None
         self.borrow(model)
         adapted = adapter.attach(model, ranks, self._alphas(ranks), factors=factors)
+        if self.config.a_training == "trained":
+            adapter.thaw_a(adapted)
         if self.config.b_start == "gradient":
             self._take_start_out(adapted, factors)
         if head is not None:
@@ -114,6 +83,8 @@ class KeepLoRA(Method):
         merged, error = self.merge_checked(model, task)
         grams = collect.input_grams(merged, task, list(self.bases), features=self.config.features, track=self.track)
         directions = subspace.new_directions(self.bases, grams, self.config.feature_energy)
+        if self.config.energy_rule == "one_short" and self._num_learned == 0:
+            directions = subspace.without_last(directions)
         record = TaskRecord(
             adapter=saved,
             directions=directions,
@@ -127,6 +98,7 @@ class KeepLoRA(Method):
 
     def remember(self, record: TaskRecord) -> None:
         """Protect the directions that a task recorded."""
+        self._num_learned += 1
         directions = {name: value.to(self.bases[name].device) for name, value in record.directions.items()}
         self.bases = subspace.extend_bases(self.bases, directions)
 
@@ -140,24 +112,40 @@ class KeepLoRA(Method):
         if self.bases:
             return
         targets = adapter.linear_targets(model, self.config.targets)
-        weights = {name: model.get_parameter(f"{name}.weight").detach() for name in targets}
+        weights = {name: self._seen_from_its_side(name, model.get_parameter(f"{name}.weight")) for name in targets}
         shares = {name: tower_share(name, self.config.weight_energy) for name in targets}
         self.bases = subspace.principal_bases(weights, shares)
+        if self.config.energy_rule == "one_short":
+            self.bases = subspace.without_last(self.bases)
+
+    def _seen_from_its_side(self, name: str, weight: Tensor) -> Tensor:
+        """Return a weight so that its right singular vectors are those to protect."""
+        if self.config.weight_side == "input":
+            return weight.detach()
+        if weight.shape[0] != weight.shape[1]:
+            raise ValueError(
+                f"weight_side = 'output' needs square layers, and {name!r} is {tuple(weight.shape)}; leave it out of"
+                " targets, or set weight_side to 'input'"
+            )
+        return weight.detach().T
 
     def _residual_factors(self, gradients: dict[str, Tensor], task: Task) -> dict[str, tuple[Tensor, Tensor]]:
         """Return `(a, b)` at the start for every layer with room; `a` spans the residual gradient's top (Eq. 6)."""
         factors = {}
         self._surviving = {}
+        generator = torch.Generator().manual_seed(self.seed + 1000 * self._num_learned)
         for name, gradient in gradients.items():
             basis = self.bases[name]
             residual = linalg.project_out(gradient, basis)
             self._surviving[name] = subspace.surviving_share(gradient, basis)
             a = _leading_rows(residual, basis, self.config.rank, float(gradient.norm()), self.seed)
+            if self.config.a_start == "random":
+                a = linalg.orthonormal_rows(_random_rows(a, generator), basis)
             if len(a) > 0:
                 b = residual @ a.T if self.config.b_start == "gradient" else residual.new_zeros(len(residual), len(a))
                 factors[name] = (a, b)
         if not factors:
-            raise ValueError(
+            raise LearningError(
                 f"task {task.name!r}: no layer has a residual direction left to learn with; the protected subspaces"
                 " are full, or no gradient reaches the targets. Lower weight_energy or feature_energy, or add targets"
             )
@@ -210,9 +198,9 @@ class KeepLoRA(Method):
     def _require_no_leak(self, updates: dict[str, tuple[Tensor, Tensor]], task: Task) -> None:
         for name, (a, b) in updates.items():
             if not torch.isfinite(b).all():
-                raise ValueError(f"task {task.name!r}: the trained update of layer {name!r} is not finite")
+                raise LearningError(f"task {task.name!r}: the trained update of layer {name!r} is not finite")
             leak = subspace.leak(a, b, self.bases[name])
-            if leak > LEAK_ALLOWED:
+            if leak > LEAK_ALLOWED and self.config.a_training == "frozen":
                 raise ValueError(
                     f"task {task.name!r}: {leak:.2g} of the update of layer {name!r} lies in the protected subspace,"
                     f" more than {LEAK_ALLOWED:g}; was `a` trained or replaced outside keeplora?"
@@ -226,6 +214,11 @@ def _leading_rows(residual: Tensor, basis: Tensor, rank: int, norm: float, seed:
         return residual.new_zeros(0, basis.shape[0])
     _, s, vh = linalg.low_rank(residual, room, seed=seed)
     return linalg.orthonormal_rows(vh[s > SIGNIFICANT * norm], basis)
+
+
+def _random_rows(like: Tensor, generator: torch.Generator) -> Tensor:
+    rows = torch.randn(like.shape, generator=generator).to(like)
+    return nn.functional.normalize(rows, dim=1)
 
 
 def _head_state(model: nn.Module) -> dict[str, Tensor]:

@@ -1,5 +1,7 @@
 """Zero-shot: the pre-trained model as it is, the reference every method is compared with."""
 
+from typing import ClassVar
+
 from torch import nn
 
 from keeplora.methods.base import Method, TaskRecord
@@ -8,6 +10,8 @@ from keeplora.task import Task
 
 class ZeroShot(Method):
     """Learn nothing."""
+
+    has_settings: ClassVar[bool] = False
 
     def before_task(self, model: nn.Module, task: Task) -> nn.Module:
         """Return the model with every parameter frozen."""

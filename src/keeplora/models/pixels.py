@@ -1,6 +1,7 @@
 """Images as a vision tower wants them: decoded and resized once, kept as bytes, normalised a batch at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,19 @@ MEMORY_LIMIT = 4 * 2**30
 """Bytes of pixels that are kept in memory; splits beyond it are decoded again at every use."""
 
 READ_AT_ONCE = 64
+
+_KEPT: list[dict[Any, Tensor]] = []
+"""The innermost dictionary holds the pixels that `kept` keeps."""
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Keep the pixels that are read inside in memory, so that a second run on the same data decodes nothing again."""
+    _KEPT.append({})
+    try:
+        yield
+    finally:
+        _KEPT.pop()
 
 
 class Pixels(Dataset[Item]):
@@ -47,7 +61,8 @@ class PixelStore:
     def __init__(self, processor: Any, memory_limit: int = MEMORY_LIMIT) -> None:
         self.processor = processor
         self.normalise = normaliser(processor)
-        self.left = memory_limit
+        self.kept = _KEPT[-1] if _KEPT else {}
+        self.left = memory_limit - sum(pixels.numel() for pixels in self.kept.values())
 
     def read(self, examples: Examples, track: Track, description: str) -> Pixels:
         """Decode and resize every image once, so that an unreadable one is found now.
@@ -55,19 +70,27 @@ class PixelStore:
         Raises:
             ValueError: If an image cannot be read; the message names it.
         """
-        kept: Tensor | None = None
+        key = (self.processor.to_json_string(), *(examples.origin(i) for i in range(len(examples))))
+        if key not in self.kept:
+            self._decode(examples, key, track, description)
+        if key not in self.kept:
+            return Pixels(examples.labels, lambda i: self._resized([examples.image(i)])[0], self.normalise)
+        pixels = self.kept[key]
+        return Pixels(examples.labels, lambda i: pixels[i], self.normalise)
+
+    def _decode(self, examples: Examples, key: Any, track: Track, description: str) -> None:
+        """Read every image; keep the pixels if they fit."""
+        pixels: Tensor | None = None
         starts = range(0, len(examples), READ_AT_ONCE)
         for start in track(starts, description, len(starts)):
             chunk = self._resized([examples.image(i) for i in range(start, min(start + READ_AT_ONCE, len(examples)))])
             if start == 0 and chunk[0].numel() * len(examples) <= self.left:
-                kept = chunk.new_empty(len(examples), *chunk.shape[1:])
-                self.left -= kept.numel()
-            if kept is not None:
-                kept[start : start + len(chunk)] = chunk
-        if kept is None:
-            return Pixels(examples.labels, lambda i: self._resized([examples.image(i)])[0], self.normalise)
-        pixels = kept
-        return Pixels(examples.labels, lambda i: pixels[i], self.normalise)
+                pixels = chunk.new_empty(len(examples), *chunk.shape[1:])
+                self.left -= pixels.numel()
+            if pixels is not None:
+                pixels[start : start + len(chunk)] = chunk
+        if pixels is not None:
+            self.kept[key] = pixels
 
     def _resized(self, images: list[Any]) -> Tensor:
         values = self.processor(images, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]

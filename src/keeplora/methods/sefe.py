@@ -1,0 +1,110 @@
+"""SEFE, its RegLoRA part: the largest elements of earlier updates stay as they are (arXiv 2505.02486).
+
+The elements of the update `dW = scaling * b @ a` that are largest in magnitude, 2 % of every layer, are where a task is
+taken to have left its knowledge. While later tasks are learned, the elements of the new update at those places are
+penalised by their mean magnitude. Norm and weight are those of the released code: L1, a mean over the places of a
+layer, a mean over layers, times 2500. A place that two earlier tasks hold counts twice in the mean, as it does there.
+The release leaves `scaling` out of the penalty; here it is in, so that the penalty is on what the weight changes by:
+with the release's scaling, 2, its penalty is that of `strength = 1250` here. The places do not depend on it.
+
+SEFE's other part, answer-style diversification, rewrites the training questions and answers of generative tasks into
+several styles. It is a transform of data, not of training, and there are no generative tasks here yet: it is not built.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from keeplora import adapter
+from keeplora.collect import Track, silent
+from keeplora.methods.base import Method, MethodConfig, TaskRecord
+from keeplora.methods.trained import trained_update
+from keeplora.task import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class SEFEConfig(MethodConfig):
+    """SEFE's options; the defaults are the released code's."""
+
+    key_share: float = 0.02
+    """Share of the elements of each layer's update that are its key elements (M %)."""
+    strength: float = 2500.0
+    """Weight of the penalty (lambda)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.key_share <= 1:
+            raise ValueError(
+                f"key_share = {self.key_share} must be a share above 0 and at most 1, such as 0.02 for 2 %"
+            )
+        if not 0 <= self.strength < float("inf"):
+            raise ValueError(f"strength = {self.strength} must be a number of at least 0; 0 is sequential LoRA")
+
+
+class SEFE(Method):
+    """Learn each task away from the key elements of the earlier ones.
+
+    `keys` holds by layer the flat places `[n]` of the key elements, ascending, and how many tasks hold each, `[n]`.
+    """
+
+    Config: ClassVar[type[MethodConfig]] = SEFEConfig
+    config: SEFEConfig
+
+    def __init__(self, config: SEFEConfig | None = None, *, seed: int = 0, track: Track = silent) -> None:
+        super().__init__(config, seed=seed, track=track)
+        self.keys: dict[str, tuple[Tensor, Tensor]] = {}
+        self._layers: dict[str, Any] = {}
+        self._weights: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def before_task(self, model: nn.Module, task: Task) -> nn.Module:
+        """Return a stock PEFT LoRA model, as sequential LoRA does.
+
+        Raises:
+            ValueError: If no layer matches the targets.
+        """
+        adapted = super().before_task(model, task)
+        self._layers = adapter.lora_layers(adapted)
+        self._weights = {name: (places, counts / counts.sum()) for name, (places, counts) in self.keys.items()}
+        return adapted
+
+    def penalty(self, model: nn.Module) -> Tensor | None:
+        """Return `strength` times the mean magnitude of the new update at the key elements; None at the first task."""
+        terms = []
+        for name in self._weights:
+            update = trained_update(self._layers[name]).flatten()
+            places, weights = self._weights[name]
+            places, weights = self._weights[name] = places.to(update.device), weights.to(update.device)
+            terms.append(torch.dot(weights, update.index_select(0, places).abs()))
+        return self.config.strength * torch.stack(terms).mean() if terms else None
+
+    def after_task(self, model: nn.Module, task: Task) -> nn.Module:
+        """Merge what was learned and note its key elements.
+
+        Raises:
+            LearningError: If the merge changed the outputs.
+            ValueError: If a weight of the base model was trained, or would not be finite.
+        """
+        self._layers, self._weights = {}, {}
+        return super().after_task(model, task)
+
+    def remember(self, record: TaskRecord) -> None:
+        """Add the key elements of a finished task to those of the tasks before it."""
+        assert record.adapter is not None
+        for name, (a, b) in record.adapter.factors().items():
+            new = key_elements(b @ a, self.config.key_share)
+            places, counts = self.keys.get(name, (new[:0], torch.zeros(0)))
+            united, inverse = torch.unique(torch.cat([places, new]), return_inverse=True)
+            every = torch.cat([counts, torch.ones(len(new))])
+            self.keys[name] = united, torch.zeros(len(united)).index_add_(0, inverse, every)
+
+
+def key_elements(update: Tensor, share: float) -> Tensor:
+    """Return the flat places `[n]` of the elements of an update `[d_out, d_in]` that are largest in magnitude.
+
+    Their number is the share of all elements, rounded down, but at least one.
+    """
+    n = max(1, math.floor(round(share * update.numel(), 6)))  # 0.29 * 100 is a little below 29
+    return update.abs().flatten().topk(n).indices
