@@ -19,7 +19,7 @@ LAYERS = [
     {"ledger", "evaluate"},
     {"run", "analyze"},
     {"display"},
-    {"settings", "workers"},
+    {"settings", "workers", "reopen"},
     {"compare"},
     {"cli"},
     {"__main__", "__init__"},

@@ -1,4 +1,4 @@
-"""The command line: `keeplora demo`, `run`, `evaluate`, `analyze`. Each subcommand is a typed function."""
+"""The command line: `keeplora demo`, `run`, `compare`, `evaluate`, `analyze`. Each subcommand is a typed function."""
 
 import argparse
 import contextlib
@@ -19,7 +19,7 @@ from rich.markup import escape
 from keeplora.analyze import PrincipalConfig, analyze_principal
 from keeplora.compare import CompareConfig
 from keeplora.compare import compare as compare_methods
-from keeplora.config import parse, read_toml
+from keeplora.config import read_toml
 from keeplora.display import (
     Display,
     comparison_tables,
@@ -28,12 +28,10 @@ from keeplora.display import (
     principal_table,
 )
 from keeplora.evaluate import evaluate as evaluate_model
-from keeplora.ledger import Ledger
-from keeplora.manifest import read_manifest
-from keeplora.methods import find_method
 from keeplora.models.pixels import kept
+from keeplora.reopen import reopen
 from keeplora.report import heat_maps, write_report
-from keeplora.run import RunConfig, load_stream
+from keeplora.run import RunConfig
 from keeplora.run import run as run_stream
 from keeplora.settings import run_defaults
 from keeplora.workers import silence_libraries
@@ -105,31 +103,12 @@ def evaluate(run: tyro.conf.Positional[Path], *, split: Literal["test", "validat
         run: The run directory.
         split: The examples to evaluate on; the run's own if not given.
     """
-    ledger = Ledger(run, read_manifest(run))
-    if ledger.num_finished == 0:
-        raise ValueError(f"{run} has no model yet: no task is finished; go on with the run first")
-    ledger.require_intact_model()
-    config = ledger.manifest["config"]
-    split = split or config["evaluation"]
     display = Display(console)
     with display.shown():
-        model, tasks = load_stream(
-            str(run / "model"),
-            config["benchmark"],
-            batch_size=config["train"]["batch_size"],
-            evaluation=split,
-            track=display.track,
-        )
-        for index, task in enumerate(tasks[: ledger.num_finished]):
-            record, folder = ledger.record(index)
-            if record.head:
-                task.load_head(record.head)
-        if not record.merged:
-            kind, _ = find_method(config["method"])
-            method = kind(parse(kind.Config, config["options"], source=str(run)), seed=config["seed"])
-            model = method.replay(model, record, folder)
+        ledger, model, tasks = reopen(run, split=split, track=display.track)
         scores = evaluate_model(model, tasks, track=display.track)
-    console.print(evaluation_table(ledger.results(), config["evaluation"], scores, split))
+    recorded = ledger.manifest["config"]["evaluation"]
+    console.print(evaluation_table(ledger.results(), recorded, scores, split or recorded))
 
 
 def analyze(

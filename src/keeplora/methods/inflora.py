@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from keeplora import adapter, collect, subspace
 from keeplora.collect import Track, silent
 from keeplora.methods.base import Method, MethodConfig, TaskRecord
-from keeplora.task import Task
+from keeplora.task import LearningError, Task
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,8 @@ class InfLoRA(Method):
         """Return a stock PEFT LoRA model with `a` set from the task's residual inputs and frozen.
 
         Raises:
-            ValueError: If no layer matches the targets, an input is not finite, or nothing is left to learn with.
+            LearningError: If an input is not finite, or nothing is left to learn with.
+            ValueError: If no layer matches the targets.
         """
         grams = collect.input_grams(model, task, adapter.linear_targets(model, self.config.targets), track=self.track)
         self.bases = {name: self.bases.get(name, gram[:, :0]).to(gram.device) for name, gram in grams.items()}
@@ -111,7 +112,9 @@ class InfLoRA(Method):
         rank, seed = self.config.rank, self.seed
         rows = {name: subspace.leading_inputs(gram, self.bases[name], rank, seed=seed) for name, gram in grams.items()}
         if not any(len(a) for a in rows.values()):
-            raise ValueError(f"task {task.name!r}: no layer has free inputs left; lower feature_energy or add targets")
+            raise LearningError(
+                f"task {task.name!r}: no layer has free inputs left; lower feature_energy or add targets"
+            )
         if smaller := [f"{name} ({len(a)})" for name, a in rows.items() if len(a) < rank]:
             message = "task %r: %d of %d layers have fewer than %d input directions left and take all: %s"
             logger.warning(message, task.name, len(smaller), len(rows), rank, ", ".join(smaller))

@@ -1,0 +1,59 @@
+"""The model and the tasks of a run again, from its directory alone."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from keeplora.collect import Track, silent
+from keeplora.config import parse
+from keeplora.ledger import Ledger
+from keeplora.manifest import read_manifest
+from keeplora.methods import find_method
+from keeplora.models import StreamTask
+from keeplora.run import RunConfig, open_stream
+from keeplora.train import TrainConfig
+
+
+def reopen(
+    folder: Path, *, split: Literal["test", "validation"] | None = None, track: Track = silent
+) -> tuple[Ledger, nn.Module, list[StreamTask]]:
+    """Load what a run left: its ledger, its model after the last finished task, and its tasks in their order.
+
+    Args:
+        folder: The run directory.
+        split: The examples to evaluate on; the run's own if not given.
+        track: Shows progress over the images that are read.
+
+    Raises:
+        ValueError: If no task is finished, the model was not saved, or a file is missing or damaged.
+    """
+    ledger = Ledger(folder, read_manifest(folder))
+    if ledger.num_finished == 0:
+        raise ValueError(f"{folder} has no model yet: no task is finished; go on with the run first")
+    if not any(name.startswith("model/") for name in ledger.manifest["files"]):
+        raise ValueError(f"{folder} was run with save_model = False and has no model; run it again with save_model")
+    ledger.require_intact_model()
+    config = config_of(ledger)
+    config = replace(config, model=str(folder / "model"), evaluation=split or config.evaluation)
+    model, tasks = open_stream(config, track)
+    for index, task in enumerate(tasks[: ledger.num_finished]):
+        record, adapter = ledger.record(index)
+        if record.head:
+            task.load_head(record.head)
+    if not record.merged:
+        method = find_method(config.method)[0](config.options, seed=config.seed)
+        model = method.replay(model, record, adapter)
+    return ledger, model, tasks
+
+
+def config_of(ledger: Ledger) -> RunConfig:
+    """Return the configuration that a run was started with."""
+    values = json.loads(json.dumps(ledger.manifest["config"]))
+    del values["tasks"]
+    source = str(ledger.folder / "run.json")
+    options = parse(find_method(values["method"])[0].Config, values.pop("options"), source=source)
+    train = parse(TrainConfig, values.pop("train"), source=source)
+    return parse(RunConfig, {**values, "output": ledger.folder, "train": train, "options": options}, source=source)
