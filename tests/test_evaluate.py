@@ -1,5 +1,7 @@
 """Evaluation, and the dual encoders it runs on, against the plain transformers pipeline."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from keeplora.datasets import read_splits
 from keeplora.evaluate import evaluate
 from keeplora.models import family_of
 from keeplora.models.dual_encoder import DualEncoder
-from keeplora.models.pixels import PixelStore
+from keeplora.models.pixels import PixelStore, kept
 from keeplora.task import TaskSpec, read_benchmark
 
 TEMPLATES = ("a drawing of a {}.", "a photo of a big dark {} thing.")
@@ -200,9 +202,10 @@ def test_images_beyond_the_memory_limit_are_decoded_again_and_others_are_not(pla
         examples.class_names, examples.labels, lambda i: decoded.append(i) or examples.load(i), examples.origin
     )
     store = PixelStore(CROPPING, memory_limit=len(examples) * 3 * 16 * 16)
-    kept, again = store.read(counting, silent, "first"), store.read(counting, silent, "second")
+    other = replace(counting, origin=lambda i: f"another {examples.origin(i)}")
+    first, again = store.read(counting, silent, "first"), store.read(other, silent, "second")
     decoded.clear()
-    assert torch.equal(kept[3][0], again[3][0])
+    assert torch.equal(first[3][0], again[3][0])
     assert decoded == [3]
 
 
@@ -229,3 +232,18 @@ def test_a_saved_model_gives_the_same_answers(place, tmp_path):
     with torch.no_grad():
         assert np.array_equal(task.outputs(model, batch), task.outputs(again, batch))
     assert {path.suffix for path in (tmp_path / "saved").iterdir()} <= {".json", ".safetensors", ".txt", ".jinja"}
+
+
+def test_inside_kept_a_second_run_on_the_same_images_decodes_nothing_again(place, monkeypatch):
+    decoded = []
+    whole = PixelStore._resized
+    monkeypatch.setattr(PixelStore, "_resized", lambda self, images: decoded.append(len(images)) or whole(self, images))
+    with kept():
+        first = tasks_of(place, "clip")
+        assert decoded
+        decoded.clear()
+        second = tasks_of(place, "clip")
+        assert not decoded
+    assert first[0].train[0][0].equal(second[0].train[0][0])
+    tasks_of(place, "clip")
+    assert decoded, "nothing is kept after the block"

@@ -1,5 +1,6 @@
 """What a terminal shows: progress with the time left, a live table of scores, accuracy matrices, errors."""
 
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,8 @@ from keeplora.report import METRIC_NAMES
 from keeplora.results import Results
 
 T = TypeVar("T")
+
+SECONDS_BETWEEN_LINES = 60.0
 
 HEADLINE = ("transfer", "average", "last")
 
@@ -50,7 +53,10 @@ class Display:
             self.console.print(self._table())
 
     def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-        """Yield the items and show how far they are."""
+        """Yield the items and show how far they are; without a terminal, in a line every minute."""
+        if not self.console.is_terminal:
+            yield from self._track_in_lines(items, description, total)
+            return
         bar = self.progress.add_task(description, total=total)
         try:
             for item in items:
@@ -58,6 +64,15 @@ class Display:
                 self.progress.advance(bar)
         finally:
             self.progress.remove_task(bar)
+
+    def _track_in_lines(self, items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+        start = last = time.monotonic()
+        for number, item in enumerate(items, 1):
+            yield item
+            if (now := time.monotonic()) - last > SECONDS_BETWEEN_LINES and number != total:
+                last = now
+                left = f"/{total}, {(now - start) / number * (total - number) / 60:.0f} min left" if total else ""
+                self.console.print(f"{description}: {number}{left}")
 
     def watch(self, results: Results) -> None:
         """Take up a run's results so far; without a terminal, say so in a line."""

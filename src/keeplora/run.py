@@ -155,7 +155,7 @@ def learn(config: RunConfig, ledger: Ledger, track: Track, watch: Watch) -> None
     watch(ledger.results())
     for index, (task, lesson) in enumerate(zip(tasks, lessons, strict=True)):
         if index < ledger.num_finished:
-            model = replay(method, model, task, ledger, index)
+            model, scores = replay(method, model, task, ledger, index), ledger.tasks[index]["scores"]
             continue
         seed_everything(config.seed + 1000 * index)
         phases = {}
