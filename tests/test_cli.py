@@ -9,9 +9,10 @@ from pathlib import Path
 
 import datasets as hf_datasets
 import pytest
+from rich.console import Console
 
 import tiny
-from keeplora import cli, models, task
+from keeplora import cli, display, models, task
 from keeplora.ledger import open_ledger
 from keeplora.methods import KeepLoRAConfig, MethodConfig
 from keeplora.results import Results
@@ -252,13 +253,16 @@ def test_a_method_without_an_option_does_not_take_its_flag(capsys):
     assert "--feature-energy" in refused(capsys, "run", "--method", "lora_ft", "--feature-energy", "0.5")
 
 
-@pytest.mark.parametrize("command", ["", "demo", "run", "evaluate"])
+@pytest.mark.parametrize("command", ["", "demo", "run", "compare", "evaluate", "analyze"])
 def test_help_of_every_command_teaches(capsys, command):
     with pytest.raises(SystemExit) as caught:
         cli.main([*command.split(), "--help"])
     assert caught.value.code == 0
     shown = words_of(capsys.readouterr().out)
-    expected = {"": "demo", "demo": "report", "run": "Example: keeplora run", "evaluate": "validation"}[command]
+    expected = {
+        "": "demo", "demo": "report", "run": "Example: keeplora run", "compare": "Example: keeplora compare",
+        "evaluate": "validation", "analyze": "principal",
+    }[command]  # fmt: skip
     assert "usage: keeplora" in shown
     assert expected in shown
 
@@ -279,6 +283,14 @@ def test_help_of_run_shows_the_benchmarks_own_defaults(capsys):
     with pytest.raises(SystemExit):
         cli.main(["run", "--help"])
     assert "(default: 2)" in words_of(capsys.readouterr().out).split("--rank INT")[1].split(" --")[0]
+
+
+def test_without_a_terminal_a_long_loop_tells_how_far_it_is_once_a_minute(monkeypatch, capsys):
+    clock = iter(range(0, 10_000, 25))
+    monkeypatch.setattr(display.time, "monotonic", lambda: float(next(clock)))
+    shown = display.Display(Console(width=200))
+    assert list(shown.track(range(6), "learning", 6)) == [0, 1, 2, 3, 4, 5]
+    assert capsys.readouterr().out.splitlines() == ["learning: 3/6, 1 min left"]
 
 
 def test_a_run_prints_its_matrix_and_evaluate_the_recorded_scores(capsys, tmp_path):

@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from keeplora.metrics import METRICS, accuracy
 from keeplora.results import Results, average, backward_transfer, forgetting, last, transfer
@@ -60,6 +62,31 @@ def test_no_row_gives_no_metric():
 def test_a_stream_of_one_task_has_no_transfer_and_no_forgetting():
     assert (average([[70.0]]), last([[70.0]])) == (70.0, 70.0)
     assert [metric([[70.0]]) for metric in (transfer, forgetting, backward_transfer)] == [None] * 3
+
+
+@given(st.data())
+def test_metrics_are_the_papers_definitions_on_any_matrix(data):
+    """Written out with t and i from 1, as the paper has them; a partial run has the rows there are."""
+    num_tasks = data.draw(st.integers(1, 6))
+    num_rows = data.draw(st.integers(1, num_tasks))
+    score = st.floats(0, 100)
+    a = data.draw(
+        st.lists(st.lists(score, min_size=num_tasks, max_size=num_tasks), min_size=num_rows, max_size=num_rows)
+    )
+    total = 0.0
+    for i in range(2, num_tasks + 1):
+        before = [a[t - 1][i - 1] for t in range(1, i) if t <= num_rows]
+        total += sum(before) / len(before)
+    if num_tasks > 1:
+        assert transfer(a) == pytest.approx(total / (num_tasks - 1))
+    entries = [a[t - 1][i - 1] for t in range(1, num_rows + 1) for i in range(1, num_tasks + 1)]
+    assert average(a) == pytest.approx(sum(entries) / len(entries))
+    assert last(a) == pytest.approx(sum(a[num_rows - 1][i - 1] for i in range(1, num_tasks + 1)) / num_tasks)
+    if num_rows > 1:
+        drops = [max(a[t - 1][i - 1] for t in range(i, num_rows)) - a[num_rows - 1][i - 1] for i in range(1, num_rows)]
+        assert forgetting(a) == pytest.approx(sum(drops) / len(drops))
+        gains = [a[num_rows - 1][i - 1] - a[i - 1][i - 1] for i in range(1, num_rows)]
+        assert backward_transfer(a) == pytest.approx(sum(gains) / len(gains))
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3])
