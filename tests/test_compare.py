@@ -1,5 +1,9 @@
 import importlib
 import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -176,3 +180,37 @@ def test_the_quick_comparison_of_all_methods_and_variants_ends(given, tmp_path, 
     for name in METHODS:
         ledger = Ledger(output / f"runs/{name}/order0-seed0", read_manifest(output / f"runs/{name}/order0-seed0"))
         assert ledger.is_complete
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="reads the process table of Linux")
+def test_processes_end_when_the_one_that_started_them_is_killed(given, tmp_path):
+    flags = [
+        "--model",
+        given["model"],
+        "--benchmark",
+        given["benchmark"],
+        "--seeds",
+        "40",
+        "--output",
+        str(tmp_path / "k"),
+    ]
+    command = [sys.executable, "-m", "keeplora", "compare", "--methods", "keeplora,lora_ft", "--jobs", "2", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not list((tmp_path / "k").glob("search/*/*/run.json")):
+            assert process.poll() is None, "the comparison ended by itself"
+            time.sleep(0.1)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    finally:
+        process.kill()
+        process.wait()
+    assert len(children) >= 2
+    deadline = time.monotonic() + 60
+    while any(is_alive(child) for child in children):
+        assert time.monotonic() < deadline, "a process was left behind"
+        time.sleep(0.1)
+
+
+def is_alive(process):
+    stat = Path(f"/proc/{process}/stat")
+    return stat.exists() and ") Z" not in stat.read_text()

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import threading
 import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -73,10 +74,19 @@ def silence_libraries() -> None:
 
 
 def _start(threads: int) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     silence_libraries()
     logging.disable(logging.WARNING)  # What a run warns of stands in its certificates too.
     _PROCESS.enter_context(kept())
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it was killed: its runs could not be gone on with otherwise."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _outcome(config: RunConfig) -> Outcome:
