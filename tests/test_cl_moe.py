@@ -190,7 +190,7 @@ def slow_kept(routers, top):
     kept = []
     own = [set(sorted(range(N), key=lambda i: -float(row[i]))[:top]) for row in routers]
     for i in range(N):
-        is_new, was_used = i in own[-1], any(i in experts for experts in own[:-1])
+        is_new, was_used = i in own[-1], any(i in experts for experts in own[-2:-1])
         kept.append(1 - GAMMA if is_new and not was_used else GAMMA)
     return kept
 

@@ -449,3 +449,29 @@ def test_gram_of_half_precision_inputs_is_summed_in_float32():
     close(gram, sum(torch.outer(row, row) for rows, _ in task.data for row in rows.double()))
     assert mean_gradients(model, task, ["fc1"])["fc1"].dtype == torch.float32
     assert linalg.orthonormality_error(new_directions({"fc1": torch.empty(11, 0)}, {"fc1": gram}, 0.9)["fc1"]) < 1e-5
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_fishers_of_smaller_batches_are_those_of_a_task_in_smaller_batches(batch_size):
+    model, whole = MLP(), VectorTask(sizes=(8, 8, 5))
+    cut = VectorTask(sizes=(8, 8, 5))
+    cut.data = [
+        part
+        for rows, labels in whole.data
+        for part in zip(rows.split(batch_size), labels.split(batch_size), strict=True)
+    ]
+    ours = fisher_diagonals(model, whole, LAYERS, batch_size=batch_size)
+    for name, wanted in fisher_diagonals(model, cut, LAYERS).items():
+        torch.testing.assert_close(ours[name], wanted)
+
+
+def test_the_fisher_of_single_examples_is_the_mean_of_their_squared_gradients():
+    model, task = MLP(), VectorTask(sizes=(8, 5))
+    ours = fisher_diagonals(model, task, LAYERS, batch_size=1)
+    for name in LAYERS:
+        total = torch.zeros_like(ours[name], dtype=torch.float64)
+        for rows, labels in task.data:
+            for row, label in zip(rows, labels, strict=True):
+                one = [(row.unsqueeze(0), label.unsqueeze(0))]
+                total += gradients_one_by_one(model, task, one, LAYERS)[name] ** 2
+        torch.testing.assert_close(ours[name].double(), total / 13, atol=1e-7, rtol=1e-4)

@@ -63,7 +63,7 @@ def test_a_spans_the_top_of_the_new_tasks_inputs_outside_those_of_earlier_tasks(
 
 
 def test_the_memory_grows_by_the_fewest_directions_that_cover_the_share():
-    method, model = inflora(feature_energy=0.8, last_feature_energy=0.8), WideMLP()
+    method, model = inflora(energy="inputs", feature_energy=0.8, last_feature_energy=0.8), WideMLP()
     for seed in range(3):
         task = NarrowTask(f"task{seed}", seed)
         before = {name: basis.double().numpy() for name, basis in method.bases.items()}
@@ -77,6 +77,20 @@ def test_the_memory_grows_by_the_fewest_directions_that_cover_the_share():
             if added:
                 fewer = np.concatenate([old, top(rows, old, added - 1)], axis=1)
                 assert np.sum((rows @ fewer) ** 2) / np.sum(rows**2) < 0.8
+
+
+def test_the_squared_rule_is_the_share_of_the_squared_spectrum_of_the_projected_gram():
+    method, model = inflora(feature_energy=0.8, last_feature_energy=0.8), WideMLP()
+    for seed in range(3):
+        task = NarrowTask(f"task{seed}", seed)
+        before = {name: basis.double().numpy() for name, basis in method.bases.items()}
+        model = learn(method, model, task)
+        for name, rows in inputs_of(model, task).items():
+            gram, old = rows.T @ rows, before.get(name, np.zeros((rows.shape[1], 0)))
+            energies = np.linalg.svd(gram - old @ old.T @ gram)[1] ** 2
+            total = np.sum(np.linalg.svd(gram)[1] ** 2)
+            covered = (total - energies.sum() + np.concatenate([[0.0], energies.cumsum()])) / total
+            assert method.record.directions[name].shape[1] == int(np.sum(covered < 0.8))
 
 
 def test_outputs_of_earlier_tasks_stay_when_all_their_inputs_are_protected():
@@ -96,7 +110,7 @@ def test_outputs_of_earlier_tasks_stay_when_all_their_inputs_are_protected():
         }
         return leaks, float((model(rows).detach() - before).norm())
 
-    leaks, moved = changes(inflora(feature_energy=1.0))
+    leaks, moved = changes(inflora(energy="inputs", feature_energy=1.0))
     plain_leaks, plain = changes(LoRAFT(MethodConfig(targets=NAMES, rank=3, alpha=2.0)))
     assert leaks["fc1"] < 1e-5, "these inputs lie in four directions: nothing is left of them"
     assert max(leaks.values()) < 2e-3, "inputs are covered up to rounding"
@@ -168,7 +182,7 @@ def test_the_rank_shrinks_to_the_free_directions_at_the_same_scaling_and_says_so
     layers = adapter.lora_layers(adapted)
     assert {name: layer.r["default"] for name, layer in layers.items()} == {"fc1": 4, "fc2": 6, "out": 6}
     assert {layer.scaling["default"] for layer in layers.values()} == {0.5}
-    assert "1 of 3 layers have fewer than 6 input directions left and take all: fc1 (4)" in caplog.text
+    assert "1 of 3 layers have no room for rank 6 and take a smaller one: fc1 (4)" in caplog.text
 
 
 def test_layers_without_room_are_left_alone_until_none_has_any():

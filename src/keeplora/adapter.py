@@ -108,6 +108,8 @@ def attach(
     adapted: nn.Module = get_peft_model(model, config)
     layers = lora_layers(adapted)
     assert set(layers) == set(ranks), "PEFT adapted other layers than it was told"
+    for name, layer in layers.items():
+        assert layer.scaling[ADAPTER] == alphas[name] / ranks[name], f"PEFT scales {name} in its own way"
     for name, (a, b) in (factors or {}).items():
         set_factors(layers[name], a, b)
         layers[name].lora_A[ADAPTER].weight.requires_grad_(False)

@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 from keeplora import linalg
+from keeplora.task import LearningError
+
+LEAK_ALLOWED = 1e-4
+"""A larger share of an update inside the protected subspace is an error (float32)."""
 
 ROUNDING = 1e-6
 """Energies below this share of the total are rounding noise (float32)."""
@@ -99,6 +103,25 @@ def leak(a: Tensor, b: Tensor, basis: Tensor) -> float:
     """Return `||b a basis||_F / ||b a||_F`, the share of an update that falls inside a protected subspace."""
     norm = float((b @ a).norm())
     return float((b @ (a @ basis)).norm()) / norm if norm > 0 else 0.0
+
+
+def require_no_leak(
+    updates: dict[str, tuple[Tensor, Tensor]], bases: dict[str, Tensor], task: str, *, allowed: float = LEAK_ALLOWED
+) -> None:
+    """Check that updates, given as their factors `(a, b)`, stay outside the protected subspaces.
+
+    Raises:
+        LearningError: If an update is not finite.
+        ValueError: If more than the allowed share of one lies in the protected subspace.
+    """
+    for name, (a, b) in updates.items():
+        if not torch.isfinite(b).all():
+            raise LearningError(f"task {task!r}: the trained update of layer {name!r} is not finite")
+        if (share := leak(a, b, bases[name])) > allowed:
+            raise ValueError(
+                f"task {task!r}: {share:.2g} of the update of layer {name!r} lies in the protected subspace, more than"
+                f" {allowed:g}; was `a` trained or replaced outside keeplora?"
+            )
 
 
 def certify(

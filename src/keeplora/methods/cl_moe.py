@@ -8,14 +8,18 @@ the instance router G^I is the softmax of a linear map of the layer's input, the
 over task t, frozen when t ends. Dynamic Momentum MoE then sets theta_t = lambda * theta_{t-1} + (1 - lambda) * phi_t
 expert by expert, phi_t being what was trained. Nothing is merged: the experts lie beside the base model, as hooks.
 
-The task is not told at inference. As in the paper an instance takes the router of the nearest task; here each layer
-finds it alone: the task whose mean input of the layer is closest to the instance's own, averaged over its positions.
-A task in training is known and both routers are on, so that what is trained is what is left; the released code trains
-with G^I alone. G^T is averaged over the training batches; the release counts top two experts, one second of sixty.
-Roles go by layer, not over the whole model: an expert among the top ones of the new task and of no earlier one keeps
-1 - gamma of itself, others gamma; the release gives 1 - gamma to those that only the task before used.
+The task is not told at inference. As in the paper an instance takes the router of the nearest task; here each tower
+finds it by the input of its first adapted layer, averaged over positions: the task with the closest mean input.
+(Padding of prompts counts in these means.) A task in training is known, and both routers are on, so that what is
+trained is what is left behind; the released code trains with G^I alone. G^T is averaged over all training batches,
+where the release counts, in one second of sixty, the top two experts of each token. Roles go by layer, where the
+release counts over the whole model: an expert among the top ones of the new task and not of the task before is specific
+and keeps 1 - gamma of itself, every other gamma; the release gives 1 - gamma to those that only the task before used,
+and so would overwrite what the momentum is there to keep.
 """
 
+import re
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -67,14 +71,15 @@ class Router(nn.Module):
     """
 
     tasks: Tensor
-    sums: Tensor
 
-    def __init__(self, weight: Tensor, tasks: Tensor, share: float) -> None:
+    def __init__(self, weight: Tensor, tasks: Tensor, share: float, tower: "Tower | None" = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight.clone())
         self.share = share
+        self.tower = tower or Tower()
         self.register_buffer("tasks", tasks)
-        self.register_buffer("sums", torch.zeros(1 + sum(weight.shape)))  # of instances, of their routing and inputs
+        # Of instances, of their routing, of their inputs. No buffer: DDP would put one process's in the others' place.
+        self.sums = torch.zeros(1 + sum(weight.shape))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the weights `[..., n]` for inputs `[..., d_in]`; they sum to one over the experts."""
@@ -82,7 +87,7 @@ class Router(nn.Module):
         instance = F.linear(inputs, self.weight).softmax(-1, self.weight.dtype)
         if self.weight.requires_grad and torch.is_grad_enabled():
             rows = torch.cat([_over_positions(instance.detach()), _over_positions(inputs.detach())], dim=1)
-            self.sums += torch.cat([rows.new_full((1,), len(rows)), rows.sum(0)])
+            self.sums = self.sums.to(rows.device) + torch.cat([rows.new_full((1,), len(rows)), rows.sum(0)])
             task = self.sums[1 : 1 + len(self.weight)] / self.sums[0]
         else:
             task = self._nearest_task(inputs, instance)
@@ -103,8 +108,26 @@ class Router(nn.Module):
         routers, keys = self.known_tasks().split(list(self.weight.shape), dim=1)
         if len(routers) == 0:
             return instance
-        nearest = torch.cdist(_over_positions(inputs), keys).argmin(-1)
+        nearest = self.tower.nearest(self, inputs, keys)
         return F.embedding(nearest, routers).reshape(len(inputs), *[1] * (inputs.dim() - 2), -1)
+
+
+class Tower:
+    """What the routers of one tower share: the task of each instance, found by the first of them that runs.
+
+    The input of the first block does not pass any expert, so the mean inputs that it is compared with do not age.
+    """
+
+    def __init__(self) -> None:
+        self.first: Router | None = None
+        self.found = torch.zeros(0, dtype=torch.long)
+
+    def nearest(self, router: Router, inputs: Tensor, keys: Tensor) -> Tensor:
+        """Return for each instance the place of the key `[t, d_in]` that is nearest to the first router's input."""
+        self.first = self.first or router
+        if router is self.first:
+            self.found = torch.cdist(_over_positions(inputs), keys).argmin(-1)
+        return self.found
 
 
 class CLMoE(Method):
@@ -135,7 +158,8 @@ class CLMoE(Method):
         adapted = adapter.attach(model, ranks, alphas, factors=factors)
         adapter.thaw_a(adapted)
         layers = adapter.lora_layers(adapted)
-        routers = [self._router(name, layer.in_features).to(device) for name, layer in layers.items()]
+        towers: dict[str, Tower] = defaultdict(Tower)
+        routers = [self._router(name, layer.in_features, towers).to(device) for name, layer in layers.items()]
         for layer, router in zip(layers.values(), routers, strict=True):
             layer.lora_A[adapter.ADAPTER].register_forward_hook(router.scale)
         adapted.add_module("lora_routers", nn.ModuleList(routers))
@@ -173,11 +197,12 @@ class CLMoE(Method):
         self._put_beside(model)
         return model
 
-    def _router(self, name: str, d_in: int) -> Router:
+    def _router(self, name: str, d_in: int, towers: dict[str, Tower]) -> Router:
         n, share = self.config.num_experts, self.config.instance_share
+        tower = towers[re.split(r"\.\d+\.", name)[0]]
         if name in self._experts:
-            return Router(self._routing[f"{name}.router"], self._routing[f"{name}.tasks"], share)
-        return Router(nn.Linear(d_in, n, bias=False).weight, torch.zeros(0, n + d_in), share)
+            return Router(self._routing[f"{name}.router"], self._routing[f"{name}.tasks"], share, tower)
+        return Router(nn.Linear(d_in, n, bias=False).weight, torch.zeros(0, n + d_in), share, tower)
 
     def _mix(self, adapted: nn.Module, state: dict[str, Tensor], task: Task) -> None:
         layers = adapter.lora_layers(adapted)
@@ -195,9 +220,9 @@ class CLMoE(Method):
     def _put_beside(self, model: nn.Module) -> None:
         while self._handles:
             self._handles.pop().remove()
-        device = device_of(model)
+        device, towers = device_of(model), defaultdict[str, Tower](Tower)
         for name, (a, b) in self._experts.items():
-            router = self._router(name, a.shape[1]).requires_grad_(False)
+            router = self._router(name, a.shape[1], towers).requires_grad_(False)
             add = partial(_add_experts, router.to(device), a.to(device), b.to(device))
             self._handles.append(model.get_submodule(name).register_forward_hook(add))
 
@@ -205,10 +230,10 @@ class CLMoE(Method):
 def kept_shares(routers: Tensor, top: int, momentum: float) -> Tensor:
     """Return what each expert keeps of its earlier self (lambda), `[n]`, given the routers of all tasks `[t, n]`.
 
-    It is 1 - momentum for an expert among the `top` of the last task and of no earlier one, else momentum.
+    It is 1 - momentum for an expert among the `top` of the last task and not of the one before, else momentum.
     """
     chosen = torch.zeros_like(routers, dtype=torch.bool).scatter_(1, routers.topk(top).indices, True)
-    return torch.where(chosen[-1] & ~chosen[:-1].any(0), 1 - momentum, momentum).to(routers.dtype)
+    return torch.where(chosen[-1] & ~chosen[-2:-1].any(0), 1 - momentum, momentum).to(routers.dtype)
 
 
 def _add_experts(router: Router, a: Tensor, b: Tensor, layer: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:

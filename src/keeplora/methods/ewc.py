@@ -31,6 +31,8 @@ class EWCConfig(MethodConfig):
     et al. (github.com/GMvandeVen/continual-learning) takes for Split CIFAR-100."""
     decay: float = 1.0
     """Factor of the earlier tasks' Fisher with every new task (gamma); 1 forgets nothing."""
+    fisher_batch: int = 8
+    """Examples whose mean gradient is squared for the Fisher; fewer are more exact and slower."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,6 +40,8 @@ class EWCConfig(MethodConfig):
             raise ValueError(f"strength = {self.strength} must be a number of at least 0; 0 is sequential LoRA")
         if not 0 <= self.decay <= 1:
             raise ValueError(f"decay = {self.decay} must be from 0, only the latest task counts, to 1, all count alike")
+        if self.fisher_batch < 1:
+            raise ValueError(f"fisher_batch = {self.fisher_batch} must be at least 1")
 
 
 class EWC(Method):
@@ -80,7 +84,9 @@ class EWC(Method):
         self._layers = {}
         saved = adapter.detach(model)
         merged, error = self.merge_checked(model, task)
-        fishers = fisher_diagonals(merged, task, list(saved.factors()), track=self.track)
+        fishers = fisher_diagonals(
+            merged, task, list(saved.factors()), batch_size=self.config.fisher_batch, track=self.track
+        )
         for name, earlier in self.fishers.items():
             fishers[name] += self.config.decay * earlier.to(fishers[name].device)
         self.keep(TaskRecord(adapter=saved, merge_error=error, state=fishers))

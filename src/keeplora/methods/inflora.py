@@ -4,26 +4,24 @@ Before a task, `a` is the top of its inputs after the memory of earlier tasks' i
 only `b` is trained. After it, the memory grows by the fewest directions that bring the covered share of the task's
 input energy to a threshold that rises from task to task.
 
-The paper is followed where the released code departs from it: energy is that of the inputs (the code squares the gram's
-singular values again, so its shares protect fewer directions), the first task keeps all directions it needs, both sides
-of the gram are projected, and `a` is not divided by the root of 3. The rise of the threshold is the code's: task t = 0
-to T - 1 takes `first + (last - first) t / T`. DualGPM's complement of a large memory only saves memory; it is not kept.
+The thresholds are the released code's, and so is what they are shares of: it takes the gram's singular values for the
+inputs' and squares them again. With the paper's rule, `energy="inputs"`, they protect several times as many directions.
+Elsewhere the paper is followed: the first task keeps all directions it needs, and `a` is orthonormal, not divided by
+the root of 3. The threshold rises as the code's, `first + (last - first) t / T` at task t = 0 to T - 1.
 """
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
 from keeplora import adapter, collect, subspace
 from keeplora.collect import Track, silent
 from keeplora.methods.base import Method, MethodConfig, TaskRecord
+from keeplora.methods.room import alphas_for, warn_of_small_ranks
 from keeplora.task import LearningError, Task
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +34,9 @@ class InfLoRAConfig(MethodConfig):
     """LoRA's alpha; the paper adds the product of the factors unscaled, which is alpha = rank."""
     targets: tuple[str, ...] = ("k_proj", "v_proj")
     """Names, or ends of names, of the linear layers to adapt."""
+    energy: Literal["squared", "inputs"] = "squared"
+    """What the shares are of: the squared eigenvalues of the inputs' gram (the code, which the default shares are for),
+    or the eigenvalues, the energy of the inputs (the paper); the first protects fewer directions."""
     feature_energy: float = 0.95
     """Share of each layer's input energy that is protected after the first task (lamb of the released code)."""
     last_feature_energy: float = 1.0
@@ -57,8 +58,7 @@ class InfLoRA(Method):
     def __init__(self, config: InfLoRAConfig | None = None, *, seed: int = 0, track: Track = silent) -> None:
         super().__init__(config, seed=seed, track=track)
         self.bases: dict[str, Tensor] = {}
-        self._num_tasks = math.inf
-        self._num_learned = 0
+        self._num_tasks, self._num_learned = math.inf, 0
 
     @property
     def share(self) -> float:
@@ -76,27 +76,29 @@ class InfLoRA(Method):
         """Return a stock PEFT LoRA model with `a` set from the task's residual inputs and frozen.
 
         Raises:
-            LearningError: If an input is not finite, or nothing is left to learn with.
-            ValueError: If no layer matches the targets.
+            ValueError: If no layer matches the targets, an input is not finite, or nothing is left to learn with.
         """
         grams = collect.input_grams(model, task, adapter.linear_targets(model, self.config.targets), track=self.track)
         self.bases = {name: self.bases.get(name, gram[:, :0]).to(gram.device) for name, gram in grams.items()}
         rows = self._residual_rows(grams, task)
         d_outs = {name: len(model.get_parameter(f"{name}.weight")) for name in rows}
         factors = {name: (a, a.new_zeros(d_outs[name], len(a))) for name, a in rows.items()}
-        alphas = {name: self.config.alpha * len(a) / self.config.rank for name, a in rows.items()}
+        ranks = {name: len(a) for name, a in rows.items()}
         self.borrow(model)
-        return adapter.attach(model, {name: len(a) for name, a in rows.items()}, alphas, factors=factors)
+        return adapter.attach(model, ranks, alphas_for(ranks, self.config.alpha, self.config.rank), factors=factors)
 
     def after_task(self, model: nn.Module, task: Task) -> nn.Module:
         """Merge the update, protect the task's dominant input directions, and certify that none leaked.
 
         Raises:
-            ValueError: If the merge changed the outputs or a weight would not be finite.
+            ValueError: If the update is not finite or left its subspace, or the merge changed the outputs.
         """
         updates, saved = adapter.factors_of(model), adapter.detach(model)
+        subspace.require_no_leak(updates, self.bases, task.name)
         merged, error = self.merge_checked(model, task)
         grams = collect.input_grams(merged, task, list(self.bases), track=self.track)
+        if self.config.energy == "squared":
+            grams = {name: gram @ gram for name, gram in grams.items()}
         added = subspace.new_directions(self.bases, grams, self.share)
         certificate = subspace.certify(self.bases, subspace.extend_bases(self.bases, added), updates)
         self.keep(TaskRecord(adapter=saved, directions=added, certificate=certificate, merge_error=error))
@@ -112,10 +114,6 @@ class InfLoRA(Method):
         rank, seed = self.config.rank, self.seed
         rows = {name: subspace.leading_inputs(gram, self.bases[name], rank, seed=seed) for name, gram in grams.items()}
         if not any(len(a) for a in rows.values()):
-            raise LearningError(
-                f"task {task.name!r}: no layer has free inputs left; lower feature_energy or add targets"
-            )
-        if smaller := [f"{name} ({len(a)})" for name, a in rows.items() if len(a) < rank]:
-            message = "task %r: %d of %d layers have fewer than %d input directions left and take all: %s"
-            logger.warning(message, task.name, len(smaller), len(rows), rank, ", ".join(smaller))
+            raise LearningError(f"task {task.name!r}: no layer has room left; lower feature_energy or add targets")
+        warn_of_small_ranks({name: len(a) for name, a in rows.items()}, rank, task.name)
         return {name: a for name, a in rows.items() if len(a)}

@@ -1,7 +1,8 @@
-"""Joint training: all tasks at once, from the untouched model. Not a continual method but the bound above them.
+"""Joint training: all tasks at once, from the untouched model. Not a continual method but the reference above them.
 
-The first place of the stream learns the union of all tasks, with as many steps as they have one by one; the other
-places learn nothing. Every row of the accuracy matrix is therefore the same model, and only Last speaks of it.
+The first place of the stream learns the union of all tasks, with as many steps as they have one by one and with the
+rank that their updates would have together; the other places learn nothing. Every row of the accuracy matrix is
+therefore the same model, and only Last speaks of it.
 """
 
 from collections.abc import Iterator, Sequence, Sized
@@ -11,19 +12,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from keeplora import adapter
 from keeplora.collect import Track, silent
 from keeplora.methods.base import Method, MethodConfig, TaskRecord
 from keeplora.task import Batch, Task
 
 
 class Joint(Method):
-    """Train one LoRA on the batches of all tasks, mixed in random order, and merge it."""
+    """Train one LoRA, of the rank of all tasks together, on their batches in mixed order, and merge it."""
 
     one_by_one: ClassVar[bool] = False
 
     def __init__(self, config: MethodConfig | None = None, *, seed: int = 0, track: Track = silent) -> None:
         super().__init__(config, seed=seed, track=track)
         self.is_done = False
+        self._num_tasks = 1
 
     def plan(self, tasks: Sequence[Task]) -> Sequence[Task]:
         """Return the union of the tasks for every place of the stream.
@@ -35,14 +38,23 @@ class Joint(Method):
             raise ValueError("joint training needs one number of epochs for all tasks; take `epochs` out of [[tasks]]")
         if dist.is_initialized():
             raise ValueError("joint training works in one process only; run without a launcher")
+        self._num_tasks = len(tasks)
         return [Union(tasks, self.seed)] * len(tasks)
 
     def before_task(self, model: nn.Module, task: Task) -> nn.Module:
-        """Return the model to train at the first place, the model with every parameter frozen at the others."""
-        if not self.is_done:
-            return super().before_task(model, task)
+        """Return the model to train at the first place, the model with every parameter frozen at the others.
+
+        Raises:
+            ValueError: If no layer matches the targets.
+        """
         self.borrow(model)
-        return model.requires_grad_(False)
+        if self.is_done:
+            return model.requires_grad_(False)
+        targets = adapter.linear_targets(model, self.config.targets)
+        sides = {name: min(model.get_parameter(f"{name}.weight").shape) for name in targets}
+        ranks = {name: max(self.config.rank, min(self._num_tasks * self.config.rank, sides[name])) for name in targets}
+        alphas = {name: self.config.alpha * rank / self.config.rank for name, rank in ranks.items()}
+        return adapter.attach(model, ranks, alphas)
 
     def after_task(self, model: nn.Module, task: Task) -> nn.Module:
         """Merge what was learned at the first place; leave nothing behind at the others."""

@@ -6,7 +6,6 @@ that no optimiser can leave the residual subspace. Where the authors' release de
 followed; `features="batch_mean"` and `b_start="gradient"` bring the release's choices back for comparison.
 """
 
-import logging
 import math
 from pathlib import Path
 from typing import ClassVar
@@ -19,13 +18,10 @@ from keeplora import adapter, collect, linalg, subspace
 from keeplora.collect import Track, silent
 from keeplora.methods.base import HEAD, Method, MethodConfig, TaskRecord
 from keeplora.methods.keeplora_config import KeepLoRAConfig
+from keeplora.methods.room import alphas_for, warn_of_small_ranks
+from keeplora.subspace import LEAK_ALLOWED
 from keeplora.task import LearningError, Task
 from keeplora.towers import layer_scales, tower_share
-
-logger = logging.getLogger(__name__)
-
-LEAK_ALLOWED = 1e-4
-"""A larger share of an update inside the protected subspace is an error (float32)."""
 
 SIGNIFICANT = 1e-5
 """Singular values of the residual gradient below this share of the gradient's norm are rounding noise."""
@@ -77,7 +73,8 @@ class KeepLoRA(Method):
         """
         self._put_start_back(model)
         updates = adapter.factors_of(model)
-        self._require_no_leak(updates, task)
+        allowed = LEAK_ALLOWED if self.config.a_training == "frozen" else 1.0
+        subspace.require_no_leak(updates, self.bases, task.name, allowed=allowed)
         saved = adapter.detach(model)
         head = {name: value.detach().cpu().clone() for name, value in _head_state(model).items()}
         merged, error = self.merge_checked(model, task)
@@ -149,22 +146,9 @@ class KeepLoRA(Method):
                 f"task {task.name!r}: no layer has a residual direction left to learn with; the protected subspaces"
                 " are full, or no gradient reaches the targets. Lower weight_energy or feature_energy, or add targets"
             )
-        self._warn_of_small_ranks({name: len(factors[name][0]) if name in factors else 0 for name in gradients}, task)
+        ranks = {name: len(factors[name][0]) if name in factors else 0 for name in gradients}
+        warn_of_small_ranks(ranks, self.config.rank, task.name)
         return factors
-
-    def _warn_of_small_ranks(self, ranks: dict[str, int], task: Task) -> None:
-        smaller = [f"{name} ({rank})" for name, rank in ranks.items() if 0 < rank < self.config.rank]
-        left_alone = [name for name, rank in ranks.items() if rank == 0]
-        if smaller:
-            logger.warning(
-                "task %r: %d of %d layers have no room for rank %d and take a smaller one: %s",
-                task.name, len(smaller), len(ranks), self.config.rank, ", ".join(smaller),
-            )  # fmt: skip
-        if left_alone:
-            logger.warning(
-                "task %r: %d of %d layers have no residual direction left and are left alone: %s",
-                task.name, len(left_alone), len(ranks), ", ".join(left_alone),
-            )  # fmt: skip
 
     def _require_one_process(self) -> None:
         if not dist.is_initialized():
@@ -176,7 +160,8 @@ class KeepLoRA(Method):
     def _alphas(self, ranks: dict[str, int]) -> dict[str, float]:
         """Return each layer's alpha, so that alpha / rank is the same where a rank had to shrink."""
         scales = layer_scales(list(self.bases), self.config.layer_scale)
-        return {name: self.config.alpha * rank / self.config.rank * scales[name] for name, rank in ranks.items()}
+        alphas = alphas_for(ranks, self.config.alpha, self.config.rank)
+        return {name: alpha * scales[name] for name, alpha in alphas.items()}
 
     def _take_start_out(self, adapted: nn.Module, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
         """Reduce the weights by the start of the update, so that the function stays; keep them for later."""
@@ -194,17 +179,6 @@ class KeepLoRA(Method):
                 layers[name].get_base_layer().weight.copy_(weight)
                 layers[name].lora_B[adapter.ADAPTER].weight.sub_(b)
         self._starts = {}
-
-    def _require_no_leak(self, updates: dict[str, tuple[Tensor, Tensor]], task: Task) -> None:
-        for name, (a, b) in updates.items():
-            if not torch.isfinite(b).all():
-                raise LearningError(f"task {task.name!r}: the trained update of layer {name!r} is not finite")
-            leak = subspace.leak(a, b, self.bases[name])
-            if leak > LEAK_ALLOWED and self.config.a_training == "frozen":
-                raise ValueError(
-                    f"task {task.name!r}: {leak:.2g} of the update of layer {name!r} lies in the protected subspace,"
-                    f" more than {LEAK_ALLOWED:g}; was `a` trained or replaced outside keeplora?"
-                )
 
 
 def _leading_rows(residual: Tensor, basis: Tensor, rank: int, norm: float, seed: int) -> Tensor:
