@@ -3,6 +3,7 @@ from collections import Counter
 import pytest
 import torch
 
+from keeplora import adapter
 from keeplora.methods import Joint, LoRAFT, MethodConfig
 from keeplora.train import TrainConfig, fit
 from tiny import MLP, VectorTask, train
@@ -84,3 +85,11 @@ def test_tasks_with_different_epochs_cannot_be_trained_together():
     tasks[1].epochs = 5
     with pytest.raises(ValueError, match="one number of epochs for all tasks"):
         Joint(CONFIG).plan(tasks)
+
+
+def test_the_rank_is_that_of_all_tasks_together_up_to_the_layers_own():
+    tasks, method = stream(), Joint(CONFIG)
+    adapted = method.before_task(MLP(), method.plan(tasks)[0])
+    layers = adapter.lora_layers(adapted)
+    assert {name: layer.r["default"] for name, layer in layers.items()} == {"fc1": 9, "fc2": 9, "out": 5}
+    assert all(layer.scaling["default"] == pytest.approx(2.0 / 3) for layer in layers.values())

@@ -93,7 +93,9 @@ def test_random_a_is_orthonormal_in_the_residual_space_and_new_for_every_task():
         model = method.after_task(adapted, VectorTask(seed=seed))
     _, gradient = learn(MLP(), VectorTask())
     assert float((found[0] - a_of(gradient, "fc2")).abs().max()) > 0.1
-    assert found[0].shape != found[1].shape or float((found[0] - found[1]).abs().max()) > 0.1
+    rows = min(len(a) for a in found)
+    assert rows > 0
+    assert float((found[0][:rows] - found[1][:rows]).abs().max()) > 0.1
 
 
 def test_a_trained_a_leaves_the_residual_space_and_the_certificate_says_how_far():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from keeplora import adapter
 from keeplora.collect import Track, silent
 from keeplora.methods.base import Method, MethodConfig, TaskRecord
+from keeplora.methods.room import alphas_for
 from keeplora.task import Batch, Task
 
 
@@ -53,8 +54,7 @@ class Joint(Method):
         targets = adapter.linear_targets(model, self.config.targets)
         sides = {name: min(model.get_parameter(f"{name}.weight").shape) for name in targets}
         ranks = {name: max(self.config.rank, min(self._num_tasks * self.config.rank, sides[name])) for name in targets}
-        alphas = {name: self.config.alpha * rank / self.config.rank for name, rank in ranks.items()}
-        return adapter.attach(model, ranks, alphas)
+        return adapter.attach(model, ranks, alphas_for(ranks, self.config.alpha, self.config.rank))
 
     def after_task(self, model: nn.Module, task: Task) -> nn.Module:
         """Merge what was learned at the first place; leave nothing behind at the others."""
