@@ -102,4 +102,4 @@ def test_an_unknown_overlap_is_an_error():
 def test_a_task_leaves_no_layer_behind():
     method = olora()
     learn(method, MLP(), seeds=(0,), task=VectorTask)
-    assert method._layers == {}
+    assert method.layers == {}

@@ -72,7 +72,7 @@ def test_other_elements_are_free():
     method = sefe(key_share=0.3)
     _, model = learn(method, MLP(), seeds=(0,))
     adapted = penalised(started(method, model))
-    layer = method._layers["fc1"]
+    layer = method.layers["fc1"]
     places, _ = method.keys["fc1"]
     rows = torch.unique(places // 11)
     method.penalty(adapted).backward()

@@ -29,6 +29,7 @@ TEXT = (0.0, 0.2, 0.5, 0.85)
 FEATURES = (0.8, 0.9, 0.95, 0.99)
 RANKS = (4, 8, 16, 32)
 ALPHAS = (0.25, 0.5, 1.0, 2.0, 4.0)
+RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 METRICS = ("transfer", "average", "last")
 
 Option = dict[str, Any]
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, help="runs at the same time")
     arguments = parser.parse_args()
     chosen = read_manifest(arguments.compare / "runs/keeplora/order0-seed0")["config"]
-    panels = panels_around(chosen["options"])
+    panels = panels_around({**chosen["options"], "learning_rate": chosen["train"]["learning_rate"]})
     configs = {
         config.output: config
         for points in panels.values()
@@ -74,13 +75,16 @@ def panels_around(base: Option) -> dict[str, dict[float, Option]]:
         "feature_energy": {v: {**base, "feature_energy": v} for v in FEATURES},
         "rank (alpha / rank kept)": {v: {**base, "rank": v, "alpha": scaling * v} for v in RANKS},
         "alpha": {v: {**base, "alpha": v} for v in ALPHAS},
+        "learning_rate": {v: {**base, "learning_rate": v} for v in RATES},
     }
 
 
 def configs_of(chosen: dict[str, Any], option: Option, arguments: argparse.Namespace) -> list[RunConfig]:
     """Return the runs of one point, one for each seed; equal points of two panels are the same runs."""
-    energy = option["weight_energy"]
-    label = f"w{energy['vision']}-{energy['text']}-f{option['feature_energy']}-r{option['rank']}-a{option['alpha']:g}"
+    options = dict(option)
+    energy, rate = options["weight_energy"], options.pop("learning_rate")
+    parts = (energy["vision"], energy["text"], options["feature_energy"], options["rank"], options["alpha"], rate)
+    label = "-".join(f"{name}{value:g}" for name, value in zip("vtfral", parts, strict=True))
     return [
         RunConfig(
             benchmark=chosen["benchmark"],
@@ -90,8 +94,8 @@ def configs_of(chosen: dict[str, Any], option: Option, arguments: argparse.Names
             evaluation="validation",
             save_model=False,
             output=arguments.output / f"{label}-seed{seed}",
-            train=parse(TrainConfig, chosen["train"], source="the comparison"),
-            options=parse(KeepLoRAConfig, option, source="the comparison"),
+            train=parse(TrainConfig, {**chosen["train"], "learning_rate": rate}, source="the comparison"),
+            options=parse(KeepLoRAConfig, options, source="the comparison"),
         )
         for seed in range(arguments.seeds)
     ]
@@ -108,7 +112,7 @@ def mean_of(outcomes: list[Results | str]) -> dict[str, float] | str:
 
 def draw(curves: dict[str, dict[str, Any]], path: Path) -> None:
     """Draw one panel for each option."""
-    figure = Figure(figsize=(13, 3.2), layout="constrained", dpi=110)
+    figure = Figure(figsize=(15, 3.2), layout="constrained", dpi=110)
     axes = figure.subplots(1, len(curves), sharey=True)
     for axis, (panel, points) in zip(axes, curves.items(), strict=True):
         known = {value: scores for value, scores in points.items() if not isinstance(scores, str)}
@@ -117,6 +121,7 @@ def draw(curves: dict[str, dict[str, Any]], path: Path) -> None:
                 list(known), [scores[key] for scores in known.values()], "o-", color=color, label=key.capitalize()
             )
         axis.set_xlabel(panel)
+        axis.set_xscale("log" if panel.startswith(("rank", "alpha", "learning")) else "linear")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("% on the validation splits")
     axes[0].legend(fontsize=8)

@@ -9,7 +9,7 @@ the decay of Schwarz et al. (2018, arXiv 1805.06370). Nothing protects what the 
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from keeplora import adapter
 from keeplora.collect import Track, silent
 from keeplora.fisher import fisher_diagonals
-from keeplora.methods.base import Method, MethodConfig, TaskRecord
-from keeplora.methods.trained import trained_update
+from keeplora.methods.base import MethodConfig, TaskRecord
+from keeplora.methods.penalised import Penalised, trained_update
 from keeplora.task import Task
 
 
@@ -44,7 +44,7 @@ class EWCConfig(MethodConfig):
             raise ValueError(f"fisher_batch = {self.fisher_batch} must be at least 1")
 
 
-class EWC(Method):
+class EWC(Penalised):
     """Learn each task where the earlier ones allow it; `fishers` holds what they do, `[d_out, d_in]` a layer."""
 
     Config: ClassVar[type[MethodConfig]] = EWCConfig
@@ -53,23 +53,12 @@ class EWC(Method):
     def __init__(self, config: EWCConfig | None = None, *, seed: int = 0, track: Track = silent) -> None:
         super().__init__(config, seed=seed, track=track)
         self.fishers: dict[str, Tensor] = {}
-        self._layers: dict[str, Any] = {}
-
-    def before_task(self, model: nn.Module, task: Task) -> nn.Module:
-        """Return a stock PEFT LoRA model, as sequential LoRA does.
-
-        Raises:
-            ValueError: If no layer matches the targets.
-        """
-        adapted = super().before_task(model, task)
-        self._layers = adapter.lora_layers(adapted)
-        return adapted
 
     def penalty(self, model: nn.Module) -> Tensor | None:
         """Return `strength / 2 * sum F (scaling b a)^2` over all target weights (Eq. 3); None at the first task."""
         terms = []
         for name in self.fishers:
-            update = trained_update(self._layers[name])
+            update = trained_update(self.layers[name])
             fisher = self.fishers[name] = self.fishers[name].to(update.device)
             terms.append(torch.dot(fisher.flatten(), update.square().flatten()))
         return self.config.strength / 2 * torch.stack(terms).sum() if terms else None
@@ -81,7 +70,7 @@ class EWC(Method):
             LearningError: If the merge changed the outputs, or a loss or a gradient is not finite.
             ValueError: If a weight of the base model was trained, or would not be finite.
         """
-        self._layers = {}
+        self.layers = {}
         saved = adapter.detach(model)
         merged, error = self.merge_checked(model, task)
         fishers = fisher_diagonals(

@@ -10,16 +10,15 @@ where each is merged after its task.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from keeplora import adapter
 from keeplora.adapter import ADAPTER
 from keeplora.collect import Track, silent
-from keeplora.methods.base import Method, MethodConfig, TaskRecord
-from keeplora.task import Task
+from keeplora.methods.base import MethodConfig, TaskRecord
+from keeplora.methods.penalised import Penalised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +39,7 @@ class OLoRAConfig(MethodConfig):
                 raise ValueError(f"{name} = {value} must be a number of at least 0; 0 leaves its term out")
 
 
-class OLoRA(Method):
+class OLoRA(Penalised):
     """Learn each task with an `a` orthogonal to those of the earlier ones; `earlier` holds these, `[sum r, d_in]`."""
 
     Config: ClassVar[type[MethodConfig]] = OLoRAConfig
@@ -49,17 +48,6 @@ class OLoRA(Method):
     def __init__(self, config: OLoRAConfig | None = None, *, seed: int = 0, track: Track = silent) -> None:
         super().__init__(config, seed=seed, track=track)
         self.earlier: dict[str, Tensor] = {}
-        self._layers: dict[str, Any] = {}
-
-    def before_task(self, model: nn.Module, task: Task) -> nn.Module:
-        """Return a stock PEFT LoRA model, as sequential LoRA does.
-
-        Raises:
-            ValueError: If no layer matches the targets.
-        """
-        adapted = super().before_task(model, task)
-        self._layers = adapter.lora_layers(adapted)
-        return adapted
 
     def penalty(self, model: nn.Module) -> Tensor | None:
         """Return `lambda_1 * sum_i L_orth(A_i, A_t)` over all layers, plus the norms' term; None if there is neither.
@@ -67,7 +55,7 @@ class OLoRA(Method):
         The earlier factors are stacked, so that one product a layer gives the overlaps with all of them.
         """
         terms = []
-        for name, layer in self._layers.items():
+        for name, layer in self.layers.items():
             a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
             with torch.autocast(a.device.type, enabled=False):
                 if name in self.earlier and self.config.lambda_1 > 0:
@@ -78,16 +66,6 @@ class OLoRA(Method):
                 if self.config.lambda_2 > 0:
                     terms.append(self.config.lambda_2 * (a.float().norm() + b.float().norm()))
         return torch.stack(terms).sum() if terms else None
-
-    def after_task(self, model: nn.Module, task: Task) -> nn.Module:
-        """Merge what was learned and keep its `a`.
-
-        Raises:
-            LearningError: If the merge changed the outputs.
-            ValueError: If a weight of the base model was trained, or would not be finite.
-        """
-        self._layers = {}
-        return super().after_task(model, task)
 
     def remember(self, record: TaskRecord) -> None:
         """Stack a finished task's `a` below those of the tasks before it."""

@@ -13,15 +13,14 @@ several styles. It is a transform of data, not of training, and there are no gen
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from keeplora import adapter
 from keeplora.collect import Track, silent
-from keeplora.methods.base import Method, MethodConfig, TaskRecord
-from keeplora.methods.trained import trained_update
+from keeplora.methods.base import MethodConfig, TaskRecord
+from keeplora.methods.penalised import Penalised, trained_update
 from keeplora.task import Task
 
 
@@ -44,7 +43,7 @@ class SEFEConfig(MethodConfig):
             raise ValueError(f"strength = {self.strength} must be a number of at least 0; 0 is sequential LoRA")
 
 
-class SEFE(Method):
+class SEFE(Penalised):
     """Learn each task away from the key elements of the earlier ones.
 
     `keys` holds by layer the flat places `[n]` of the key elements, ascending, and how many tasks hold each, `[n]`.
@@ -56,7 +55,6 @@ class SEFE(Method):
     def __init__(self, config: SEFEConfig | None = None, *, seed: int = 0, track: Track = silent) -> None:
         super().__init__(config, seed=seed, track=track)
         self.keys: dict[str, tuple[Tensor, Tensor]] = {}
-        self._layers: dict[str, Any] = {}
         self._weights: dict[str, tuple[Tensor, Tensor]] = {}
 
     def before_task(self, model: nn.Module, task: Task) -> nn.Module:
@@ -65,30 +63,18 @@ class SEFE(Method):
         Raises:
             ValueError: If no layer matches the targets.
         """
-        adapted = super().before_task(model, task)
-        self._layers = adapter.lora_layers(adapted)
         self._weights = {name: (places, counts / counts.sum()) for name, (places, counts) in self.keys.items()}
-        return adapted
+        return super().before_task(model, task)
 
     def penalty(self, model: nn.Module) -> Tensor | None:
         """Return `strength` times the mean magnitude of the new update at the key elements; None at the first task."""
         terms = []
         for name in self._weights:
-            update = trained_update(self._layers[name]).flatten()
+            update = trained_update(self.layers[name]).flatten()
             places, weights = self._weights[name]
             places, weights = self._weights[name] = places.to(update.device), weights.to(update.device)
             terms.append(torch.dot(weights, update.index_select(0, places).abs()))
         return self.config.strength * torch.stack(terms).mean() if terms else None
-
-    def after_task(self, model: nn.Module, task: Task) -> nn.Module:
-        """Merge what was learned and note its key elements.
-
-        Raises:
-            LearningError: If the merge changed the outputs.
-            ValueError: If a weight of the base model was trained, or would not be finite.
-        """
-        self._layers, self._weights = {}, {}
-        return super().after_task(model, task)
 
     def remember(self, record: TaskRecord) -> None:
         """Add the key elements of a finished task to those of the tasks before it."""
