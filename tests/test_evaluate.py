@@ -247,3 +247,11 @@ def test_inside_kept_a_second_run_on_the_same_images_decodes_nothing_again(place
     assert first[0].train[0][0].equal(second[0].train[0][0])
     tasks_of(place, "clip")
     assert decoded, "nothing is kept after the block"
+
+
+def test_the_limit_of_kept_holds_for_the_stores_inside(place):
+    examples = examples_of(place)
+    with kept(memory_limit=0):
+        store = PixelStore(CROPPING)
+        store.read(examples, silent, "reading")
+    assert not store.kept

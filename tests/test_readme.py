@@ -10,6 +10,7 @@ import pytest
 import tyro
 
 from keeplora import cli
+from keeplora.compare import CompareConfig
 from keeplora.config import parse
 from keeplora.task import Benchmark
 
@@ -51,6 +52,10 @@ def test_every_keeplora_command_is_understood(command, monkeypatch):
     def evaluate(run: tyro.conf.Positional[Path]) -> None:
         asked["evaluate"] = run
 
+    def compare(flags: tyro.conf.OmitArgPrefixes[CompareConfig]) -> None:
+        asked["compare"] = flags.output
+
+    monkeypatch.setitem(cli.COMMANDS, "compare", compare)
     monkeypatch.setitem(cli.COMMANDS, "demo", demo)
     monkeypatch.setitem(cli.COMMANDS, "evaluate", evaluate)
     monkeypatch.setattr(cli, "run", lambda flags: asked.update(run=flags.output))

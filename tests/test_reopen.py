@@ -1,6 +1,7 @@
 """Every method and variant: a run that was cut off goes on as if it had not been, and opens again from its files."""
 
 import json
+import random
 
 import pytest
 
@@ -9,7 +10,8 @@ from keeplora.config import parse
 from keeplora.evaluate import evaluate
 from keeplora.methods import find_method, known_methods
 from keeplora.reopen import reopen
-from keeplora.run import RunConfig, run
+from keeplora.run import RunConfig, run, stream_of
+from keeplora.task import read_benchmark
 from keeplora.train import TrainConfig
 
 
@@ -76,9 +78,26 @@ def test_orders_follow_from_their_number_and_hold_every_task(place, tmp_path):
     ]
     assert names[0] == ("task0", "task1", "task2")
     assert all(sorted(order) == sorted(names[0]) for order in names)
-    assert len(set(names)) > 2
+    assert len(set(names)) == 5
     again = run(config_of(place, tmp_path / "again", "zero_shot", order=3)).tasks
     assert tuple(again) == names[3]
+
+
+def test_every_order_of_the_tasks_comes_once_and_then_is_an_error(place):
+    def stream(order):
+        config = RunConfig(benchmark=str(place / "colors.toml"), order=order)
+        return tuple(spec.name for spec in stream_of(config))
+
+    assert len({stream(order) for order in range(6)}) == 6
+    with pytest.raises(ValueError, match="order = 6: 3 tasks have only the orders 0 to 5"):
+        stream(6)
+
+
+def test_a_long_streams_order_is_the_shuffle_of_its_number():
+    places = list(range(11))
+    random.Random(2).shuffle(places)
+    names = [spec.name for spec in read_benchmark("mini").tasks]
+    assert [spec.name for spec in stream_of(RunConfig(order=2))] == [names[place] for place in places]
 
 
 def test_without_save_model_the_scores_are_the_same_and_the_error_says_what_to_do(place, tmp_path):

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+COSTS = {"trained_parameters": ",.0f", "added_parameters": ",.0f", "seconds_per_task": ".1f", "peak_memory_mb": ",.0f"}
 SCORES = {"transfer": "Transfer", "average": "Average", "last": "Last", "forgetting": "Forgetting"}
 
 
@@ -31,16 +32,22 @@ def search_table(found: dict[str, Any]) -> str:
         for trial in found["search"]:
             if trial["method"] == method:
                 value = "failed" if trial["value"] is None else f"{trial['value']:.1f}"
-                text = ", ".join(f"{key} {setting:g}" for key, setting in trial["settings"].items())
+                text = ", ".join(f"{key} {_setting(setting)}" for key, setting in trial["settings"].items())
                 text = f"{text}: {value}".replace("learning_rate", "lr")
-                cells.append(f"**{text}**" if found["chosen"].get(method) == trial["settings"] else text)
+                takers = [name for name in found["chosen"] if found["inherits"].get(name, name) == method]
+                is_chosen = any(found["chosen"][name] == trial["settings"] for name in takers)
+                cells.append(f"**{text}**" if is_chosen else text)
         lines.append(f"| {method} | {'; '.join(cells)} |")
     return "\n".join(lines)
 
 
 def score_table(found: dict[str, Any]) -> str:
-    """Return the mean and the 95 % interval of every score."""
-    return _grid(found["table"], lambda value: f"{value['mean']:.2f}")
+    """Return the mean and the 95 % interval of every score, and how many runs finished."""
+    asked = found["config"]["seeds"] * found["config"]["orders"]
+    lines = _grid(found["table"], lambda value: f"{value['mean']:.2f}").splitlines()
+    finished = [sum(run["method"] == method for run in found["runs"]) for method in found["table"]]
+    last = [" runs |", "---|", *(f" {count}/{asked} |" for count in finished)]
+    return "\n".join(line + cell for line, cell in zip(lines, last, strict=True))
 
 
 def difference_table(found: dict[str, Any]) -> str:
@@ -49,17 +56,26 @@ def difference_table(found: dict[str, Any]) -> str:
 
 
 def cost_table(found: dict[str, Any]) -> str:
-    """Return the medians of the costs."""
+    """Return the mean and the 95 % interval of every cost, and how many settings were tried for the method."""
     lines = [
-        "| method | parameters trained a task | added at inference | seconds a task | MiB |",
-        "|---|---|---|---|---|",
+        "| method | settings tried | parameters trained a task | added at inference | seconds a task | MiB |",
+        "|---|---|---|---|---|---|",
     ]
     for method, row in found["table"].items():
-        trained, added = f"{row['trained_parameters']:,.0f}", f"{row['added_parameters']:,.0f}"
-        lines.append(
-            f"| {method} | {trained} | {added} | {row['seconds_per_task']:.1f} | {row['peak_memory_mb']:,.0f} |"
-        )
-    return "\n".join(lines)
+        cells = [_cost(row[key], spec) for key, spec in COSTS.items()]
+        lines.append(f"| {method} | {found['trials'][method]} | {' | '.join(cells)} |")
+    config = found["config"]
+    return "\n".join([*lines, "", f"Seconds: runs at a time {config['jobs']}, threads of each {config['threads']}."])
+
+
+def _cost(value: dict[str, Any], spec: str) -> str:
+    """Return a mean and its interval, which parameters mostly do without."""
+    mean, width = format(value["mean"], spec), value["half_width"]
+    return f"{mean} ± {format(width, spec)}" if width else mean
+
+
+def _setting(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _grid(table: dict[str, Any], mean: Any, *, mark: bool = False) -> str:

@@ -15,6 +15,8 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from keeplora.task import LearningError
+
 ADAPTER = "default"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -180,9 +182,12 @@ def merge(adapted: nn.Module) -> nn.Module:
     """Add every update to its weight and return the plain base model.
 
     Raises:
-        ValueError: If a merged weight would not be finite.
+        LearningError: If a merged weight would not be finite.
     """
-    return cast(nn.Module, cast(PeftModel, adapted).merge_and_unload(safe_merge=True))
+    try:
+        return cast(nn.Module, cast(PeftModel, adapted).merge_and_unload(safe_merge=True))
+    except ValueError as error:
+        raise LearningError(f"the trained update cannot be merged: {error}. Lower learning_rate") from error
 
 
 def unload(adapted: nn.Module) -> nn.Module:

@@ -146,6 +146,8 @@ def compare(flags: tyro.conf.OmitArgPrefixes[CompareConfig]) -> None:
         comparison = compare_methods(flags, track=display.track)
     for table in comparison_tables(comparison):
         console.print(table)
+    for note in comparison.notes:
+        console.print(escape(note), highlight=False)
     for folder, error in comparison.failures.items():
         console.print(f"[bold red]failed[/] {escape(folder)}: {escape(error)}")
     console.print(f"Report: {escape(str(flags.output / 'report.html'))}")

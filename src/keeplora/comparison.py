@@ -2,8 +2,8 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 T_975 = (
@@ -17,6 +17,10 @@ SCORES = ("transfer", "average", "last", "forgetting")
 COSTS = ("trained_parameters", "added_parameters", "seconds_per_task", "peak_memory_mb")
 
 
+Place = tuple[int, int]
+"""The seed and the order of a run."""
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A mean and the half-width of its 95 % interval (Student's t); None for the width of a single value."""
@@ -26,7 +30,11 @@ class Estimate:
     count: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.2f}" if self.half_width is None else f"{self.mean:.2f} ± {self.half_width:.2f}"
+        return format(self, ".2f")
+
+    def __format__(self, spec: str) -> str:
+        mean = format(self.mean, spec)
+        return mean if self.half_width is None else f"{mean} ± {format(self.half_width, spec)}"
 
     @property
     def excludes_zero(self) -> bool:
@@ -68,7 +76,9 @@ class Comparison:
     chosen: dict[str, dict[str, Any]]
     rows: list[RunRow]
     failures: dict[str, str]
-    """The message of every run that could not finish, by its folder."""
+    """The message of every run, or every search, that could not finish, by its folder."""
+    inherits: dict[str, str] = field(default_factory=dict)
+    """Whose settings a method was run with, for those without a search of their own."""
 
     @property
     def methods(self) -> list[str]:
@@ -77,39 +87,74 @@ class Comparison:
 
     def score(self, method: str, key: str) -> Estimate | None:
         """Estimate a metric of a method over its runs."""
-        return estimate(row.scores[key] for row in self.rows if row.method == method)
+        return estimate_runs({(row.seed, row.order): row.scores[key] for row in self.rows if row.method == method})
 
-    def cost(self, method: str, key: str) -> float:
-        """Return the median of a cost over a method's runs."""
-        return statistics.median(row.costs[key] for row in self.rows if row.method == method)
+    def cost(self, method: str, key: str) -> Estimate | None:
+        """Estimate a cost of a method over its runs."""
+        return estimate_runs({(row.seed, row.order): row.costs[key] for row in self.rows if row.method == method})
+
+    def num_runs(self, method: str) -> str:
+        """Return how many of a method's runs finished, of how many."""
+        finished = sum(row.method == method for row in self.rows)
+        return f"{finished}/{self.config['seeds'] * self.config['orders']}"
+
+    def num_trials(self, method: str) -> int:
+        """Return how many settings were tried for a method, or for the one whose settings it takes."""
+        return sum(trial.method == self.inherits.get(method, method) for trial in self.trials)
+
+    def is_chosen(self, trial: Trial) -> bool:
+        """Whether a method was run with the settings of a trial: the trial's own, or one that takes its settings."""
+        takers = [name for name in self.chosen if self.inherits.get(name, name) == trial.method]
+        return any(self.chosen[name] == trial.settings for name in takers)
+
+    @property
+    def notes(self) -> list[str]:
+        """What to say below the tables: which intervals these are, how costs were taken, what was left out."""
+        config, reference = self.config, self.config["reference"]
+        interval = "Student's t over the seeds"
+        if config["orders"] > 1:
+            interval = "the wider of Student's t over the means of the orders and over the means of the seeds"
+        notes = [f"Intervals: 95 %, {interval}; they say nothing of other test images."]
+        for source in dict.fromkeys(self.inherits.values()):
+            names = ", ".join(name for name in self.inherits if self.inherits[name] == source)
+            notes.append(f"Run with the settings chosen for {source}, without a search of their own: {names}.")
+        notes.append(
+            f"Seconds: of runs that went {config['jobs']} at a time, with {config['threads']} threads each. MiB: of the"
+            " GPU where there is one, otherwise of the whole process, its libraries included."
+        )
+        if reference not in self.methods:
+            notes.append(f"No differences: {reference}, the reference, is not among the methods with a finished run.")
+        return notes
 
     def difference(self, method: str, key: str) -> Estimate | None:
-        """Estimate a metric's difference to the reference method over the runs of equal seed and order."""
+        """Estimate a metric's difference to the reference method by equal seed and order; None without one."""
         mine, other = (
             {(row.seed, row.order): row.scores[key] for row in self.rows if row.method == name}
             for name in (method, self.config["reference"])
         )
-        pairs = [(mine[place], other[place]) for place in mine if place in other]
-        return estimate(a - b for a, b in pairs if a is not None and b is not None)
+        pairs = {place: (mine[place], other[place]) for place in mine if place in other}
+        return estimate_runs({place: a - b for place, (a, b) in pairs.items() if a is not None and b is not None})
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain values: what was tried, what was chosen, each run, and the tables."""
         return {
-            "format": 1,
+            "format": 2,
             "config": self.config,
             "search": [asdict(trial) for trial in self.trials],
             "chosen": self.chosen,
+            "inherits": self.inherits,
+            "trials": {method: self.num_trials(method) for method in self.methods},
             "runs": [asdict(row) for row in self.rows],
             "failures": self.failures,
             "table": {
                 method: {key: _plain(self.score(method, key)) for key in SCORES}
-                | {key: self.cost(method, key) for key in COSTS}
+                | {key: _plain(self.cost(method, key)) for key in COSTS}
                 for method in self.methods
             },
             "differences": {
                 method: {key: _plain(self.difference(method, key)) for key in SCORES}
                 for method in self.methods
-                if method != self.config["reference"]
+                if method != self.config["reference"] in self.methods
             },
         }
 
@@ -124,6 +169,29 @@ def estimate(values: Iterable[float | None]) -> Estimate | None:
         return Estimate(known[0], None, 1)
     quantile = T_975[min(count - 1, len(T_975)) - 1]
     return Estimate(statistics.fmean(known), quantile * statistics.stdev(known) / math.sqrt(count), count)
+
+
+def estimate_runs(values: Mapping[Place, float | None]) -> Estimate | None:
+    """Return the mean of runs and its 95 % interval, which takes runs of one order, or of one seed, as alike.
+
+    Seeds and orders are crossed, so runs are not independent. With one order: Student's t over the seeds. With several:
+    of the interval over the means of the orders and the one over the means of the seeds, the wider.
+    """
+    known = {place: value for place, value in values.items() if value is not None}
+    by_seed, by_order = (_means(known, side) for side in (0, 1))
+    if not known:
+        return None
+    groups = [by_seed] if len(by_order) == 1 else [by_seed, by_order]
+    widths = [found.half_width for group in groups if (found := estimate(group)) and found.half_width is not None]
+    return Estimate(statistics.fmean(known.values()), max(widths, default=None), len(known))
+
+
+def _means(values: Mapping[Place, float], side: int) -> list[float]:
+    """Return the mean of the runs of each seed (side 0), or of each order (side 1)."""
+    groups: dict[int, list[float]] = {}
+    for place, value in values.items():
+        groups.setdefault(place[side], []).append(value)
+    return [statistics.fmean(group) for group in groups.values()]
 
 
 def _plain(value: Estimate | None) -> dict[str, Any] | None:

@@ -96,7 +96,7 @@ class Display:
 
 def score_table(runs: list[Results]) -> Table:
     """Tabulate the current score of every task, a column for each run, with the metrics below."""
-    table = Table(title=f"Accuracy in % on {Path(runs[0].benchmark).stem} (bold: learned)")
+    table = Table(title=f"Accuracy in % on {escape(Path(runs[0].benchmark).stem)} (bold: learned)")
     table.add_column("task")
     table.add_column("untouched", justify="right")
     for run in runs:
@@ -151,19 +151,21 @@ def principal_table(curve: PrincipalCurve) -> Table:
 def comparison_tables(comparison: Comparison) -> list[Table]:
     """Tabulate every method's scores with their 95 % intervals, the differences to the reference, and the costs."""
     seeds, orders = comparison.config["seeds"], comparison.config["orders"]
-    benchmark, reference = Path(comparison.config["benchmark"]).stem, comparison.config["reference"]
+    benchmark, reference = escape(Path(comparison.config["benchmark"]).stem), comparison.config["reference"]
     means = _score_grid(f"{benchmark}: {seeds} seeds, {orders} order(s), mean ± 95 % interval, in %")
+    means.add_column("runs", justify="right", no_wrap=True)
     less = _score_grid(f"less {reference}, by seed and order (bold: the interval excludes 0)")
-    costs = Table(title="Costs: medians over runs", caption="added: parameters at inference, after all tasks")
+    costs = Table(title="Costs: mean ± 95 % interval", caption="added: parameters at inference, after all tasks")
     for name in ("method", "parameters trained a task", "added", "seconds a task", "MiB"):
         costs.add_column(name, justify="left" if name == "method" else "right")
     for method in comparison.methods:
-        means.add_row(method, *[_estimate(comparison.score(method, key)) for key in SCORES])
+        scores = [_estimate(comparison.score(method, key)) for key in SCORES]
+        means.add_row(method, *scores, comparison.num_runs(method))
         if method != reference:
             less.add_row(method, *[_estimate(comparison.difference(method, key), signed=True) for key in SCORES])
         trained, added, seconds, memory = (comparison.cost(method, key) for key in COSTS)
         costs.add_row(method, f"{trained:,.0f}", f"{added:,.0f}", f"{seconds:.1f}", f"{memory:,.0f}")
-    return [means, less, costs] if reference in comparison.methods else [means, costs]
+    return [means, less, costs] if reference in comparison.methods and less.row_count else [means, costs]
 
 
 def _score_grid(title: str) -> Table:

@@ -78,13 +78,22 @@ def write_atomically(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
-def _require_same(folder: Path, found: dict[str, Any], config: dict[str, Any], tasks: list[str]) -> None:
-    before, now = _flat(found["config"]), _flat(config)
-    different = [
-        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key)
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return a phrase for every setting that differs, by its dotted name, and a single one for those of the tasks."""
+    before, now = _flat(before), _flat(now)
+    different = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    phrases = [
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in different if not key.startswith("tasks.")
     ]
+    of_tasks = list(dict.fromkeys(key.split(".")[1] for key in different if key.startswith("tasks.")))
+    if of_tasks:
+        more = f" and {len(of_tasks) - 1} more" if len(of_tasks) > 1 else ""
+        phrases.append(f"the benchmark's table of task {of_tasks[0]!r}{more} was another")
+    return phrases
+
+
+def _require_same(folder: Path, found: dict[str, Any], config: dict[str, Any], tasks: list[str]) -> None:
+    different = differences(found["config"], config)
     if found["tasks"] != tasks:
         different.append(f"tasks were {found['tasks']}, are {tasks}")
     if different:

@@ -40,6 +40,8 @@ def _peak_memory_mb() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     if STATUS.exists():
-        return next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith("VmHWM")) / 1024
+        lines = [line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM")]
+        if lines:  # Some sandboxes' kernels leave it out.
+            return int(lines[0].split()[1]) / 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -82,7 +82,8 @@ def comparison_chart(comparison: Comparison) -> bytes:
             axis.annotate(method, (transfer.mean, last.mean), xytext=(5, 4), textcoords="offset points", fontsize=8)
         axis.set_xlabel("Transfer in %: tasks before they are learned")
         axis.set_ylabel("Last in %: all tasks at the end")
-        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+        if comparison.methods:
+            axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
         return _png(figure)
 
 

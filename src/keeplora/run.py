@@ -5,10 +5,11 @@ A run that was cut off goes on after its last finished task.
 
 import dataclasses
 import json
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,9 @@ from keeplora.report import page
 from keeplora.results import Results
 from keeplora.task import TaskSpec, read_benchmark
 from keeplora.train import TrainConfig, best_device, fit, seed_everything
+
+MOST_ORDERS = 99_999
+"""The highest number of an order; each needs all before it, to be another one."""
 
 Watch = Callable[[Results], None]
 """Called with the results so far: at the start, and after each task."""
@@ -47,7 +51,7 @@ class RunConfig(Config):
     evaluation: Literal["test", "validation"] = "test"
     """The split to evaluate on; choose settings on validation."""
     order: int = 0
-    """Order of the tasks: 0 for the benchmark's own, any other number is the seed of a random one."""
+    """Order of the tasks: 0 for the benchmark's own, k for the k-th random one, each another than those before."""
     first_tasks: int | None = None
     """Learn only this many tasks, the first ones of the stream."""
     save_model: bool = True
@@ -67,9 +71,9 @@ class RunConfig(Config):
             raise ValueError(
                 f"options of method {self.method!r} must be {kind.__name__}, not {type(self.options).__name__}"
             )
-        for name in ("seed", "order"):
-            if not 0 <= getattr(self, name) < 2**31:
-                raise ValueError(f"{name} = {getattr(self, name)} must be from 0 to 2147483647")
+        for name, most in (("seed", 2**31 - 1), ("order", MOST_ORDERS)):
+            if not 0 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} = {getattr(self, name)} must be from 0 to {most}")
         if self.first_tasks is not None and self.first_tasks < 1:
             raise ValueError(f"first_tasks = {self.first_tasks} must be at least 1")
 
@@ -134,11 +138,28 @@ def open_stream(config: RunConfig, track: Track = silent) -> tuple[nn.Module, li
 
 
 def stream_of(config: RunConfig) -> tuple[TaskSpec, ...]:
-    """Return the tasks that a run learns, in their order."""
-    specs = list(read_benchmark(config.benchmark).tasks)
-    if config.order > 0:
-        random.Random(config.order).shuffle(specs)
-    return tuple(specs[: config.first_tasks])
+    """Return the tasks that a run learns, in their order.
+
+    Raises:
+        ValueError: If the benchmark is wrong, or its tasks have fewer orders than the number of this one.
+    """
+    specs = read_benchmark(config.benchmark).tasks
+    if config.order >= (num_orders := math.factorial(len(specs))):
+        raise ValueError(f"order = {config.order}: {len(specs)} tasks have only the orders 0 to {num_orders - 1}")
+    return tuple(specs[place] for place in _permutation(config.order, len(specs))[: config.first_tasks])
+
+
+@cache
+def _permutation(number: int, size: int) -> tuple[int, ...]:
+    """Return 0 to size - 1 in the number-th distinct order; number 0 is the identity, the others are random."""
+    found = {(identity := tuple(range(size))): None}
+    seed = 0
+    while len(found) <= number:
+        seed += 1
+        places = list(identity)
+        random.Random(seed).shuffle(places)
+        found[tuple(places)] = None
+    return list(found)[number]
 
 
 def learn(config: RunConfig, ledger: Ledger, track: Track, watch: Watch) -> None:

@@ -3,6 +3,7 @@
 Subclass `Task`, or hand any object with the same attributes: nothing in it is about images or text.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -107,7 +108,9 @@ class CompareBudget(Config):
     learning_rate: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     """Learning rates to try first, the same for every method."""
     search: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
-    """For a method by its name: values of its settings to try next, at the best learning rate."""
+    """For a method by its name: values of its settings to try next, at the best learning rates."""
+    rates_kept: int = 2
+    """At how many of the best learning rates they are tried."""
     common: dict[str, Any] = field(default_factory=dict)
     """Options that every method gets, such as the rank; otherwise its own defaults."""
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -115,9 +118,12 @@ class CompareBudget(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.learning_rate or min(self.learning_rate) <= 0:
-            raise ValueError(f"learning_rate = {self.learning_rate} must list positive numbers")
-        for name in ("epochs", "search_tasks"):
+        rates = self.learning_rate
+        if not rates or not all(math.isfinite(rate) and rate > 0 for rate in rates):
+            raise ValueError(f"learning_rate = {list(rates)} must list positive numbers")
+        if len(set(rates)) < len(rates):
+            raise ValueError(f"learning_rate = {list(rates)} lists a number twice")
+        for name in ("epochs", "search_tasks", "rates_kept"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} = {value} must be at least 1")
 

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import signal
 import threading
 import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -13,7 +14,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from keeplora.collect import Track
-from keeplora.models.pixels import kept
+from keeplora.models.pixels import MEMORY_LIMIT, kept
 from keeplora.results import Results
 from keeplora.run import RunConfig, run
 from keeplora.task import LearningError
@@ -32,7 +33,9 @@ class Workers:
     """
 
     def __init__(self, jobs: int | None = None) -> None:
-        self.jobs = jobs or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+        self.jobs = jobs or (1 if torch.cuda.is_available() else _num_cores())
+        self.threads = torch.get_num_threads() if self.jobs == 1 else max(1, _num_cores() // self.jobs)
+        self._others: list[multiprocessing.process.BaseProcess] = []
         self._stack = contextlib.ExitStack()
         self._pool: ProcessPoolExecutor | None = None
 
@@ -40,30 +43,46 @@ class Workers:
         if self.jobs == 1:
             self._stack.enter_context(kept())
         else:
-            threads = max(1, (os.cpu_count() or 1) // self.jobs)
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self.jobs, context, initializer=_start, initargs=(threads,))
+            self._others = multiprocessing.active_children()
+            context, shares = multiprocessing.get_context("spawn"), (self.threads, MEMORY_LIMIT // self.jobs)
+            self._pool = ProcessPoolExecutor(self.jobs, context, initializer=_start, initargs=shares)
             self._stack.callback(self._pool.shutdown, cancel_futures=True)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is not None:
+            self._terminate()
         self._stack.close()
 
     def run_all(self, configs: list[RunConfig], track: Track, what: str) -> list[Outcome]:
         """Make every run that is not finished yet; return what each gave, in the given order.
+
+        An error ends the processes at once: the runs that they are at go on from their last finished task another time.
 
         Raises:
             ValueError: If a configuration or the data is wrong, or a process was killed.
         """
         if self._pool is None:
             return [_outcome(config) for config in track(configs, what, len(configs))]
-        futures = [self._pool.submit(_outcome, config) for config in configs]
-        try:
-            for future in track(as_completed(futures), what, len(futures)):
-                future.result()
-        except BrokenProcessPool:
-            raise ValueError("a run's process ended from outside, perhaps for lack of memory; try --jobs 1") from None
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(self._terminate)
+            try:
+                futures = [self._pool.submit(_outcome, config) for config in configs]
+                for future in track(as_completed(futures), what, len(futures)):
+                    future.result()
+            except BrokenProcessPool:
+                raise ValueError(
+                    "a run's process ended from outside, perhaps for lack of memory: try --jobs 1. A script that"
+                    ' compares needs `if __name__ == "__main__":` around what it does'
+                ) from None
+            on_error.pop_all()
         return [future.result() for future in futures]
+
+    def _terminate(self) -> None:
+        if self._pool is not None:
+            for process in multiprocessing.active_children():
+                if process not in self._others:
+                    process.terminate()
 
 
 def silence_libraries() -> None:
@@ -73,12 +92,18 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
 
 
-def _start(threads: int) -> None:
+def _num_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _start(threads: int, memory_limit: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the first one decides.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     silence_libraries()
     logging.disable(logging.WARNING)  # What a run warns of stands in its certificates too.
-    _PROCESS.enter_context(kept())
+    _PROCESS.enter_context(kept(memory_limit))
 
 
 def _end_with_parent() -> None:
@@ -94,3 +119,5 @@ def _outcome(config: RunConfig) -> Outcome:
         return run(config)
     except LearningError as error:
         return str(error)
+    except (torch.OutOfMemoryError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+        return f"{type(error).__name__}: {error}"

@@ -19,14 +19,14 @@ MEMORY_LIMIT = 4 * 2**30
 
 READ_AT_ONCE = 64
 
-_KEPT: list[dict[Any, Tensor]] = []
-"""The innermost dictionary holds the pixels that `kept` keeps."""
+_KEPT: list[tuple[dict[Any, Tensor], int]] = []
+"""The innermost pair is what holds the pixels that `kept` keeps, and the most bytes of them."""
 
 
 @contextmanager
-def kept() -> Iterator[None]:
+def kept(memory_limit: int = MEMORY_LIMIT) -> Iterator[None]:
     """Keep the pixels that are read inside in memory, so that a second run on the same data decodes nothing again."""
-    _KEPT.append({})
+    _KEPT.append(({}, memory_limit))
     try:
         yield
     finally:
@@ -58,11 +58,13 @@ class Pixels(Dataset[Item]):
 class PixelStore:
     """Reads splits through one image processor and keeps their pixels while memory allows."""
 
-    def __init__(self, processor: Any, memory_limit: int = MEMORY_LIMIT) -> None:
+    def __init__(self, processor: Any, memory_limit: int | None = None) -> None:
         self.processor = processor
         self.normalise = normaliser(processor)
-        self.kept = _KEPT[-1] if _KEPT else {}
-        self.left = memory_limit - sum(pixels.numel() for pixels in self.kept.values())
+        self.kept, most = _KEPT[-1] if _KEPT else ({}, MEMORY_LIMIT)
+        self.left = (most if memory_limit is None else memory_limit) - sum(
+            pixels.numel() for pixels in self.kept.values()
+        )
 
     def read(self, examples: Examples, track: Track, description: str) -> Pixels:
         """Decode and resize every image once, so that an unreadable one is found now.
