@@ -62,7 +62,7 @@ def _render(template: str, **values: Any) -> str:
 def comparison_chart(comparison: Comparison) -> bytes:
     """Draw Last against Transfer for every method, with the 95 % intervals of both; return a PNG.
 
-    A method whose Transfer means nothing is a line at its Last.
+    A method whose Transfer means nothing is a line at its Last. The reference is a star.
     """
     with matplotlib.rc_context({"font.size": 9, "text.parse_math": False}):
         figure = Figure(figsize=(7.5, 5.5), layout="constrained", dpi=120)
@@ -73,17 +73,18 @@ def comparison_chart(comparison: Comparison) -> bytes:
             if last is None:
                 continue
             if transfer is None:
-                axis.axhline(last.mean, color=color, ls="--", lw=1, label=method)
+                axis.axhline(last.mean, color=color, ls="--", lw=1)
+                axis.annotate(method, (0.01, last.mean), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
                 continue
+            marker, size = ("*", 11) if method == comparison.config["reference"] else ("o", 6)
             axis.errorbar(
                 transfer.mean, last.mean, xerr=transfer.half_width, yerr=last.half_width,
-                fmt="*" if method == comparison.config["reference"] else "o", color=color, capsize=2, label=method,
+                fmt=marker, markersize=size, color=color, capsize=2,
             )  # fmt: skip
             axis.annotate(method, (transfer.mean, last.mean), xytext=(5, 4), textcoords="offset points", fontsize=8)
         axis.set_xlabel("Transfer in %: tasks before they are learned")
         axis.set_ylabel("Last in %: all tasks at the end")
-        if comparison.methods:
-            axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+        axis.margins(x=0.12)
         return _png(figure)
 
 

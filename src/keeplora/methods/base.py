@@ -178,7 +178,9 @@ class Method:
         merged = self.give_back(adapter.merge(model))
         error = float((_outputs(merged, task, batch) - before).abs().max())
         allowed = 4 * math.sqrt(torch.finfo(dtype).eps) * max(1.0, float(before.abs().max()))
-        if not error <= allowed:
+        if not math.isfinite(error):
+            raise LearningError(f"task {task.name!r}: the trained model's outputs are not finite; lower learning_rate")
+        if error > allowed:
             raise LearningError(
                 f"task {task.name!r}: merging changed an output by {error:.3g}, more than the {allowed:.3g} that"
                 f" {dtype} explains; was the model altered outside the adapter?"
