@@ -1,7 +1,9 @@
 import random
+import re
 import statistics
 
 import pytest
+from rich.console import Console
 from rich.text import Text
 from scipy import stats
 
@@ -126,3 +128,21 @@ def test_a_trial_is_chosen_for_methods_that_take_its_settings():
     assert found.to_json()["trials"] == {"part": 2}
     assert found.num_runs("part") == "1/4"
     assert any("chosen for ours" in note and "part" in note for note in found.notes)
+
+
+def test_an_estimate_is_written_with_its_interval_and_its_sign_where_asked():
+    assert f"{Estimate(1.23456, 0.98765, 3)}" == str(Estimate(1.23456, 0.98765, 3)) == "1.23 ± 0.99"
+    assert f"{Estimate(1.23456, 0.98765, 3):+.1f}" == "+1.2 ± 1.0"
+    assert f"{Estimate(-1.23456, None, 1):+.2f}" == "-1.23"
+
+
+def test_the_tables_of_a_terminal_show_two_decimals_and_signed_differences(capsys):
+    rows = [row("ours", seed, 0, 50.0 + seed / 3, 40.0) for seed in range(3)]
+    rows += [row("other", seed, 0, 51.0 + seed / 7, 41.0) for seed in range(3)]
+    for table in comparison_tables(comparison(rows)):
+        Console(width=120).print(table)
+    shown = capsys.readouterr().out
+    assert "50.33 ± 0.83" in shown
+    assert "+0.81 ± 0.47" in shown
+    assert "+1.00 ± 0.00" in shown
+    assert not re.search(r"\d\.\d{3}", shown)

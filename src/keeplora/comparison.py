@@ -30,11 +30,11 @@ class Estimate:
     count: int
 
     def __str__(self) -> str:
-        return format(self, ".2f")
+        return format(self, "")
 
     def __format__(self, spec: str) -> str:
-        mean = format(self.mean, spec)
-        return mean if self.half_width is None else f"{mean} ± {format(self.half_width, spec)}"
+        mean = format(self.mean, spec or ".2f")
+        return mean if self.half_width is None else f"{mean} ± {format(self.half_width, spec.lstrip('+') or '.2f')}"
 
     @property
     def excludes_zero(self) -> bool:

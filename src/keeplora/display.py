@@ -179,7 +179,7 @@ def _score_grid(title: str) -> Table:
 def _estimate(value: Estimate | None, *, signed: bool = False) -> str:
     if value is None:
         return "-"
-    text = f"+{value}" if signed and value.mean >= 0 else str(value)
+    text = f"{value:+.2f}" if signed else f"{value:.2f}"
     return f"[bold]{text}[/]" if signed and value.excludes_zero else text
 
 
