@@ -112,7 +112,7 @@ def mean_of(outcomes: list[Results | str]) -> dict[str, float] | str:
 
 def draw(curves: dict[str, dict[str, Any]], path: Path) -> None:
     """Draw one panel for each option."""
-    figure = Figure(figsize=(15, 3.2), layout="constrained", dpi=110)
+    figure = Figure(figsize=(15, 3.5), layout="constrained", dpi=110)
     axes = figure.subplots(1, len(curves), sharey=True)
     for axis, (panel, points) in zip(axes, curves.items(), strict=True):
         known = {value: scores for value, scores in points.items() if not isinstance(scores, str)}
