@@ -117,11 +117,12 @@ def draw(curves: dict[str, dict[str, Any]], path: Path) -> None:
     for axis, (panel, points) in zip(axes, curves.items(), strict=True):
         known = {value: scores for value, scores in points.items() if not isinstance(scores, str)}
         for key, color in zip(METRICS, ("tab:blue", "tab:gray", "tab:red"), strict=True):
-            axis.plot(
-                list(known), [scores[key] for scores in known.values()], "o-", color=color, label=key.capitalize()
-            )
+            heights = [scores[key] for scores in known.values()]
+            axis.plot([float(value) for value in known], heights, "o-", color=color, label=key.capitalize())
         axis.set_xlabel(panel)
         axis.set_xscale("log" if panel.startswith(("rank", "alpha", "learning")) else "linear")
+        axis.set_xticks([float(value) for value in known], list(known), rotation=45)
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("% on the validation splits")
     axes[0].legend(fontsize=8)
