@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keeplora.metrics import METRICS, accuracy
@@ -64,6 +64,7 @@ def test_a_stream_of_one_task_has_no_transfer_and_no_forgetting():
     assert [metric([[70.0]]) for metric in (transfer, forgetting, backward_transfer)] == [None] * 3
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_metrics_are_the_papers_definitions_on_any_matrix(data):
     """Written out with t and i from 1, as the paper has them; a partial run has the rows there are."""
