@@ -14,7 +14,8 @@ import tiny
 from keeplora import adapter, cli
 from keeplora.adapter import SavedAdapter
 from keeplora.methods.base import TaskRecord
-from keeplora.methods.cl_moe import CLMoE, CLMoEConfig, Router, kept_shares
+from keeplora.methods.cl_moe import CLMoE, CLMoEConfig, kept_shares
+from keeplora.methods.routing import Router
 from keeplora.run import RunConfig, run
 from keeplora.train import TrainConfig
 from tiny import MLP, VectorTask, classification_task, clip_model, llama_model, train
