@@ -29,7 +29,8 @@ _PROCESS = contextlib.ExitStack()
 class Workers:
     """Makes runs, some at the same time, in processes that live as long as the `with` block; one job needs none.
 
-    Each of several jobs computes on its share of the cores. Results do not depend on which process made a run.
+    Each of several jobs computes on its share of the cores. Results do not depend on which process made a run, but in
+    the last bits on the number of threads, and so on the number of jobs.
     """
 
     def __init__(self, jobs: int | None = None) -> None:
