@@ -3,7 +3,7 @@
 import torch
 
 from keeplora import adapter
-from tiny import MLP, VectorTask
+from tiny import MLP, VectorTask, write_adapter
 
 NAMES = ("fc1", "fc2", "out")
 
@@ -53,11 +53,7 @@ def require_an_equal_resumed_run(build, folder):
     records, model = learn(one, MLP(), seeds=(0, 1))
     replayed = MLP()
     for i, record in enumerate(records):
-        place = folder / str(i)
-        place.mkdir()
-        for name, content in record.adapter.files().items():
-            (place / name).write_bytes(content)
-        replayed = other.replay(replayed, record, place)
+        replayed = other.replay(replayed, record, write_adapter(folder / str(i), record.adapter))
     (last,), model = learn(one, model, seeds=(2,))
     (again,), replayed = learn(other, replayed, seeds=(2,))
     assert last.adapter.files() == again.adapter.files()

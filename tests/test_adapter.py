@@ -7,7 +7,17 @@ from safetensors.torch import load
 from torch import nn
 
 from keeplora import adapter
-from tiny import MLP, TokenTask, VectorTask, classification_task, clip_model, llama_model, siglip_model, train
+from tiny import (
+    MLP,
+    TokenTask,
+    VectorTask,
+    classification_task,
+    clip_model,
+    llama_model,
+    siglip_model,
+    train,
+    write_adapter,
+)
 
 RANKS = {"fc1": 3, "fc2": 2, "out": 4}
 ALPHAS = {"fc1": 1.0, "fc2": 0.5, "out": 6.0}
@@ -23,13 +33,6 @@ def random_factors(model, ranks, seed=0):
         )
         for name, r in ranks.items()
     }
-
-
-def write(folder, saved):
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in saved.files().items():
-        (folder / name).write_bytes(content)
-    return folder
 
 
 def logits(model, task):
@@ -162,7 +165,7 @@ def trained(build, task, targets):
 def test_a_saved_adapter_reloads_in_plain_peft_with_the_same_logits(kind, tmp_path):
     build, make_task, targets = BUILDS[kind]
     adapted = trained(build, make_task(), targets)
-    folder = write(tmp_path / "adapter", adapter.detach(adapted))
+    folder = write_adapter(tmp_path / "adapter", adapter.detach(adapted))
     wanted = logits(adapted, make_task())
     assert not torch.allclose(wanted, logits(build(), make_task()), atol=1e-2), "the adapter matters"
     torch.testing.assert_close(logits(PeftModel.from_pretrained(build(), folder), make_task()), wanted)

@@ -8,7 +8,7 @@ from scipy.linalg import subspace_angles
 from keeplora import adapter
 from keeplora.methods import InfLoRA, LoRAFT, MethodConfig
 from keeplora.methods.inflora import InfLoRAConfig
-from tiny import MLP, NarrowTask, TokenTask, VectorTask, WideMLP, llama_model, train
+from tiny import MLP, NarrowTask, TokenTask, VectorTask, WideMLP, llama_model, train, write_adapter
 
 NAMES = ("fc1", "fc2", "out")
 
@@ -161,11 +161,7 @@ def test_a_resumed_stream_goes_on_bit_by_bit(tmp_path):
     resumed, again = inflora(feature_energy=0.6), WideMLP()
     resumed.plan(tasks)
     for index, record in enumerate(records[:2]):
-        folder = tmp_path / str(index)
-        folder.mkdir()
-        for name, content in record.adapter.files().items():
-            (folder / name).write_bytes(content)
-        again = resumed.replay(again, record, folder)
+        again = resumed.replay(again, record, write_adapter(tmp_path / str(index), record.adapter))
     again = learn(resumed, again, tasks[2])
     assert resumed.record.adapter.files() == records[2].adapter.files()
     assert resumed.share == method.share

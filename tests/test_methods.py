@@ -24,6 +24,7 @@ from tiny import (
     llama_model,
     siglip_model,
     train,
+    write_adapter,
 )
 
 # A model, a task by name and seed, and the options that suit them.
@@ -65,13 +66,6 @@ def update_of(record, name, scaling):
 def lora(adapted, name):
     layer = adapted.base_model.model.get_submodule(name)
     return layer.lora_A["default"].weight, layer.lora_B["default"].weight
-
-
-def write(folder, saved):
-    folder.mkdir(parents=True)
-    for name, content in saved.files().items():
-        (folder / name).write_bytes(content)
-    return folder
 
 
 # The contract of every method on every family
@@ -384,7 +378,7 @@ def test_saved_adapter_reloads_on_the_untouched_base_in_plain_peft(kind, start, 
     adapted = method.before_task(build(), task)
     train(adapted, task, optimizer=torch.optim.AdamW, lr=0.02)
     wanted = logits(method.after_task(adapted, task), make_task("task", 0))
-    folder = write(tmp_path / "adapter", method.record.adapter)
+    folder = write_adapter(tmp_path / "adapter", method.record.adapter)
     reloaded = PeftModel.from_pretrained(build(), folder)
     torch.testing.assert_close(logits(reloaded, make_task("task", 0)), wanted, atol=1e-5, rtol=1e-5)
     assert float((wanted - logits(build(), make_task("task", 0))).abs().max()) > 1e-2
@@ -604,7 +598,7 @@ def test_replay_reproduces_model_and_bases_from_what_was_recorded(kind, tmp_path
         adapted = method.before_task(model, task)
         train(adapted, task)
         model = method.after_task(adapted, task)
-        records.append((method.record, write(tmp_path / str(seed), method.record.adapter)))
+        records.append((method.record, write_adapter(tmp_path / str(seed), method.record.adapter)))
     other, replayed = method_for("keeplora", options), build()
     for record, folder in records:
         replayed = other.replay(replayed, record, folder)

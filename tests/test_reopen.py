@@ -1,6 +1,5 @@
 """Every method and variant: a run that was cut off goes on as if it had not been, and opens again from its files."""
 
-import json
 import random
 
 import pytest
@@ -40,13 +39,6 @@ def config_of(place, output, name="keeplora", **changes):
     return RunConfig(**values | {"output": output} | changes)
 
 
-def lasting(folder):
-    files = {name: content for name, content in tiny.tree(folder).items()
-             if name.startswith(("tasks/", "model/")) and not name.endswith("task.json")}  # fmt: skip
-    metrics = json.loads((folder / "metrics.json").read_text())
-    return files, metrics["accuracy"]
-
-
 @pytest.mark.parametrize("name", known_methods())
 def test_every_method_goes_on_after_a_cut_and_opens_again_with_the_recorded_scores(place, tmp_path, name):
     run(config_of(place, tmp_path / "whole", name))
@@ -58,7 +50,7 @@ def test_every_method_goes_on_after_a_cut_and_opens_again_with_the_recorded_scor
     with pytest.raises(CutOff):
         run(config_of(place, tmp_path / "cut", name), watch=cut)
     run(config_of(place, tmp_path / "cut", name))
-    assert lasting(tmp_path / "cut") == lasting(tmp_path / "whole")
+    assert tiny.lasting(tmp_path / "cut") == tiny.lasting(tmp_path / "whole")
     ledger, model, tasks = reopen(tmp_path / "cut")
     assert evaluate(model, tasks) == ledger.results().accuracy[-1]
 

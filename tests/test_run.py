@@ -49,24 +49,16 @@ def config_of(folder, output, **changes):
     return RunConfig(output=output, **values | changes)
 
 
-def lasting(folder):
-    """Return what must be equal in equal runs: everything that was learned, and the scores, without times."""
-    files = {name: content for name, content in tiny.tree(folder).items()
-             if name.startswith(("tasks/", "model/")) and not name.endswith("task.json")}  # fmt: skip
-    metrics = json.loads((folder / "metrics.json").read_text())
-    return files, json.dumps({key: metrics[key] for key in metrics if key not in ("seconds", "peak_memory_mb")})
-
-
 def test_two_runs_are_identical_apart_from_times(place, tmp_path):
     run(config_of(place, tmp_path / "again", **VARIANTS["keeplora"]))
-    assert lasting(tmp_path / "again") == lasting(place / "keeplora")
+    assert tiny.lasting(tmp_path / "again") == tiny.lasting(place / "keeplora")
     first, second = ((folder / "metrics.json").read_bytes() for folder in (place / "keeplora", tmp_path / "again"))
     assert first.split(b'"seconds"')[0] == second.split(b'"seconds"')[0]
 
 
 def test_another_seed_gives_another_model(place, tmp_path):
     run(config_of(place, tmp_path / "other", **VARIANTS["lora_ft"], seed=1))
-    assert lasting(tmp_path / "other")[0] != lasting(place / "lora_ft")[0]
+    assert tiny.lasting(tmp_path / "other")[0] != tiny.lasting(place / "lora_ft")[0]
 
 
 def cut_in_watch(monkeypatch):
@@ -97,23 +89,23 @@ def test_a_run_that_was_cut_off_ends_as_one_that_was_not(place, tmp_path, monkey
     assert read_manifest(tmp_path / "cut")["phase"] == "running"
     assert len(json.loads((tmp_path / "cut" / "metrics.json").read_text())["accuracy"]) == 1
     run(config)
-    assert lasting(tmp_path / "cut") == lasting(place / variant)
+    assert tiny.lasting(tmp_path / "cut") == tiny.lasting(place / variant)
     assert read_manifest(tmp_path / "cut")["phase"] == "complete"
 
 
 def test_the_two_variants_learn_different_things(place):
-    assert lasting(place / "keeplora")[0] != lasting(place / "lora_ft")[0]
-    names = set(lasting(place / "keeplora_cosine")[0])
+    assert tiny.lasting(place / "keeplora")[0] != tiny.lasting(place / "lora_ft")[0]
+    names = set(tiny.lasting(place / "keeplora_cosine")[0])
     assert {"tasks/01-task0/head.safetensors", "tasks/02-task1/head.safetensors"} <= names
 
 
 def test_a_complete_run_returns_its_results_without_training(place, monkeypatch):
-    before = lasting(place / "keeplora")
+    before = tiny.lasting(place / "keeplora")
     monkeypatch.setattr(run_module, "learn", lambda *args: pytest.fail("a complete run must not learn again"))
     results = run(config_of(place, place / "keeplora", **VARIANTS["keeplora"]))
     assert isinstance(results, Results)
     assert json.loads(json.dumps(results.to_json())) == json.loads((place / "keeplora" / "metrics.json").read_text())
-    assert lasting(place / "keeplora") == before
+    assert tiny.lasting(place / "keeplora") == before
 
 
 def test_what_is_watched_is_the_start_and_every_task(place, tmp_path):
@@ -166,7 +158,7 @@ def test_a_failure_at_the_second_task_keeps_the_first_on_disk(place, tmp_path, m
     assert read_manifest(tmp_path / "run")["tasks_finished"] == 1
     monkeypatch.undo()
     run(config)
-    assert lasting(tmp_path / "run") == lasting(place / "keeplora")
+    assert tiny.lasting(tmp_path / "run") == tiny.lasting(place / "keeplora")
 
 
 @pytest.mark.parametrize("variant", ["keeplora", "lora_ft"])

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from keeplora import adapter
 from keeplora.methods import LoRAFT, MethodConfig, SDLoRA
 from keeplora.methods.sd_lora import SDLoRAConfig
-from tiny import NarrowTask, VectorTask, WideMLP, classification_task, clip_model, train
+from tiny import NarrowTask, VectorTask, WideMLP, classification_task, clip_model, train, write_adapter
 
 NAMES = ("fc1", "fc2", "out")
 R, SCALING = 3, 2 / 3
@@ -149,11 +149,7 @@ def test_a_resumed_stream_goes_on_bit_by_bit(tmp_path):
     model, records = learn_stream(method, WideMLP(), 3)
     resumed, again = sd_lora(), WideMLP()
     for index, record in enumerate(records[:2]):
-        folder = tmp_path / str(index)
-        folder.mkdir()
-        for name, content in record.adapter.files().items():
-            (folder / name).write_bytes(content)
-        again = resumed.replay(again, record, folder)
+        again = resumed.replay(again, record, write_adapter(tmp_path / str(index), record.adapter))
     again = learn(resumed, again, NarrowTask("task2", 2), seed=2, epochs=3)
     assert resumed.record.adapter.files() == records[2].adapter.files()
     for name in NAMES:

@@ -1,5 +1,6 @@
 """Small models and data for the tests, made on the spot from seeds; every layer has d_in != d_out != r somewhere."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from transformers import (
     SiglipModel,
 )
 
+from keeplora.adapter import SavedAdapter
 from keeplora.models.dual_encoder import ClassificationTask, tokenise
 from keeplora.models.pixels import Pixels
 from keeplora.task import Task, to_device
@@ -251,3 +253,19 @@ def tree(folder: Path) -> dict[str, bytes]:
     """Return the content of every file below a folder by its path."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def lasting(folder: Path) -> tuple[dict[str, bytes], str]:
+    """Return what must be equal in equal runs: everything that was learned, and the scores, without times."""
+    files = {name: content for name, content in tree(folder).items()
+             if name.startswith(("tasks/", "model/")) and not name.endswith("task.json")}  # fmt: skip
+    metrics = json.loads((folder / "metrics.json").read_text())
+    return files, json.dumps({key: metrics[key] for key in metrics if key not in ("seconds", "peak_memory_mb")})
+
+
+def write_adapter(folder: Path, saved: SavedAdapter) -> Path:
+    """Write a saved adapter as a run directory holds it, and return its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in saved.files().items():
+        (folder / name).write_bytes(content)
+    return folder
