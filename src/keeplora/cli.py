@@ -1,4 +1,4 @@
-"""The command line: `keeplora demo`, `run`, `compare`, `evaluate`, `analyze`. Each subcommand is a typed function."""
+"""The command line. Each subcommand is a typed function, here or in `ledger_commands`."""
 
 import argparse
 import contextlib
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -23,13 +23,11 @@ from keeplora.config import read_toml
 from keeplora.display import (
     Display,
     comparison_tables,
-    evaluation_table,
     matrix_table,
     principal_table,
 )
-from keeplora.evaluate import evaluate as evaluate_model
+from keeplora.ledger_commands import evaluate
 from keeplora.models.pixels import kept
-from keeplora.reopen import reopen
 from keeplora.report import heat_maps, write_report
 from keeplora.run import RunConfig
 from keeplora.run import run as run_stream
@@ -94,21 +92,6 @@ def run(flags: tyro.conf.OmitArgPrefixes[RunFlags]) -> None:
         results = run_stream(config, track=display.track, watch=display.watch)
     console.print(matrix_table(results))
     console.print(f"Run directory: {escape(str(config.output))}")
-
-
-def evaluate(run: tyro.conf.Positional[Path], *, split: Literal["test", "validation"] | None = None) -> None:
-    """Evaluate the model of a run directory on all tasks of its benchmark, and compare with what the run recorded.
-
-    Args:
-        run: The run directory.
-        split: The examples to evaluate on; the run's own if not given.
-    """
-    display = Display(console)
-    with display.shown():
-        ledger, model, tasks = reopen(run, split=split, track=display.track)
-        scores = evaluate_model(model, tasks, track=display.track)
-    recorded = ledger.manifest["config"]["evaluation"]
-    console.print(evaluation_table(ledger.results(), recorded, scores, split or recorded))
 
 
 def analyze(
