@@ -12,11 +12,12 @@ from keeplora.methods import METHODS
 ROOT = Path(keeplora.__file__).parent
 
 LAYERS = [
-    {"config", "borrow", "manifest", "towers", "examples", "measure", "comparison"},
+    {"config", "borrow", "disk", "manifest", "towers", "checkpoint", "examples", "measure", "comparison"},
     {"linalg", "results", "metrics", "task"},
-    {"collect", "fisher", "subspace", "adapter", "datasets", "report"},
+    {"collect", "fisher", "subspace", "adapter", "datasets", "report", "store", "places"},
     {"methods", "models", "train"},
     {"ledger", "evaluate"},
+    {"unfinished", "stream"},
     {"run", "analyze"},
     {"display"},
     {"settings", "workers", "reopen", "plan"},

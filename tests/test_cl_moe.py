@@ -16,7 +16,8 @@ from keeplora.adapter import SavedAdapter
 from keeplora.methods.base import TaskRecord
 from keeplora.methods.cl_moe import CLMoE, CLMoEConfig, kept_shares
 from keeplora.methods.routing import Router
-from keeplora.run import RunConfig, run
+from keeplora.run import run
+from keeplora.stream import RunConfig
 from keeplora.train import TrainConfig
 from tiny import MLP, VectorTask, classification_task, clip_model, llama_model, train
 

@@ -17,7 +17,7 @@ from keeplora.ledger import Ledger
 from keeplora.manifest import read_manifest
 from keeplora.methods import METHODS, known_methods
 from keeplora.plan import run_config
-from keeplora.run import RunConfig
+from keeplora.stream import RunConfig
 from keeplora.workers import Workers
 from tiny import save_dual_encoder, tree, write_benchmark
 

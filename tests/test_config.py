@@ -7,7 +7,7 @@ import pytest
 
 from keeplora.config import Config, parse, read_toml
 from keeplora.methods import KeepLoRAConfig, MethodConfig
-from keeplora.run import RunConfig
+from keeplora.stream import RunConfig
 from keeplora.task import Benchmark
 from keeplora.train import TrainConfig
 

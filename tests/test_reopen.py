@@ -9,7 +9,8 @@ from keeplora.config import parse
 from keeplora.evaluate import evaluate
 from keeplora.methods import find_method, known_methods
 from keeplora.reopen import reopen
-from keeplora.run import RunConfig, run, stream_of
+from keeplora.run import run
+from keeplora.stream import RunConfig, stream_of
 from keeplora.task import read_benchmark
 from keeplora.train import TrainConfig
 

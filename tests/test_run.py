@@ -14,7 +14,8 @@ from keeplora.manifest import read_manifest
 from keeplora.methods import KeepLoRAConfig, MethodConfig
 from keeplora.models.dual_encoder import DualEncoder
 from keeplora.results import Results
-from keeplora.run import RunConfig, run
+from keeplora.run import run
+from keeplora.stream import RunConfig
 from keeplora.task import read_benchmark
 from keeplora.train import TrainConfig, fit
 

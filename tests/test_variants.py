@@ -16,8 +16,8 @@ from keeplora.methods import (
     settings_of,
     variants,
 )
-from keeplora.run import RunConfig
 from keeplora.settings import run_defaults
+from keeplora.stream import RunConfig
 from keeplora.subspace import new_directions
 from tiny import MLP, VectorTask, clip_model, train
 

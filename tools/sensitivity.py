@@ -20,7 +20,7 @@ from keeplora.display import Display
 from keeplora.manifest import read_manifest
 from keeplora.methods import KeepLoRAConfig
 from keeplora.results import Results
-from keeplora.run import RunConfig
+from keeplora.stream import RunConfig
 from keeplora.train import TrainConfig
 from keeplora.workers import Workers
 

@@ -2,7 +2,8 @@
 
 from keeplora.evaluate import evaluate
 from keeplora.methods import METHODS, KeepLoRA, KeepLoRAConfig, LoRAFT, Method, MethodConfig, ZeroShot
-from keeplora.run import RunConfig, load_stream, run
+from keeplora.run import run
+from keeplora.stream import RunConfig, load_stream
 from keeplora.task import Task
 from keeplora.train import TrainConfig, fit
 

@@ -23,11 +23,11 @@ from keeplora.adapter import linear_targets
 from keeplora.borrow import other_weights
 from keeplora.collect import Track, silent
 from keeplora.config import Config
+from keeplora.disk import write_atomically
 from keeplora.evaluate import evaluate
-from keeplora.manifest import write_atomically
 from keeplora.methods import MethodConfig
 from keeplora.models import StreamTask
-from keeplora.run import load_stream
+from keeplora.stream import load_stream
 from keeplora.towers import in_tower
 
 

@@ -6,7 +6,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from keeplora.manifest import differences, write_atomically
+from keeplora.disk import write_atomically
+from keeplora.manifest import differences
 from keeplora.plan import CompareConfig
 
 FORMAT = 1

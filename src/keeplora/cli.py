@@ -29,9 +29,9 @@ from keeplora.display import (
 from keeplora.ledger_commands import evaluate
 from keeplora.models.pixels import kept
 from keeplora.report import heat_maps, write_report
-from keeplora.run import RunConfig
 from keeplora.run import run as run_stream
 from keeplora.settings import run_defaults
+from keeplora.stream import RunConfig
 from keeplora.workers import silence_libraries
 
 console = Console()

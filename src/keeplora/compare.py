@@ -15,14 +15,15 @@ from typing import Any
 from keeplora.claim import claim, require_free
 from keeplora.collect import Track, silent
 from keeplora.comparison import Comparison, RunRow, Trial
-from keeplora.ledger import Ledger
-from keeplora.manifest import locked, read_manifest, write_atomically
+from keeplora.disk import write_atomically
+from keeplora.ledger import read_ledger
+from keeplora.manifest import locked
 from keeplora.methods import settings_of
 from keeplora.plan import CompareConfig, Settings, require_valid, run_config
 from keeplora.report import comparison_chart, comparison_page
 from keeplora.results import Results
-from keeplora.run import RunConfig
 from keeplora.search import scores_of, search
+from keeplora.stream import RunConfig
 from keeplora.workers import Workers
 
 __all__ = ["CompareConfig", "compare"]
@@ -81,7 +82,7 @@ def _left_out(config: CompareConfig, trials: list[Trial], chosen: dict[str, Sett
 
 
 def _row(config: RunConfig, results: Results) -> RunRow:
-    ledger = Ledger(config.output, read_manifest(config.output))
+    ledger = read_ledger(config.output)
     learning = [phase for task in ledger.tasks for name, phase in task["phases"].items() if name != "evaluate"]
     added = [task["parameters"]["added"] if not task["merged"] else 0 for task in ledger.tasks]
     heads = [task["parameters"]["added"] if task["merged"] else 0 for task in ledger.tasks]

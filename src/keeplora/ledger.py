@@ -1,12 +1,10 @@
 """The run directory: what was configured, what each task left behind, the scores, the merged model.
 
-Safetensors and JSON only. Every file is written under a temporary name and renamed, and `run.json` holds the SHA-256
-of each, so that a reader never sees half a file and a damaged one is noticed.
+Safetensors and JSON only. What belongs together is written together or not at all (see `store`), so that a reader never
+sees half a task, and every file's SHA-256 stands in `run.json`, so that a damaged one is noticed.
 """
 
-import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -17,19 +15,26 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from keeplora.adapter import CONFIG_FILE, WEIGHTS_FILE, SavedAdapter
-from keeplora.manifest import locked, open_manifest, write_atomically
+from keeplora.checkpoint import aligned
+from keeplora.manifest import differences, locked, new_manifest, read_manifest
 from keeplora.measure import Phases
 from keeplora.methods import TaskRecord
 from keeplora.results import Results
+from keeplora.store import STAGED, Store, is_main_process
 from keeplora.subspace import certificate_to_json
 
+UNFINISHED = "unfinished"
+"""Folder of what the task that is being learned has finished so far."""
 
-class Ledger:
-    """Reads and writes one run directory. Make one with `open_ledger`."""
+Save = Callable[[Path], None]
+"""Writes the merged model to a folder."""
+
+
+class Ledger(Store):
+    """Reads and writes one run directory. Make one with `open_ledger`; one that only reads with the manifest."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
-        self.folder = folder
-        self.manifest = manifest
+        super().__init__(folder, manifest)
         self.tasks = [self._task_json(index) for index in range(self.num_finished)]
 
     @property
@@ -51,7 +56,7 @@ class Ledger:
             seconds[name] = seconds.get(name, 0.0) + measured["seconds"]
         return Results(
             method=config["method"],
-            benchmark=config["benchmark"],
+            benchmark=" + ".join([config["benchmark"], *config["more"]]),
             model=config["model"],
             seed=config["seed"],
             tasks=self.manifest["tasks"],
@@ -61,12 +66,12 @@ class Ledger:
             peak_memory_mb=max((m["peak_memory_mb"] for phase in phases for m in phase.values()), default=0.0),
         )
 
-    def start(self, zero_shot: list[float], phases: Phases) -> None:
-        """Record the scores of the untouched model."""
-        self.manifest |= {"zero_shot": zero_shot, "start": phases}
-        self.write_manifest()
+    def start(self, model_digest: str, zero_shot: list[float], phases: Phases) -> None:
+        """Record the untouched model: the hash of its weights, and its scores."""
+        self.manifest |= {"model_digest": model_digest, "zero_shot": zero_shot, "start": phases}
+        self.commit()
 
-    def add_task(self, record: TaskRecord, details: dict[str, Any], save_model: Callable[[Path], None] | None) -> None:
+    def add_task(self, record: TaskRecord, details: dict[str, Any], save_model: Save | None) -> None:
         """Record the next task: its adapter, directions, head, certificate, scores and times; and the merged model.
 
         Args:
@@ -74,7 +79,7 @@ class Ledger:
             details: What else `task.json` holds: `scores`, `phases`, `losses`.
             save_model: Writes the merged model to a folder; None if it is the one that is there.
         """
-        folder = self._task_folder(self.num_finished)
+        folder = self.task_folder(self.num_finished)
         if record.adapter is not None:
             for name, content in record.adapter.files().items():
                 self.write(f"{folder}/adapter/{name}", content)
@@ -85,15 +90,31 @@ class Ledger:
         certificate = {**certificate_to_json(record.certificate), "merge_error": record.merge_error}
         if record.surviving_gradient:
             certificate["surviving_gradient"] = record.surviving_gradient
-        details = {**details, "certificate": certificate, "merged": record.merged}
-        self.write_json(f"{folder}/task.json", details)
+        self.finish_task({**details, "certificate": certificate, "merged": record.merged}, save_model)
+
+    def finish_task(self, details: dict[str, Any], save_model: Save | None) -> None:
+        """Write `task.json` of the next task, the merged model, and the scores, and commit them with the task."""
+        self.write_json(f"{self.task_folder(self.num_finished)}/task.json", details)
         if save_model is not None:
-            self._replace_model(save_model)
+            self.write_folder("model", save_model)
+        self.remove(f"{UNFINISHED}/")
         self.tasks.append(details)
+        self.manifest.pop("now", None)
         self.manifest["tasks_finished"] += 1
         self.manifest["phase"] = "complete" if self.is_complete else "running"
         self.write_json("metrics.json", self.results().to_json())
-        self.write_manifest()
+        self.commit()
+
+    def widen(self, config: dict[str, Any], tasks: list[str], columns: list[list[float]]) -> None:
+        """Let the run have more tasks, and commit the scores on them of every state so far, the untouched one first."""
+        self.manifest |= {"config": config, "tasks": tasks, "phase": "running"}
+        self.manifest["zero_shot"] = self.manifest["zero_shot"] + columns[0]
+        for index, (details, scores) in enumerate(zip(self.tasks, columns[1:], strict=True)):
+            details["scores"] = details["scores"] + scores
+            self.write_json(f"{self.task_folder(index)}/task.json", details)
+        self.remove("report.html")
+        self.write_json("metrics.json", self.results().to_json())
+        self.commit()
 
     def record(self, index: int) -> tuple[TaskRecord, Path]:
         """Read back what a finished task left, and the folder of its adapter.
@@ -101,10 +122,10 @@ class Ledger:
         Raises:
             ValueError: If a file is missing or damaged; the message names it.
         """
-        folder = self._task_folder(index)
+        folder = self.task_folder(index)
         adapter = self.folder / folder / "adapter"
         saved = None
-        if f"{folder}/adapter/{WEIGHTS_FILE}" in self.manifest["files"]:
+        if f"{folder}/adapter/{WEIGHTS_FILE}" in self.files:
             config = SavedAdapter.config_from(self.read(f"{folder}/adapter/{CONFIG_FILE}"))
             saved = SavedAdapter(config, self._tensors(f"{folder}/adapter/{WEIGHTS_FILE}"))
         return TaskRecord(
@@ -115,97 +136,99 @@ class Ledger:
             merged=self.tasks[index].get("merged", True),
         ), adapter
 
-    def require_intact_model(self) -> None:
-        """Check the merged model's files against their hashes.
+    def require_intact(self, prefix: str = "") -> None:
+        """Check the files whose path begins so against their hashes.
 
         Raises:
             ValueError: If one is missing or damaged; the message names it.
         """
-        for name in self.manifest["files"]:
-            if name.startswith("model/"):
+        for name in self.files:
+            if name.startswith(prefix):
                 self.read(name)
 
-    def write(self, name: str, content: bytes) -> None:
-        """Write a file under a temporary name, rename it, and remember its hash."""
-        if not _is_main_process():
-            return
-        write_atomically(self.folder / name, content)
-        self.manifest["files"][name] = hashlib.sha256(content).hexdigest()
-
     def write_json(self, name: str, value: object) -> None:
-        """Write a value as JSON."""
+        """Hand in a value as JSON for the next commit."""
         self.write(name, (json.dumps(value, indent=1) + "\n").encode())
 
-    def read(self, name: str) -> bytes:
-        """Read a file of the run and check its hash.
-
-        Raises:
-            ValueError: If it is missing or damaged.
-        """
-        path = self.folder / name
-        if not path.is_file():
-            raise ValueError(f"{path} is missing from the run")
-        content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() != self.manifest["files"].get(name):
-            raise ValueError(f"{path} is not what the run wrote: it was changed or damaged")
-        return content
+    def task_folder(self, index: int) -> str:
+        """Return the folder of a task."""
+        return f"tasks/{index + 1:02d}-{self.manifest['tasks'][index]}"
 
     def _tensors(self, name: str) -> dict[str, Any]:
-        if name not in self.manifest["files"]:
+        if name not in self.files:
             return {}
         try:
-            return load(self.read(name))
+            return aligned(load(self.read(name)))
         except SafetensorError as error:
             raise ValueError(f"{self.folder / name} is not a safetensors file: {error}") from None
 
     def _task_json(self, index: int) -> dict[str, Any]:
-        return dict(json.loads(self.read(f"{self._task_folder(index)}/task.json")))
-
-    def _task_folder(self, index: int) -> str:
-        return f"tasks/{index + 1:02d}-{self.manifest['tasks'][index]}"
-
-    def _replace_model(self, save_model: Callable[[Path], None]) -> None:
-        if not _is_main_process():
-            return
-        final, part, old = (self.folder / name for name in ("model", "model.part", "model.old"))
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-        save_model(part)
-        if final.exists():
-            final.rename(old)
-        part.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
-        self.manifest["files"] = {
-            name: h for name, h in self.manifest["files"].items() if not name.startswith("model/")
-        }
-        files = {f"model/{path.relative_to(final).as_posix()}": path for path in final.rglob("*") if path.is_file()}
-        for name, path in files.items():
-            self.manifest["files"][name] = hashlib.sha256(path.read_bytes()).hexdigest()
-
-    def write_manifest(self) -> None:
-        """Write `run.json`; what it does not list has not happened."""
-        if _is_main_process():
-            write_atomically(self.folder / "run.json", (json.dumps(self.manifest, indent=1) + "\n").encode())
+        return dict(json.loads(self.read(f"{self.task_folder(index)}/task.json")))
 
 
 @contextmanager
-def open_ledger(folder: Path, config: dict[str, Any], tasks: list[str]) -> Iterator[Ledger]:
+def open_ledger(folder: Path, config: dict[str, Any], tasks: list[str], *, extend: bool = False) -> Iterator[Ledger]:
     """Open a run directory for writing: a new one, or one of the same configuration to go on with.
 
+    Args:
+        folder: The run directory.
+        config: What is to be run, as plain values.
+        tasks: The names of the tasks.
+        extend: Whether a finished run may go on with more tasks than it had.
+
     Raises:
-        ValueError: If the folder belongs to another run or is no run, or another process is writing to it.
+        ValueError: If the folder belongs to another run or is no run or is damaged, or another process is writing to
+            it.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give another --output")
-    ours = {"run.json", "run.json.part", "lock"}
+    ours = {"run.json", "run.json.part", "lock", STAGED}
     if folder.exists() and not (folder / "run.json").exists() and {path.name for path in folder.iterdir()} - ours:
         raise ValueError(f"{folder} is not empty and holds no run; give another --output, or empty it")
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder) if _is_main_process() else nullcontext():
-        ledger = Ledger(folder, open_manifest(folder, config, tasks))
-        ledger.write_manifest()
+    with locked(folder) if is_main_process() else nullcontext():
+        manifest = _manifest(folder, config, tasks, extend)
+        Store(folder, manifest).recover(UNFINISHED)
+        if dist.is_initialized():
+            dist.barrier()  # The first process has now put the folder in order.
+        ledger = Ledger(folder, manifest)
+        ledger.require_intact()
+        if not (folder / "run.json").exists() or ledger.num_finished == 0:
+            ledger.commit()
         yield ledger
 
 
-def _is_main_process() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
+def read_ledger(folder: Path) -> Ledger:
+    """Open a run directory for reading; what a crash left half written is put in order first.
+
+    Raises:
+        ValueError: If the folder holds no run, or the tasks' files are damaged, or it is being written to.
+    """
+    manifest = read_manifest(folder)
+    if (folder / STAGED).exists():
+        with locked(folder):
+            manifest = read_manifest(folder)
+            Store(folder, manifest).recover(UNFINISHED)
+    return Ledger(folder, manifest)
+
+
+def _manifest(folder: Path, config: dict[str, Any], tasks: list[str], extend: bool) -> dict[str, Any]:
+    """Return the manifest of the run that is there if it may be gone on with, or a new one."""
+    if not (folder / "run.json").exists():
+        return new_manifest(config, tasks)
+    found = read_manifest(folder)
+    before, now = found["config"], config
+    if extend:
+        mine = {name: table for name, table in config["tasks"].items() if name in found["tasks"]}
+        now = {**config, "tasks": mine} | {key: before.get(key) for key in ("more", "first_tasks")}
+    different = differences(before, now)
+    if found["tasks"] != (tasks[: len(found["tasks"])] if extend else tasks):
+        different.append(f"tasks were {found['tasks']}, are {tasks}")
+    if not different:
+        return found
+    if found["tasks_finished"] == 0 and not any(name.startswith(f"{UNFINISHED}/") for name in found["files"]):
+        return new_manifest(config, tasks)  # Nothing is lost by starting over, perhaps with what was mended.
+    raise ValueError(
+        f"{folder} holds another run ({'; '.join(different)}); give another --output, and --fork {folder} to start it"
+        " from the tasks that are finished here"
+    )

@@ -1,28 +1,39 @@
 """`run.json`: what a run is, how far it is, and the hash of every file; and how one is opened by one process alone."""
 
 import fcntl
+import hashlib
 import json
 import os
 import platform
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
 
-FORMAT = 1
-"""Version of the layout of a run directory; a reader refuses a newer one."""
+from pydantic import BaseModel, Field, ValidationError
+
+FORMAT = 2
+"""Version of the layout of a run directory; a reader refuses any other."""
 
 VERSIONS_OF = ("keeplora", "torch", "transformers", "peft", "accelerate", "safetensors")
 
+Count = Annotated[int, Field(ge=0)]
 
-def open_manifest(folder: Path, config: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
-    """Return the manifest of the run that is there, or a new one."""
-    if (folder / "run.json").exists():
-        found = read_manifest(folder)
-        if found["tasks_finished"] > 0:  # Otherwise nothing is lost by starting over, perhaps with what was mended.
-            _require_same(folder, found, config, tasks)
-            return found
+
+class _Required(BaseModel, extra="allow", strict=True):
+    """The keys that every manifest has; more may stand beside them."""
+
+    config: dict[str, Any]
+    tasks: list[str]
+    tasks_finished: Count
+    phase: str
+    files: dict[str, str]
+
+
+def new_manifest(config: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
+    """Return the manifest of a run that has not begun."""
     return {
         "format": FORMAT,
         "versions": {name: version(name) for name in VERSIONS_OF} | {"python": platform.python_version()},
@@ -38,44 +49,59 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Read `run.json`.
 
     Raises:
-        ValueError: If the folder holds no run, or one of a newer format, or the file is damaged.
+        ValueError: If the folder holds no run, or one of another format, or the file is damaged or was changed.
     """
     path = folder / "run.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no run: there is no {path}")
+    content = path.read_bytes()
     try:
-        manifest = json.loads(path.read_text())
-        newer = manifest["format"] > FORMAT
-        complete = {"config", "tasks", "tasks_finished", "phase", "files"} <= set(manifest)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or not of keeplora: {error}") from None
-    if newer:
-        raise ValueError(f"{path} has format {manifest['format']}, newer than {FORMAT}; update keeplora")
-    if not complete:
-        raise ValueError(f"{path} is damaged or not of keeplora: a key is missing")
+        manifest = json.loads(content)
+        found = manifest["format"]
+        if isinstance(found, int) and found != FORMAT:
+            raise ValueError(_other_format(path, found))
+        del manifest["checksum"]
+        _Required.model_validate(manifest)
+    except (KeyError, TypeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
+        raise ValueError(f"{path} is damaged or not of keeplora: {_first_line(error)}") from None
+    if manifest_bytes(manifest) != content:
+        raise ValueError(f"{path} is not what the run wrote: it was changed or damaged")
+    wrong = [name for name in manifest["files"] if PurePosixPath(name).is_absolute() or ".." in name.split("/")]
+    if wrong or manifest["tasks_finished"] > len(manifest["tasks"]):
+        raise ValueError(f"{path} is damaged or not of keeplora: {wrong or 'more tasks finished than there are'}")
     return dict(manifest)
+
+
+def manifest_bytes(manifest: dict[str, Any]) -> bytes:
+    """Return the content of `run.json`: JSON that ends with its own SHA-256, so that any change of it is noticed."""
+    checksum = hashlib.sha256(json.dumps(manifest, indent=1).encode()).hexdigest()
+    return (json.dumps({**manifest, "checksum": checksum}, indent=1) + "\n").encode()
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep a second process out; the operating system drops the lock when its owner ends, however it ends."""
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is writing to {folder}; wait for it, or give another --output") from None
-        yield
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, on the disk itself, and rename it: a reader sees the old or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    path = folder / "lock"
+    while True:
+        with path.open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                owner = file.read().strip() or "unknown"
+                raise ValueError(
+                    f"another process ({owner}) is writing to {folder}; wait for it, or give another --output"
+                ) from None
+            if not path.exists() or os.fstat(file.fileno()).st_ino != path.stat().st_ino:
+                continue  # The owner before us removed it after we had opened it.
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -92,12 +118,17 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return phrases
 
 
-def _require_same(folder: Path, found: dict[str, Any], config: dict[str, Any], tasks: list[str]) -> None:
-    different = differences(found["config"], config)
-    if found["tasks"] != tasks:
-        different.append(f"tasks were {found['tasks']}, are {tasks}")
-    if different:
-        raise ValueError(f"{folder} holds another run ({'; '.join(different)}); give another --output")
+def _other_format(path: Path, found: int) -> str:
+    if found > FORMAT:
+        return f"{path} has format {found}, newer than {FORMAT}; update keeplora"
+    return f"{path} has format {found}, older than {FORMAT}; go on with the keeplora that wrote it, or run it again"
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -16,16 +16,45 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 """Where Linux tells a process's peak memory, and where it is asked to start it anew."""
 
 
-@contextmanager
-def measured(phases: Phases, name: str) -> Iterator[None]:
-    """Record the seconds and the peak memory of what runs inside.
+class Clock:
+    """Measures phases that may lie within each other; what runs inside an inner one counts for that one alone.
 
     The memory is the GPU's where there is one, otherwise that of the whole process, its libraries included.
     """
-    start = time.perf_counter()
-    _start_peak()
-    yield
-    phases[name] = {"seconds": time.perf_counter() - start, "peak_memory_mb": _peak_memory_mb()}
+
+    def __init__(self, before: Phases | None = None) -> None:
+        self._phases: Phases = {name: dict(measured) for name, measured in (before or {}).items()}
+        self._running: list[str] = []
+        self._since = 0.0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure what runs inside; a phase that comes again is continued."""
+        self._book()
+        self._running.append(name)
+        try:
+            yield
+            self._book()
+        finally:
+            self._running.pop()
+            self._start()
+
+    def read(self) -> Phases:
+        """Return what was measured so far, in the order in which the phases first ended or were interrupted."""
+        self._book()
+        return {name: dict(measured) for name, measured in self._phases.items()}
+
+    def _book(self) -> None:
+        """Write what passed since the last time to the innermost phase that is running."""
+        if self._running:
+            measured = self._phases.setdefault(self._running[-1], {"seconds": 0.0, "peak_memory_mb": 0.0})
+            measured["seconds"] += time.perf_counter() - self._since
+            measured["peak_memory_mb"] = max(measured["peak_memory_mb"], _peak_memory_mb())
+        self._start()
+
+    def _start(self) -> None:
+        self._since = time.perf_counter()
+        _start_peak()
 
 
 def _start_peak() -> None:

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from keeplora.config import Config, parse
 from keeplora.methods import find_method, known_methods, method_behind, settings_of
-from keeplora.run import RunConfig, stream_of
+from keeplora.stream import RunConfig, stream_of
 from keeplora.task import CompareBudget, read_benchmark
 from keeplora.train import TrainConfig
 

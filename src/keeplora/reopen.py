@@ -9,11 +9,10 @@ from torch import nn
 
 from keeplora.collect import Track, silent
 from keeplora.config import parse
-from keeplora.ledger import Ledger
-from keeplora.manifest import read_manifest
+from keeplora.ledger import Ledger, read_ledger
 from keeplora.methods import find_method
 from keeplora.models import StreamTask
-from keeplora.run import RunConfig, open_stream
+from keeplora.stream import RunConfig, open_stream
 from keeplora.train import TrainConfig
 
 
@@ -30,12 +29,12 @@ def reopen(
     Raises:
         ValueError: If no task is finished, the model was not saved, or a file is missing or damaged.
     """
-    ledger = Ledger(folder, read_manifest(folder))
+    ledger = read_ledger(folder)
     if ledger.num_finished == 0:
         raise ValueError(f"{folder} has no model yet: no task is finished; go on with the run first")
     if not any(name.startswith("model/") for name in ledger.manifest["files"]):
         raise ValueError(f"{folder} was run with save_model = False and has no model; run it again with save_model")
-    ledger.require_intact_model()
+    ledger.require_intact("model/")
     config = config_of(ledger)
     config = replace(config, model=str(folder / "model"), evaluation=split or config.evaluation)
     model, tasks = open_stream(config, track)

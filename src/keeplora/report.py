@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from keeplora.comparison import SCORES, Comparison
-from keeplora.manifest import write_atomically
+from keeplora.disk import write_atomically
 from keeplora.results import Results
 
 TEMPLATES = Path(__file__).parent

@@ -5,7 +5,7 @@ from typing import Any
 
 from keeplora.config import parse
 from keeplora.methods import find_method, known_methods, method_behind
-from keeplora.run import RunConfig
+from keeplora.stream import RunConfig
 from keeplora.task import read_benchmark
 
 

@@ -59,6 +59,14 @@ class Task:
         """Make the task's own classifier for KeepLoRA+, and use it in `loss` from now on."""
         raise ValueError(f"task {self.name!r} has no classes to build a classifier from; set classifier='none'")
 
+    def load_head(self, weights: dict[str, Tensor]) -> nn.Module:
+        """Make the task's own classifier from saved weights, and use it in `loss` and `outputs` from now on."""
+        raise ValueError(f"task {self.name!r} has a classifier, but no load_head(weights) to take it up again")
+
+    def generators(self) -> tuple[torch.Generator, ...]:
+        """Return what the order of the batches is drawn from, other than torch's own generator."""
+        return ()
+
     @contextmanager
     def frozen(self, model: nn.Module) -> Iterator[None]:
         """Promise that the weights stay as they are inside: a task may keep what depends on them alone."""

@@ -4,7 +4,7 @@ Trains whatever requires a gradient in the model it is given, and knows nothing 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from torch.utils.data import DataLoader
 
+from keeplora.checkpoint import NO_CHECKPOINTS, Checkpoints
 from keeplora.collect import Track, silent
 from keeplora.config import Config
+from keeplora.places import Places
 from keeplora.task import LearningError, Task, to_device
 
 
@@ -71,19 +73,19 @@ def fit(
     task: Task,
     config: TrainConfig,
     *,
-    epochs: int | None = None,
     penalty: Callable[[nn.Module], Tensor | None] = lambda model: None,
     track: Track = silent,
+    checkpoints: Checkpoints = NO_CHECKPOINTS,
 ) -> list[float]:
     """Minimise a task's loss plus a penalty over the parameters that require a gradient.
 
     Args:
         model: The model to train, in place.
         task: Gives sized `batches()` and the loss.
-        config: Optimiser, schedule and precision.
-        epochs: Passes over the data; `config.epochs` if not given.
+        config: Epochs, optimiser, schedule and precision.
         penalty: What to add to each batch's loss, or None.
         track: Shows progress over the batches.
+        checkpoints: Where to go on, and where to put the places at which one can.
 
     Returns:
         The mean loss of each epoch; empty if nothing requires a gradient.
@@ -95,16 +97,19 @@ def fit(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         return []
-    epochs = config.epochs if epochs is None else epochs
     accelerator = _accelerator(config.mixed_precision)
     batches = _prepared_batches(accelerator, task)
-    steps = epochs * math.ceil(len(batches) / config.accumulation)
+    steps = config.epochs * math.ceil(len(batches) / config.accumulation)
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     scheduler = _schedule(optimizer, config, steps)
     with _prepared(accelerator, model) as prepared:
         optimizer = accelerator.prepare(optimizer)
+        places = Places(checkpoints, model, {"optimizer": optimizer, "scheduler": scheduler}, accelerator.scaler)
         step = _Step(accelerator, prepared, optimizer, scheduler, task, penalty, config.accumulation)
-        return [step.epoch(batches, track, f"{task.name}: epoch {epoch + 1}/{epochs}") for epoch in range(epochs)]
+        for epoch in range(places.epoch, config.epochs):
+            rest = places.rest_of_epoch(batches, lambda n: accelerator.skip_first_batches(batches, n))
+            step.epoch(rest, len(batches), places, track, f"{task.name}: epoch {epoch + 1}/{config.epochs}")
+        return places.losses
 
 
 class _Step:
@@ -128,18 +133,19 @@ class _Step:
         self.penalty = penalty
         self.accumulation = accumulation
 
-    def epoch(self, batches: Any, track: Track, description: str) -> float:
-        losses = []
-        for number, batch in enumerate(track(batches, description, len(batches))):
+    def epoch(self, rest: Iterable[Any], total: int, places: Places, track: Track, description: str) -> None:
+        """Go through what is left of an epoch of so many batches."""
+        done = places.batch
+        for number, batch in enumerate(track(rest, description, total - done), done):
             start = number - number % self.accumulation
-            group = min(self.accumulation, len(batches) - start)  # the last one of an epoch may be smaller
+            group = min(self.accumulation, total - start)  # the last one of an epoch may be smaller
             ends = number + 1 == start + group
             place = f"{description}, batch {number + 1}"
             with nullcontext() if ends else self.accelerator.no_sync(self.model):
-                losses.append(self._backward(to_device(batch, self.accelerator.device), place, group))
+                places.add(self._backward(to_device(batch, self.accelerator.device), place, group))
             if ends:
                 self._update(place)
-        return sum(losses) / len(losses)
+                places.after_step(is_last=number + 1 == total)
 
     def _backward(self, batch: Any, place: str, group: int) -> float:
         """Add a batch's share of the gradient of the mean over its group; return the batch's loss."""

@@ -16,7 +16,8 @@ from transformers.utils import logging as transformers_logging
 from keeplora.collect import Track
 from keeplora.models.pixels import MEMORY_LIMIT, kept
 from keeplora.results import Results
-from keeplora.run import RunConfig, run
+from keeplora.run import run
+from keeplora.stream import RunConfig
 from keeplora.task import LearningError
 
 Outcome = Results | str

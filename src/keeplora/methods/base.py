@@ -5,7 +5,7 @@ up in `remember`, from the task's record alone, so that a run can be resumed.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -20,6 +20,9 @@ from keeplora.collect import Track, silent
 from keeplora.config import Config
 from keeplora.subspace import LayerCertificate
 from keeplora.task import LearningError, Task, to_device
+
+Once = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
+"""Returns what a phase of a task found, given its name and how to compute it; a run computes it only once."""
 
 HEAD = "task_head"
 """Name under which a task's own classifier joins the adapted model, so that its weights are trained."""
@@ -78,7 +81,8 @@ class TaskRecord:
 class Method:
     """Sequential LoRA: each task trains a fresh adapter, which is then merged.
 
-    `record` holds what the last finished task left behind.
+    `record` holds what the last finished task left behind. `once` computes a statistic of a task; a run puts another
+    function there, which keeps what was found, so that a run that is cut off does not compute it again.
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
@@ -94,6 +98,7 @@ class Method:
         self.seed = seed
         self.track = track
         self.record = TaskRecord()
+        self.once: Once = _compute
         self._required_grad: dict[str, bool] = {}
         self._fingerprints: dict[str, Tensor] = {}
 
@@ -186,6 +191,10 @@ class Method:
                 f" {dtype} explains; was the model altered outside the adapter?"
             )
         return merged, error
+
+
+def _compute(name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    return compute()
 
 
 def _fingerprint(parameter: Tensor) -> Tensor:

@@ -73,13 +73,14 @@ class EWC(Penalised):
         self.layers = {}
         saved = adapter.detach(model)
         merged, error = self.merge_checked(model, task)
-        fishers = fisher_diagonals(
-            merged, task, list(saved.factors()), batch_size=self.config.fisher_batch, track=self.track
-        )
+        fishers = self.once("features", lambda: self._fishers(merged, task, list(saved.factors())))
         for name, earlier in self.fishers.items():
             fishers[name] += self.config.decay * earlier.to(fishers[name].device)
         self.keep(TaskRecord(adapter=saved, merge_error=error, state=fishers))
         return merged
+
+    def _fishers(self, merged: nn.Module, task: Task, layers: list[str]) -> dict[str, Tensor]:
+        return fisher_diagonals(merged, task, layers, batch_size=self.config.fisher_batch, track=self.track)
 
     def remember(self, record: TaskRecord) -> None:
         """Take up the Fisher of all tasks up to a finished one."""

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from keeplora import adapter, collect, subspace
@@ -78,9 +79,13 @@ class InfLoRA(Method):
         Raises:
             ValueError: If no layer matches the targets, an input is not finite, or nothing is left to learn with.
         """
-        grams = collect.input_grams(model, task, adapter.linear_targets(model, self.config.targets), track=self.track)
-        self.bases = {name: self.bases.get(name, gram[:, :0]).to(gram.device) for name, gram in grams.items()}
-        rows = self._residual_rows(grams, task)
+        weights = {
+            name: model.get_parameter(f"{name}.weight") for name in adapter.linear_targets(model, self.config.targets)
+        }
+        empty = {name: weight.new_zeros(weight.shape[1], 0, dtype=torch.float32) for name, weight in weights.items()}
+        self.bases = {name: self.bases.get(name, none).to(none.device) for name, none in empty.items()}
+        rows = self.once("initialise", lambda: self._residual_rows(model, task))
+        warn_of_small_ranks({name: len(rows.get(name, ())) for name in self.bases}, self.config.rank, task.name)
         d_outs = {name: len(model.get_parameter(f"{name}.weight")) for name in rows}
         factors = {name: (a, a.new_zeros(d_outs[name], len(a))) for name, a in rows.items()}
         ranks = {name: len(a) for name, a in rows.items()}
@@ -96,10 +101,7 @@ class InfLoRA(Method):
         updates, saved = adapter.factors_of(model), adapter.detach(model)
         subspace.require_no_leak(updates, self.bases, task.name)
         merged, error = self.merge_checked(model, task)
-        grams = collect.input_grams(merged, task, list(self.bases), track=self.track)
-        if self.config.energy == "squared":
-            grams = {name: gram @ gram for name, gram in grams.items()}
-        added = subspace.new_directions(self.bases, grams, self.share)
+        added = self.once("features", lambda: self._new_directions(merged, task))
         certificate = subspace.certify(self.bases, subspace.extend_bases(self.bases, added), updates)
         self.keep(TaskRecord(adapter=saved, directions=added, certificate=certificate, merge_error=error))
         return merged
@@ -110,10 +112,16 @@ class InfLoRA(Method):
         empty = {name: value[:, :0] for name, value in record.directions.items()}
         self.bases = subspace.extend_bases(empty | self.bases, record.directions)
 
-    def _residual_rows(self, grams: dict[str, Tensor], task: Task) -> dict[str, Tensor]:
+    def _new_directions(self, merged: nn.Module, task: Task) -> dict[str, Tensor]:
+        grams = collect.input_grams(merged, task, list(self.bases), track=self.track)
+        if self.config.energy == "squared":
+            grams = {name: gram @ gram for name, gram in grams.items()}
+        return subspace.new_directions(self.bases, grams, self.share)
+
+    def _residual_rows(self, model: nn.Module, task: Task) -> dict[str, Tensor]:
+        grams = collect.input_grams(model, task, list(self.bases), track=self.track)
         rank, seed = self.config.rank, self.seed
         rows = {name: subspace.leading_inputs(gram, self.bases[name], rank, seed=seed) for name, gram in grams.items()}
         if not any(len(a) for a in rows.values()):
             raise LearningError(f"task {task.name!r}: no layer has room left; lower feature_energy or add targets")
-        warn_of_small_ranks({name: len(a) for name, a in rows.items()}, rank, task.name)
         return {name: a for name, a in rows.items() if len(a)}

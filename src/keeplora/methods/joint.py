@@ -80,6 +80,10 @@ class Union(Task):
         """Return the batches of all tasks, in a new random order each time; the orders follow from the seed."""
         return self._batches
 
+    def generators(self) -> tuple[torch.Generator, ...]:
+        """Return the generators of the mixed order and of every task's own."""
+        return (self._batches.generator, *(found for task in self.tasks for found in task.generators()))
+
     def loss(self, model: nn.Module, batch: tuple[int, Batch]) -> Tensor:
         """Return the loss of the task that the batch is of."""
         return self.tasks[batch[0]].loss(model, batch[1])

@@ -49,12 +49,11 @@ class KeepLoRA(Method):
         """
         self._require_one_process()
         self.protect_principal(model)
-        gradients = collect.mean_gradients(
-            model, task, list(self.bases), share=self.config.gradient_share, track=self.track
-        )
-        factors = self._residual_factors(gradients, task)
+        factors = self._unpack(self.once("initialise", lambda: self._start(model, task)), task)
         ranks = {name: a.shape[0] for name, (a, _) in factors.items()}
-        head = task.start_head(model) if self.config.classifier == "cosine" else None
+        head = None
+        if self.config.classifier == "cosine":
+            head = task.load_head(self.once("head", lambda: dict(task.start_head(model).state_dict())))
         self.borrow(model)
         adapted = adapter.attach(model, ranks, self._alphas(ranks), factors=factors)
         if self.config.a_training == "trained":
@@ -78,10 +77,7 @@ class KeepLoRA(Method):
         saved = adapter.detach(model)
         head = {name: value.detach().cpu().clone() for name, value in _head_state(model).items()}
         merged, error = self.merge_checked(model, task)
-        grams = collect.input_grams(merged, task, list(self.bases), features=self.config.features, track=self.track)
-        directions = subspace.new_directions(self.bases, grams, self.config.feature_energy)
-        if self.config.energy_rule == "one_short" and self._num_learned == 0:
-            directions = subspace.without_last(directions)
+        directions = self.once("features", lambda: self._new_directions(merged, task))
         record = TaskRecord(
             adapter=saved,
             directions=directions,
@@ -126,29 +122,50 @@ class KeepLoRA(Method):
             )
         return weight.detach().T
 
-    def _residual_factors(self, gradients: dict[str, Tensor], task: Task) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return `(a, b)` at the start for every layer with room; `a` spans the residual gradient's top (Eq. 6)."""
-        factors = {}
-        self._surviving = {}
+    def _start(self, model: nn.Module, task: Task) -> dict[str, Tensor]:
+        """Return by layer the `.a` and `.b` of the start, and the share of the gradient that `.survives` (Eq. 4 to 6).
+
+        Layers without room have no `.a`; the others' spans the top of the residual gradient.
+        """
+        targets, share = list(self.bases), self.config.gradient_share
+        gradients = self.once(
+            "gradient", lambda: collect.mean_gradients(model, task, targets, share=share, track=self.track)
+        )
         generator = torch.Generator().manual_seed(self.seed + 1000 * self._num_learned)
+        start = {}
         for name, gradient in gradients.items():
             basis = self.bases[name]
             residual = linalg.project_out(gradient, basis)
-            self._surviving[name] = subspace.surviving_share(gradient, basis)
+            survives = subspace.surviving_share(gradient, basis)
+            start[f"{name}.survives"] = torch.tensor(survives, dtype=torch.float64)
             a = _leading_rows(residual, basis, self.config.rank, float(gradient.norm()), self.seed)
             if self.config.a_start == "random":
                 a = linalg.orthonormal_rows(_random_rows(a, generator), basis)
             if len(a) > 0:
-                b = residual @ a.T if self.config.b_start == "gradient" else residual.new_zeros(len(residual), len(a))
-                factors[name] = (a, b)
+                from_gradient = self.config.b_start == "gradient"
+                start[f"{name}.a"] = a
+                start[f"{name}.b"] = residual @ a.T if from_gradient else residual.new_zeros(len(residual), len(a))
+        return start
+
+    def _unpack(self, start: dict[str, Tensor], task: Task) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return `(a, b)` at the start for every layer with room, and say which ones have little or none."""
+        self._surviving = {name: float(start[f"{name}.survives"]) for name in self.bases}
+        factors = {name: (start[f"{name}.a"], start[f"{name}.b"]) for name in self.bases if f"{name}.a" in start}
         if not factors:
             raise LearningError(
                 f"task {task.name!r}: no layer has a residual direction left to learn with; the protected subspaces"
                 " are full, or no gradient reaches the targets. Lower weight_energy or feature_energy, or add targets"
             )
-        ranks = {name: len(factors[name][0]) if name in factors else 0 for name in gradients}
+        ranks = {name: len(factors[name][0]) if name in factors else 0 for name in self.bases}
         warn_of_small_ranks(ranks, self.config.rank, task.name)
         return factors
+
+    def _new_directions(self, merged: nn.Module, task: Task) -> dict[str, Tensor]:
+        """Return the dominant directions of the task's inputs that no basis covers yet (Eq. 8 to 10)."""
+        grams = collect.input_grams(merged, task, list(self.bases), features=self.config.features, track=self.track)
+        directions = subspace.new_directions(self.bases, grams, self.config.feature_energy)
+        is_short = self.config.energy_rule == "one_short" and self._num_learned == 0
+        return subspace.without_last(directions) if is_short else directions
 
     def _require_one_process(self) -> None:
         if not dist.is_initialized():

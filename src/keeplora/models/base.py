@@ -29,10 +29,6 @@ class StreamTask(Task):
         """Return the right answers to a batch, `[n]`."""
         raise NotImplementedError
 
-    def load_head(self, weights: dict[str, Tensor]) -> None:
-        """Take up the task's own classifier again from its saved weights."""
-        raise NotImplementedError
-
 
 class Family(Protocol):
     """How to load one kind of model, make tasks for it, and save it again."""

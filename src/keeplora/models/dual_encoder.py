@@ -45,9 +45,9 @@ class ClassificationTask(StreamTask):
         self.name = name
         self.prompts = prompts
         self.head: CosineHead | None = None
-        generator = torch.Generator().manual_seed(seed)
+        self._order = torch.Generator().manual_seed(seed)
         self.train = train
-        self._train = DataLoader(train, batch_size, shuffle=True, generator=generator, collate_fn=train.collate)
+        self._train = DataLoader(train, batch_size, shuffle=True, generator=self._order, collate_fn=train.collate)
         self._test = DataLoader(test, batch_size, collate_fn=test.collate)
         self._text_features: Tensor | None = None
         self._is_frozen = False
@@ -106,9 +106,14 @@ class ClassificationTask(StreamTask):
         self.head = CosineHead(F.normalize(sums, dim=-1))
         return self.head
 
-    def load_head(self, weights: dict[str, Tensor]) -> None:
-        """Take up a trained classifier again."""
+    def load_head(self, weights: dict[str, Tensor]) -> nn.Module:
+        """Take up a classifier again from its weights."""
         self.head = CosineHead(weights["weight"])
+        return self.head
+
+    def generators(self) -> tuple[torch.Generator, ...]:
+        """Return the generator of the order of the training batches."""
+        return (self._order,)
 
     @contextmanager
     def frozen(self, model: nn.Module) -> Iterator[None]:

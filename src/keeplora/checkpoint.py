@@ -1,0 +1,140 @@
+"""State as one safetensors file: tensors by number, everything around them as JSON in its metadata. No pickle.
+
+A state is nested dicts, lists, tuples, numbers, strings, None and tensors, as the `state_dict` of torch's optimisers
+and schedulers is. Random generators are captured and restored here too.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+State = Any
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Where training can be taken up again, and where it puts such places."""
+
+    last: State | None = None
+    """What `keep` was given last, if training was cut off after it."""
+    keep: Callable[[State], None] = lambda state: None
+    """Puts a state away for later."""
+    steps: int | None = None
+    """Optimiser steps from one to the next; only at the end of each epoch if not given."""
+    seconds: float = float("inf")
+    """The most seconds from one to the next."""
+    generators: tuple[torch.Generator, ...] = ()
+    """What the order of the batches is drawn from."""
+
+
+NO_CHECKPOINTS = Checkpoints()
+"""Training that starts at the beginning and is lost when it is cut off."""
+
+
+def to_bytes(state: State) -> bytes:
+    """Return a state as the content of a safetensors file."""
+    tensors: dict[str, Tensor] = {}
+    skeleton = _strip(state, tensors)
+    return save(tensors, metadata={"state": json.dumps(skeleton)})
+
+
+def from_bytes(content: bytes) -> State:
+    """Return the state that `to_bytes` wrote; its tensors are on the CPU.
+
+    Raises:
+        ValueError: If the bytes are no such state.
+    """
+    try:
+        tensors = aligned(load(content))
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return _fill(json.loads(header["__metadata__"]["state"]), tensors)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"this is no state of a run: {error}") from None
+
+
+def aligned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors that lie anywhere in a file's bytes to where torch would put them: sums round differently there."""
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def digest_of(model: nn.Module) -> str:
+    """Return a SHA-256 over the names and the bytes of a model's parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def capture_random(generators: Iterable[torch.Generator] = ()) -> State:
+    """Return the state of every global random generator, and of those that are given."""
+    return {
+        "python": random.getstate(),
+        "numpy": list(np.random.get_state()),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "generators": capture_order(generators),
+    }
+
+
+def restore_random(state: State, generators: Iterable[torch.Generator] = ()) -> None:
+    """Give every random generator the state that `capture_random` found."""
+    random.setstate(state["python"])
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    restore_order(state["generators"], generators)
+
+
+def capture_order(generators: Iterable[torch.Generator]) -> list[Tensor]:
+    """Return the states of generators."""
+    return [generator.get_state() for generator in generators]
+
+
+def restore_order(states: list[Tensor], generators: Iterable[torch.Generator]) -> None:
+    """Give generators their states back."""
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)
+
+
+def _strip(value: State, tensors: dict[str, Tensor]) -> State:
+    """Replace every tensor by its number, and what JSON does not know by a tagged list."""
+    if isinstance(value, np.ndarray):
+        whole = torch.from_numpy(value.astype(np.int64))  # numpy's generator has unsigned numbers, which torch lacks
+        return {"kind": "array", "items": _strip(whole, tensors), "dtype": str(value.dtype)}
+    if isinstance(value, Tensor):
+        number = str(len(tensors))
+        tensors[number] = value.detach().cpu().clone().contiguous()
+        return {"kind": "tensor", "items": number}
+    if isinstance(value, dict):
+        return {"kind": "dict", "items": [[_strip(key, tensors), _strip(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return {"kind": kind, "items": [_strip(item, tensors) for item in value]}
+    assert value is None or isinstance(value, str | bool | int | float), f"{type(value)} cannot be kept"
+    return value
+
+
+def _fill(value: State, tensors: dict[str, Tensor]) -> State:
+    """Put every tensor back in its place."""
+    if not isinstance(value, dict):
+        return value
+    kind, items = value["kind"], value["items"]
+    if kind == "tensor":
+        return tensors[items]
+    if kind == "array":
+        return _fill(items, tensors).numpy().astype(value["dtype"])
+    if kind == "dict":
+        return {_fill(key, tensors): _fill(item, tensors) for key, item in items}
+    filled = [_fill(item, tensors) for item in items]
+    return tuple(filled) if kind == "tuple" else filled

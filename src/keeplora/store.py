@@ -1,0 +1,130 @@
+"""A folder whose files change together or not at all, listed with their SHA-256 in its manifest.
+
+New files wait in `staged/`. The commit is the moment at which `run.json`, with their hashes, takes its place; only then
+do they take their names. After a crash before that moment they are dropped, after a crash behind it they are moved.
+In several processes, the first one alone touches the disk.
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from keeplora import disk
+from keeplora.manifest import manifest_bytes
+
+STAGED = "staged"
+
+
+class Store:
+    """Reads and writes the files that a manifest lists."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._waiting: dict[str, str] = {}
+        self._leaving: set[str] = set()
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The SHA-256 of every file by its path below the folder, after the last commit."""
+        files: dict[str, str] = self.manifest["files"]
+        return files
+
+    def write(self, name: str, content: bytes) -> None:
+        """Hand in a file for the next commit."""
+        if is_main_process():
+            disk.write_through(self.folder / STAGED / name, content)
+        self._waiting[name] = sha256(content)
+        self._leaving.discard(name)
+
+    def write_folder(self, name: str, save: Callable[[Path], None]) -> None:
+        """Hand in a folder for the next commit, in the place of the one of that name.
+
+        Args:
+            name: The folder.
+            save: Writes its files to the folder that it is given.
+        """
+        self.remove(f"{name}/")
+        if not is_main_process():
+            return
+        place = self.folder / STAGED / name
+        save(place)
+        for path in sorted(place.rglob("*")):
+            if path.is_file():
+                disk.flush(path)
+                file = f"{name}/{path.relative_to(place).as_posix()}"
+                self._waiting[file] = sha256(path.read_bytes())
+                self._leaving.discard(file)
+
+    def remove(self, prefix: str) -> None:
+        """Hand in for the next commit that the files whose path begins so are to go."""
+        self._leaving |= {name for name in self.files if name.startswith(prefix)}
+        self._waiting = {name: digest for name, digest in self._waiting.items() if not name.startswith(prefix)}
+
+    def commit(self) -> None:
+        """Let the manifest as it is now, and all that was handed in, take effect at once."""
+        kept = {name: digest for name, digest in self.files.items() if name not in self._leaving}
+        self.manifest["files"] = kept | self._waiting
+        if is_main_process():
+            disk.write_atomically(self.folder / "run.json", manifest_bytes(self.manifest))
+            for name in self._waiting:
+                disk.rename(self.folder / STAGED / name, self.folder / name)
+            for name in sorted(self._leaving - set(self._waiting)):
+                disk.remove(self.folder / name)
+            disk.remove(self.folder / STAGED)
+        self._waiting, self._leaving = {}, set()
+
+    def recover(self, unfinished: str) -> None:
+        """Finish, or drop, what a crash left half done.
+
+        Args:
+            unfinished: A folder whose files, where the manifest does not list them, are leftovers too.
+        """
+        if not is_main_process():
+            return
+        staged = self.folder / STAGED
+        for path in sorted(staged.rglob("*")):
+            name = path.relative_to(staged).as_posix()
+            if path.is_file() and self.files.get(name) == sha256(path.read_bytes()):
+                disk.rename(path, self.folder / name)
+        disk.remove(staged)
+        for path in sorted((self.folder / unfinished).glob("*")):
+            if f"{unfinished}/{path.name}" not in self.files:
+                disk.remove(path)
+
+    def read(self, name: str) -> bytes:
+        """Read a file and check its hash.
+
+        Raises:
+            ValueError: If it is missing or damaged; the message names it.
+        """
+        path = self.folder / name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing from the run")
+        content = path.read_bytes()
+        if sha256(content) != self.files.get(name):
+            raise ValueError(f"{path} is not what the run wrote: it was changed or damaged")
+        return content
+
+    def damaged(self) -> list[str]:
+        """Return a message for every file that is missing or damaged; each names its file."""
+        messages = []
+        for name in self.files:
+            try:
+                self.read(name)
+            except (ValueError, OSError) as error:
+                messages.append(str(error))
+        return messages
+
+
+def sha256(content: bytes) -> str:
+    """Return the SHA-256 of some bytes in hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def is_main_process() -> bool:
+    """Tell whether this is the first of several processes, or the only one."""
+    return not dist.is_initialized() or dist.get_rank() == 0
