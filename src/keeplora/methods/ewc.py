@@ -57,7 +57,7 @@ class EWC(Penalised):
     def penalty(self, model: nn.Module) -> Tensor | None:
         """Return `strength / 2 * sum F (scaling b a)^2` over all target weights (Eq. 3); None at the first task."""
         terms = []
-        for name in self.fishers:
+        for name in (name for name in self.layers if name in self.fishers):  # in the model's order, resumed or not
             update = trained_update(self.layers[name])
             fisher = self.fishers[name] = self.fishers[name].to(update.device)
             terms.append(torch.dot(fisher.flatten(), update.square().flatten()))

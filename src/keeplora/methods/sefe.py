@@ -69,7 +69,7 @@ class SEFE(Penalised):
     def penalty(self, model: nn.Module) -> Tensor | None:
         """Return `strength` times the mean magnitude of the new update at the key elements; None at the first task."""
         terms = []
-        for name in self._weights:
+        for name in (name for name in self.layers if name in self._weights):  # in the model's order, resumed or not
             update = trained_update(self.layers[name]).flatten()
             places, weights = self._weights[name]
             places, weights = self._weights[name] = places.to(update.device), weights.to(update.device)
