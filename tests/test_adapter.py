@@ -130,6 +130,40 @@ def test_ranks_of_layers_whose_names_end_alike_are_told_apart():
     assert {name: layer.scaling["default"] * ranks[name] for name, layer in layers.items()} == pytest.approx(alphas)
 
 
+class Nested(nn.Module):
+    """A layer whose name ends in another's, with the rank of the first layer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.ModuleDict({"fc": nn.Linear(4, 5)})
+        self.fc = nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.fc(self.inner["fc"](x))
+
+
+@pytest.mark.parametrize("ranks", [{"inner.fc": 2, "fc": 3}, {"fc": 3, "inner.fc": 2}])
+def test_ranks_of_namesakes_survive_saving_and_loading(ranks, tmp_path):
+    alphas = {"inner.fc": 5.0, "fc": 0.5}
+    adapted = adapter.attach(Nested(), ranks, alphas, factors=random_factors(Nested(), ranks))
+    folder = write_adapter(tmp_path / "adapter", adapter.detach(adapted))
+    rows = torch.randn(6, 4)
+    torch.testing.assert_close(PeftModel.from_pretrained(Nested(), folder)(rows), adapted(rows))
+
+
+def test_the_base_model_is_named_and_the_factors_cast_in_a_copy():
+    saved = adapter.detach(adapter.attach(MLP(), RANKS, ALPHAS, factors=random_factors(MLP(), RANKS)))
+    before = saved.files()
+    changed = saved.based_on(MLP(), "somewhere").cast(torch.bfloat16)
+    config = json.loads(changed.files()["adapter_config.json"])
+    assert config["base_model_name_or_path"] == "somewhere"
+    assert config["auto_mapping"] == {"base_model_class": "MLP", "parent_library": "tiny"}
+    for name, value in changed.weights.items():
+        assert value.equal(saved.weights[name].to(torch.bfloat16))
+    assert saved.files() == before
+
+
 def test_factors_of_gives_the_update():
     adapted = adapter.attach(MLP(), RANKS, ALPHAS, factors=random_factors(MLP(), RANKS))
     factors = adapter.factors_of(adapted)
