@@ -175,10 +175,8 @@ def export_lines(card: Card, folder: Path) -> list[str]:
     learned = len(card.results.accuracy)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
     lines = [f"Exported {learned} of {len(names)} tasks to {escape(str(folder))}: {card.format}, {size:,.1f} MiB"]
-    if learned < len(names):
-        lines.append(
-            f"[bold yellow]The run is not finished:[/] not in the export: {escape(', '.join(names[learned:]))}"
-        )
+    if left := ", ".join(names[learned:]):
+        lines.append(f"[bold yellow]The run is not finished;[/] not in the export: {escape(left)}")
     if card.cut is not None:
         worst = card.cut.worst
         lines.append(
