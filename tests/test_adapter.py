@@ -207,6 +207,32 @@ def test_a_saved_adapter_reloads_in_plain_peft_with_the_same_logits(kind, tmp_pa
     torch.testing.assert_close(logits(merged, make_task()), wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_adapters_of_many_layers_but_not_all_adapt_exactly_theirs_together(tmp_path):
+    """From 20 targets on PEFT shortens their names to common endings."""
+    names = adapter.linear_targets(clip_model(layers=5), ("q_proj", "v_proj", "out_proj"))
+    one, two = names[3:], [*names[:4], *names[7:]]
+    assert min(len(one), len(two)) >= 20
+    plain = clip_model(layers=5)
+    for number, chosen in enumerate((one, two)):
+        ranks = {name: 2 + i % 3 for i, name in enumerate(chosen)}
+        alphas = {name: 1.0 + i % 2 for i, name in enumerate(chosen)}
+        factors = random_factors(clip_model(layers=5), ranks, seed=number)
+        adapted = adapter.attach(clip_model(layers=5), ranks, alphas, factors=factors)
+        saved = adapter.detach(adapted)
+        write_adapter(tmp_path / str(number), saved)
+        for name, (a, b) in saved.factors().items():
+            plain.get_submodule(name).weight.data += b @ a
+    model = PeftModel.from_pretrained(clip_model(layers=5), tmp_path / "0", adapter_name="one")
+    assert set(adapter.lora_layers(model)) == set(one)
+    model.load_adapter(tmp_path / "1", adapter_name="two")
+    layers = adapter.lora_layers(model)
+    assert {name for name, layer in layers.items() if "one" in layer.r} == set(one)
+    assert {name for name, layer in layers.items() if "two" in layer.r} == set(two)
+    model.base_model.set_adapter(["one", "two"])
+    together, wanted = logits(model, classification_task()), logits(plain, classification_task())
+    torch.testing.assert_close(together, wanted, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", BUILDS)
 def test_merging_keeps_the_logits_and_leaves_a_plain_model(kind):
     build, make_task, targets = BUILDS[kind]

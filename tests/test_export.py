@@ -488,10 +488,15 @@ def test_an_output_with_other_things_is_refused(place, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_an_empty_output_is_used(place, tmp_path):
-    (tmp_path / "out").mkdir()
-    exported(place, "reduced", tmp_path / "out", "adapter")
-    assert (tmp_path / "out" / "README.md").exists()
+def test_an_empty_output_is_used(place, tmp_path, monkeypatch):
+    for name in ("named", "here"):
+        (tmp_path / name).mkdir()
+    exported(place, "reduced", tmp_path / "named", "adapter")
+    monkeypatch.chdir(tmp_path / "here")
+    exported(place, "reduced", Path("."), "adapter")
+    for name in ("named", "here"):
+        assert (tmp_path / name / "README.md").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "named"]
 
 
 def test_what_is_no_run_or_has_no_finished_task_is_refused(place, tmp_path):

@@ -94,8 +94,9 @@ def export_run(folder: Path, config: ExportConfig, *, track: Track = silent) -> 
     """
     _require_new(config.output)
     source = _read(folder, config, track)
-    config.output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{config.output.name}-", dir=config.output.parent) as temporary:
+    output = config.output.resolve()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
         part = Path(temporary) / "export"
         part.mkdir()
         found = WRITERS[config.format](source, config, part)
@@ -103,7 +104,7 @@ def export_run(folder: Path, config: ExportConfig, *, track: Track = silent) -> 
         (part / "README.md").write_text(render(card), encoding="utf-8")
         if card.embedded:
             shutil.copyfile(NOTICE, part / "NOTICE")
-        part.rename(config.output)
+        part.rename(output)
     return card
 
 
@@ -205,7 +206,7 @@ def _write_heads(source: _Source, part: Path) -> dict[str, str]:
             )
         prompts = [specs[name].template.replace("{}", label) for label in classes]
         values = {"task": name, "class_names": list(classes), "prompts": prompts}
-        place.with_name(place.name + ".json").write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+        place.with_name(place.name + ".json").write_text(json.dumps(values, indent=1) + "\n")
         place.with_name(place.name + ".safetensors").write_bytes(save(head))
     return {source.name(index): f"heads/{source.place(index)}" for index in heads}
 
