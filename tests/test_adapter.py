@@ -130,6 +130,40 @@ def test_ranks_of_layers_whose_names_end_alike_are_told_apart():
     assert {name: layer.scaling["default"] * ranks[name] for name, layer in layers.items()} == pytest.approx(alphas)
 
 
+class Nested(nn.Module):
+    """A layer whose name ends in another's, with the rank of the first layer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.ModuleDict({"fc": nn.Linear(4, 5)})
+        self.fc = nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.fc(self.inner["fc"](x))
+
+
+@pytest.mark.parametrize("ranks", [{"inner.fc": 2, "fc": 3}, {"fc": 3, "inner.fc": 2}])
+def test_ranks_of_namesakes_survive_saving_and_loading(ranks, tmp_path):
+    alphas = {"inner.fc": 5.0, "fc": 0.5}
+    adapted = adapter.attach(Nested(), ranks, alphas, factors=random_factors(Nested(), ranks))
+    folder = write_adapter(tmp_path / "adapter", adapter.detach(adapted))
+    rows = torch.randn(6, 4)
+    torch.testing.assert_close(PeftModel.from_pretrained(Nested(), folder)(rows), adapted(rows))
+
+
+def test_the_base_model_is_named_and_the_factors_cast_in_a_copy():
+    saved = adapter.detach(adapter.attach(MLP(), RANKS, ALPHAS, factors=random_factors(MLP(), RANKS)))
+    before = saved.files()
+    changed = saved.based_on(MLP(), "somewhere").cast(torch.bfloat16)
+    config = json.loads(changed.files()["adapter_config.json"])
+    assert config["base_model_name_or_path"] == "somewhere"
+    assert config["auto_mapping"] == {"base_model_class": "MLP", "parent_library": "tiny"}
+    for name, value in changed.weights.items():
+        assert value.equal(saved.weights[name].to(torch.bfloat16))
+    assert saved.files() == before
+
+
 def test_factors_of_gives_the_update():
     adapted = adapter.attach(MLP(), RANKS, ALPHAS, factors=random_factors(MLP(), RANKS))
     factors = adapter.factors_of(adapted)
@@ -171,6 +205,32 @@ def test_a_saved_adapter_reloads_in_plain_peft_with_the_same_logits(kind, tmp_pa
     torch.testing.assert_close(logits(PeftModel.from_pretrained(build(), folder), make_task()), wanted)
     merged = adapter.merge_from(build(), folder)
     torch.testing.assert_close(logits(merged, make_task()), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_adapters_of_many_layers_but_not_all_adapt_exactly_theirs_together(tmp_path):
+    """From 20 targets on PEFT shortens their names to common endings."""
+    names = adapter.linear_targets(clip_model(layers=5), ("q_proj", "v_proj", "out_proj"))
+    one, two = names[3:], [*names[:4], *names[7:]]
+    assert min(len(one), len(two)) >= 20
+    plain = clip_model(layers=5)
+    for number, chosen in enumerate((one, two)):
+        ranks = {name: 2 + i % 3 for i, name in enumerate(chosen)}
+        alphas = {name: 1.0 + i % 2 for i, name in enumerate(chosen)}
+        factors = random_factors(clip_model(layers=5), ranks, seed=number)
+        adapted = adapter.attach(clip_model(layers=5), ranks, alphas, factors=factors)
+        saved = adapter.detach(adapted)
+        write_adapter(tmp_path / str(number), saved)
+        for name, (a, b) in saved.factors().items():
+            plain.get_submodule(name).weight.data += b @ a
+    model = PeftModel.from_pretrained(clip_model(layers=5), tmp_path / "0", adapter_name="one")
+    assert set(adapter.lora_layers(model)) == set(one)
+    model.load_adapter(tmp_path / "1", adapter_name="two")
+    layers = adapter.lora_layers(model)
+    assert {name for name, layer in layers.items() if "one" in layer.r} == set(one)
+    assert {name for name, layer in layers.items() if "two" in layer.r} == set(two)
+    model.base_model.set_adapter(["one", "two"])
+    together, wanted = logits(model, classification_task()), logits(plain, classification_task())
+    torch.testing.assert_close(together, wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", BUILDS)

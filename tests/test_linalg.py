@@ -213,3 +213,26 @@ def test_orthonormality_error_is_the_largest_entry_off_the_identity():
     basis[0, 1] = 0.25
     assert linalg.orthonormality_error(basis) == pytest.approx(0.25)
     assert linalg.orthonormality_error(torch.empty(4, 0)) == 0.0
+
+
+@pytest.mark.parametrize(("n", "d_in", "d_out"), [(7, 19, 13), (16, 9, 12), (5, 4, 21)])
+@pytest.mark.parametrize("r", [1, 3, 40])
+def test_truncated_factors_are_the_svd_of_the_full_product(n, d_in, d_out, r):
+    generator = torch.Generator().manual_seed(n)
+    a = torch.randn(n, d_in, generator=generator, dtype=torch.float64)
+    b = torch.randn(d_out, n, generator=generator, dtype=torch.float64)
+    small_a, small_b, s = linalg.truncated(a, b, r)
+    u, values, vh = torch.linalg.svd(b @ a, full_matrices=False)
+    best = u[:, :r] * values[:r] @ vh[:r]
+    torch.testing.assert_close(small_b @ small_a, best)
+    assert small_a.shape == (len(small_a), d_in)
+    assert len(small_a) == small_b.shape[1] == min(r, n, d_in, d_out)
+    torch.testing.assert_close(s, values[: len(s)])
+    torch.testing.assert_close(s[r:].norm(), (b @ a - best).norm())
+    torch.testing.assert_close((small_a @ small_a.T).diagonal(), (small_b.T @ small_b).diagonal())
+
+
+def test_truncating_nothing_gives_nothing():
+    a, b, s = linalg.truncated(torch.randn(3, 5), torch.zeros(4, 3), 2)
+    assert (b @ a).abs().max() == 0
+    assert s.max() == 0

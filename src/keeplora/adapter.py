@@ -3,10 +3,11 @@
 Layer names are those of the base model, without PEFT's prefix.
 """
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -21,6 +22,7 @@ ADAPTER = "default"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 PREFIX = "base_model.model."
+N = TypeVar("N", int, float)
 A_KEY, B_KEY = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -35,7 +37,7 @@ class SavedAdapter:
         """Return the files of a stock PEFT adapter folder, by name; equal adapters give equal bytes."""
         config = self.config.to_dict() | {"inference_mode": True}
         plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-        text = json.dumps(plain, indent=2, sort_keys=True)
+        text = json.dumps(dict(sorted(plain.items())), indent=2)  # The order inside a pattern matters to PEFT.
         return {CONFIG_FILE: text.encode(), WEIGHTS_FILE: save(self.weights, metadata={"format": "pt"})}
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -49,6 +51,17 @@ class SavedAdapter:
                 b = self.weights[key.removesuffix(A_KEY) + B_KEY]
                 factors[name] = (a.float(), b.float() * (alpha / a.shape[0]))
         return factors
+
+    def based_on(self, model: nn.Module, source: str) -> "SavedAdapter":
+        """Return the same adapter with its base model named in it: the class, and the hub name or folder."""
+        config = copy.copy(self.config)
+        config.base_model_name_or_path = source
+        config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+        return SavedAdapter(config, self.weights)
+
+    def cast(self, dtype: torch.dtype) -> "SavedAdapter":
+        """Return the same adapter with its factors in another precision."""
+        return SavedAdapter(self.config, {name: value.to(dtype) for name, value in self.weights.items()})
 
     @staticmethod
     def config_from(content: bytes) -> PeftConfig:
@@ -95,14 +108,12 @@ def attach(
         factors: Start values `(a [r, d_in], b [d_out, r])`; `a` is then frozen. PEFT's own start without it.
     """
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
-    # PEFT takes the first pattern that ends a name, so longer names have to come first.
-    names = sorted(ranks, key=len, reverse=True)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         target_modules=list(ranks),
-        rank_pattern={name: ranks[name] for name in names if ranks[name] != rank},
-        alpha_pattern={name: alphas[name] for name in names if alphas[name] != alpha},
+        rank_pattern=_pattern(ranks, rank),
+        alpha_pattern=_pattern(alphas, alpha),
         exclude_modules=_namesakes(model, set(ranks)) or None,
         lora_dropout=0.0,
         bias="none",
@@ -116,6 +127,17 @@ def attach(
         set_factors(layers[name], a, b)
         layers[name].lora_A[ADAPTER].weight.requires_grad_(False)
     return adapted
+
+
+def _pattern(values: dict[str, N], default: N) -> dict[str, N]:
+    """List the layers whose value PEFT would not take from the default.
+
+    PEFT takes the first entry that ends a layer's name. So longer names come first, and a layer with the default is
+    listed too where a shorter name would claim it.
+    """
+    different = {name for name in values if values[name] != default}
+    claimed = {name for name in values if any(name.endswith(f".{other}") for other in different)}
+    return {name: values[name] for name in sorted(different | claimed, key=lambda name: (-len(name), name))}
 
 
 def _namesakes(model: nn.Module, targets: set[str]) -> list[str]:

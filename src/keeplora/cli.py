@@ -26,7 +26,7 @@ from keeplora.display import (
     matrix_table,
     principal_table,
 )
-from keeplora.ledger_commands import evaluate
+from keeplora.ledger_commands import evaluate, export
 from keeplora.models.pixels import kept
 from keeplora.report import heat_maps, write_report
 from keeplora.run import run as run_stream
@@ -141,6 +141,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "run": run,
     "compare": compare,
     "evaluate": evaluate,
+    "export": export,
     "analyze": analyze,
 }
 

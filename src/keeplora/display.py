@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from keeplora.analyze import PrincipalCurve, title_of
+from keeplora.card import Card
 from keeplora.comparison import COSTS, SCORES, Comparison, Estimate
 from keeplora.report import METRIC_NAMES
 from keeplora.results import Results
@@ -166,6 +167,23 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
         trained, added, seconds, memory = (comparison.cost(method, key) for key in COSTS)
         costs.add_row(method, f"{trained:,.0f}", f"{added:,.0f}", f"{seconds:.1f}", f"{memory:,.0f}")
     return [means, less, costs] if reference in comparison.methods and less.row_count else [means, costs]
+
+
+def export_lines(card: Card, folder: Path) -> list[str]:
+    """Say what was exported, what was left out, and what was lost by cutting to a rank."""
+    names = card.results.tasks
+    learned = len(card.results.accuracy)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
+    lines = [f"Exported {learned} of {len(names)} tasks to {escape(str(folder))}: {card.format}, {size:,.1f} MiB"]
+    if left := ", ".join(names[learned:]):
+        lines.append(f"[bold yellow]The run is not finished;[/] not in the export: {escape(left)}")
+    if card.cut is not None:
+        worst = card.cut.worst
+        lines.append(
+            f"Cut to rank {card.cut.rank}: relative error {100 * card.cut.overall:.3g} % over all layers,"
+            f" {100 * card.cut.errors[worst]:.3g} % in the worst, {escape(worst)}"
+        )
+    return lines
 
 
 def _score_grid(title: str) -> Table:

@@ -134,6 +134,28 @@ def low_rank(matrix: Tensor, r: int, *, seed: int = 0) -> tuple[Tensor, Tensor, 
     return u[:, :r].contiguous(), s[:r].contiguous(), vh[:r].contiguous()
 
 
+def truncated(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the best rank-r approximation of the product `b @ a` as factors, without ever forming the product.
+
+    QR of both factors leaves a core no larger than their rank, whose SVD is that of the product.
+
+    Args:
+        a: `[n, d_in]`.
+        b: `[d_out, n]`.
+        r: The rank to keep, at least 1.
+
+    Returns:
+        Factors `a [m, d_in]` and `b [d_out, m]` that share the singular values evenly, with `m <= r`, and all singular
+        values of the product, largest first; those from `m` on are what is lost.
+    """
+    _require_full_precision(a)
+    q_in, core_in = torch.linalg.qr(a.T)
+    q_out, core_out = torch.linalg.qr(b)
+    u, s, vh = torch.linalg.svd(core_out @ core_in.T, full_matrices=False)
+    root = s[:r].sqrt()
+    return root.unsqueeze(1) * (vh[:r] @ q_in.T), (q_out @ u[:, :r]) * root, s
+
+
 def orthonormality_error(basis: Tensor) -> float:
     """Return `max |basis^T basis - I|`, 0 for an empty basis."""
     if basis.shape[1] == 0:
