@@ -12,7 +12,7 @@ from keeplora.methods import METHODS
 ROOT = Path(keeplora.__file__).parent
 
 LAYERS = [
-    {"config", "borrow", "manifest", "towers", "examples", "measure", "comparison"},
+    {"config", "borrow", "manifest", "towers", "examples", "measure", "comparison", "capacity"},
     {"linalg", "results", "metrics", "task"},
     {"collect", "fisher", "subspace", "adapter", "datasets", "report"},
     {"methods", "models", "train"},
@@ -20,7 +20,9 @@ LAYERS = [
     {"run", "analyze"},
     {"display"},
     {"settings", "workers", "reopen", "plan"},
-    {"search", "claim"},
+    {"search", "claim", "recompute"},
+    {"certify"},
+    {"certificate_tables"},
     {"compare"},
     {"ledger_commands"},
     {"cli"},
@@ -32,7 +34,7 @@ ONLY_IMPORTERS = {
     "peft": {"adapter"},
     "accelerate": {"train"},
     "tyro": {"cli", "ledger_commands"},
-    "rich": {"cli", "ledger_commands", "display"},
+    "rich": {"cli", "ledger_commands", "display", "certificate_tables"},
 }
 
 FILES = {path.relative_to(ROOT).with_suffix("").as_posix(): path for path in sorted(ROOT.rglob("*.py"))}

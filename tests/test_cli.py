@@ -198,6 +198,7 @@ def captured(monkeypatch):
         )
 
     monkeypatch.setattr(cli, "run_stream", fake)
+    monkeypatch.setattr(cli, "show_room", lambda run: None)  # There is no run directory.
     return configs
 
 
@@ -253,7 +254,7 @@ def test_a_method_without_an_option_does_not_take_its_flag(capsys):
     assert "--feature-energy" in refused(capsys, "run", "--method", "lora_ft", "--feature-energy", "0.5")
 
 
-@pytest.mark.parametrize("command", ["", "demo", "run", "compare", "evaluate", "analyze"])
+@pytest.mark.parametrize("command", ["", "demo", "run", "compare", "evaluate", "certify", "analyze"])
 def test_help_of_every_command_teaches(capsys, command):
     with pytest.raises(SystemExit) as caught:
         cli.main([*command.split(), "--help"])
@@ -261,7 +262,7 @@ def test_help_of_every_command_teaches(capsys, command):
     shown = words_of(capsys.readouterr().out)
     expected = {
         "": "demo", "demo": "report", "run": "Example: keeplora run", "compare": "Example: keeplora compare",
-        "evaluate": "validation", "analyze": "principal",
+        "evaluate": "validation", "certify": "Example: keeplora certify", "analyze": "principal",
     }[command]  # fmt: skip
     assert "usage: keeplora" in shown
     assert expected in shown

@@ -26,7 +26,7 @@ from keeplora.display import (
     matrix_table,
     principal_table,
 )
-from keeplora.ledger_commands import evaluate
+from keeplora.ledger_commands import certify, evaluate, show_room
 from keeplora.models.pixels import kept
 from keeplora.report import heat_maps, write_report
 from keeplora.run import RunConfig
@@ -91,6 +91,7 @@ def run(flags: tyro.conf.OmitArgPrefixes[RunFlags]) -> None:
     with display.shown():
         results = run_stream(config, track=display.track, watch=display.watch)
     console.print(matrix_table(results))
+    show_room(config.output)
     console.print(f"Run directory: {escape(str(config.output))}")
 
 
@@ -141,6 +142,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "run": run,
     "compare": compare,
     "evaluate": evaluate,
+    "certify": certify,
     "analyze": analyze,
 }
 

@@ -110,6 +110,14 @@ class InfLoRA(Method):
         empty = {name: value[:, :0] for name, value in record.directions.items()}
         self.bases = subspace.extend_bases(empty | self.bases, record.directions)
 
+    def protected(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the bases; those of the target layers are empty before the first task."""
+        weights = {
+            name: model.get_parameter(f"{name}.weight") for name in adapter.linear_targets(model, self.config.targets)
+        }
+        return {name: self.bases.get(name, weight.detach().new_zeros(weight.shape[1], 0)).to(weight.device)
+                for name, weight in weights.items()}  # fmt: skip
+
     def _residual_rows(self, grams: dict[str, Tensor], task: Task) -> dict[str, Tensor]:
         rank, seed = self.config.rank, self.seed
         rows = {name: subspace.leading_inputs(gram, self.bases[name], rank, seed=seed) for name, gram in grams.items()}
