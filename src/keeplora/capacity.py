@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
@@ -45,8 +46,12 @@ class LayerRoom:
     @property
     def added(self) -> float | None:
         """How many dimensions a task takes, by the last tasks; None after one task, which tells nothing of others."""
-        steps = [before - after for before, after in zip(self.left, self.left[1:], strict=False)]
-        return fmean(steps[-RECENT:]) if steps else None
+        return fmean(self._steps) if self._steps else None
+
+    @property
+    def _steps(self) -> list[int]:
+        """How many dimensions each of the last tasks took."""
+        return [before - after for before, after in pairwise(self.left)][-RECENT:]
 
     @property
     def full_rank_tasks(self) -> float | None:
@@ -61,9 +66,10 @@ class LayerRoom:
     def _tasks_that_find(self, dims: int) -> float | None:
         if self.left[-1] < dims:
             return 0
-        if self.added is None:
+        if not self._steps:
             return None
-        return math.inf if self.added <= 0 else 1 + math.floor((self.left[-1] - dims) / self.added)
+        taken = sum(self._steps)  # In whole numbers: rounding could cost a task.
+        return math.inf if taken <= 0 else 1 + (self.left[-1] - dims) * len(self._steps) // taken
 
 
 @dataclass(frozen=True)
