@@ -3,6 +3,7 @@
 import logging
 import math
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -68,7 +69,7 @@ def test_the_forecast_is_what_counting_down_gives(taken, rank):
     for dims in taken:
         left.append(max(left[-1] - dims, 0))
     found = room(*left, rank=rank)
-    steps = [before - after for before, after in zip(left, left[1:], strict=False)][-3:]
+    steps = [before - after for before, after in pairwise(left)][-3:]
     if any(steps):
         added = Fraction(sum(steps), len(steps))
         assert found.full_rank_tasks == counted(left[-1], added, rank)

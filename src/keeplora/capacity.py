@@ -117,7 +117,7 @@ def capacity_of(tasks: Sequence[Mapping[str, Any]]) -> Capacity | None:
     rooms = {}
     for name, last in layers[-1].items():
         d_in = last["residual_dims"] + last["protected_dims"]
-        left = tuple(named[name]["residual_dims"] for named in layers if name in named)
+        left = tuple(named[name]["residual_dims"] for named in layers)
         rooms[name] = LayerRoom(d_in=d_in, left=left, rank=min(max(rank, 1), d_in))
     return Capacity(tasks=tuple(task.get("name", "") for task in certified), layers=rooms)
 

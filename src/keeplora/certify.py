@@ -102,7 +102,9 @@ def certify(folder: Path, *, track: Track = silent) -> Proof:
     if num_finished == 0:
         proof.notes.append("no task is finished: only the files' hashes were checked")
         return proof
-    num_readable = _num_readable(manifest, damage)
+    unlisted = [name for name in _task_files(manifest) if name not in manifest["files"]]
+    proof.breaches += [f"{folder / name} is not listed in run.json, though its task is finished" for name in unlisted]
+    num_readable = _num_readable(manifest, [*damage, *unlisted])
     try:
         _replay(proof, Ledger(folder, manifest | {"tasks_finished": num_readable}), num_readable == num_finished, track)
     except UNREADABLE as error:
@@ -142,12 +144,16 @@ def _strangers(manifest: dict[str, Any], folder: Path, proof: Proof) -> list[str
 
 def _num_readable(manifest: dict[str, Any], damage: Iterable[str]) -> int:
     """Count the finished tasks before the first one that has a damaged file."""
-    num_finished = int(manifest["tasks_finished"])
-    for index in range(num_finished):
-        prefix = f"{_task_folder(index, manifest['tasks'])}/"
-        if f"{prefix}task.json" not in manifest["files"] or any(prefix in message for message in damage):
+    files = _task_files(manifest)
+    for index, name in enumerate(files):
+        if any(name.removesuffix("task.json") in message for message in damage):
             return index
-    return num_finished
+    return len(files)
+
+
+def _task_files(manifest: dict[str, Any]) -> list[str]:
+    """Return the name of the `task.json` of every finished task."""
+    return [f"{_task_folder(index, manifest['tasks'])}/task.json" for index in range(int(manifest["tasks_finished"]))]
 
 
 def _task_folder(index: int, names: list[str]) -> str:
