@@ -24,7 +24,7 @@ def proof_lines(proof: Proof, *, layers: bool) -> Iterator[RenderableType]:
         proof: What was checked.
         layers: Show every layer, not only the worst one of each task.
     """
-    yield f"{proof.method}: {proof.num_files} files have a hash, {len(proof.tasks)} tasks are finished"
+    yield f"{proof.method}: tasks finished: {len(proof.tasks)}, files with a hash: {proof.num_files}"
     if proof.tasks:
         yield _layer_table(proof) if layers and proof.protects else task_table(proof)
     if proof.tasks and not proof.protects and any(task.is_checked for task in proof.tasks):
