@@ -12,7 +12,7 @@ from keeplora.methods import METHODS
 ROOT = Path(keeplora.__file__).parent
 
 LAYERS = [
-    {"config", "borrow", "disk", "manifest", "towers", "checkpoint", "examples", "measure", "comparison"},
+    {"config", "borrow", "disk", "manifest", "towers", "checkpoint", "examples", "measure", "comparison", "capacity"},
     {"linalg", "results", "metrics", "task"},
     {"collect", "fisher", "subspace", "adapter", "datasets", "report", "store", "places", "updates", "card"},
     {"methods", "models", "train"},
@@ -21,7 +21,9 @@ LAYERS = [
     {"run", "analyze"},
     {"display"},
     {"settings", "workers", "reopen", "plan"},
-    {"search", "claim", "export"},
+    {"search", "claim", "export", "recompute"},
+    {"certify"},
+    {"certificate_tables"},
     {"compare"},
     {"ledger_commands"},
     {"cli"},
@@ -33,7 +35,7 @@ ONLY_IMPORTERS = {
     "peft": {"adapter"},
     "accelerate": {"train"},
     "tyro": {"cli", "ledger_commands"},
-    "rich": {"cli", "ledger_commands", "display"},
+    "rich": {"cli", "ledger_commands", "display", "certificate_tables"},
 }
 
 FILES = {path.relative_to(ROOT).with_suffix("").as_posix(): path for path in sorted(ROOT.rglob("*.py"))}

@@ -198,6 +198,7 @@ def captured(monkeypatch):
         )
 
     monkeypatch.setattr(cli, "run_stream", fake)
+    monkeypatch.setattr(cli, "show_room", lambda run: None)  # There is no run directory.
     return configs
 
 
@@ -253,7 +254,7 @@ def test_a_method_without_an_option_does_not_take_its_flag(capsys):
     assert "--feature-energy" in refused(capsys, "run", "--method", "lora_ft", "--feature-energy", "0.5")
 
 
-@pytest.mark.parametrize("command", ["", "demo", "run", "compare", "evaluate", "export", "analyze"])
+@pytest.mark.parametrize("command", ["", "demo", "run", "compare", "evaluate", "certify", "export", "analyze"])
 def test_help_of_every_command_teaches(capsys, command):
     with pytest.raises(SystemExit) as caught:
         cli.main([*command.split(), "--help"])
@@ -262,6 +263,7 @@ def test_help_of_every_command_teaches(capsys, command):
     expected = {
         "": "demo", "demo": "report", "run": "Example: keeplora run", "compare": "Example: keeplora compare",
         "evaluate": "validation", "export": "Example: keeplora export", "analyze": "principal",
+        "certify": "Example: keeplora certify",
     }[command]  # fmt: skip
     assert "usage: keeplora" in shown
     assert expected in shown

@@ -23,7 +23,8 @@ from keeplora.methods import find_method
 from keeplora.models import EMBEDDED
 from keeplora.models.dual_encoder import DualEncoder
 from keeplora.reopen import reopen
-from keeplora.run import RunConfig, run
+from keeplora.run import run
+from keeplora.stream import RunConfig
 from keeplora.train import TrainConfig
 
 FORMATS = ("merged", "adapter", "adapters")

@@ -26,7 +26,7 @@ from keeplora.display import (
     matrix_table,
     principal_table,
 )
-from keeplora.ledger_commands import evaluate, export
+from keeplora.ledger_commands import certify, evaluate, export, show_room
 from keeplora.models.pixels import kept
 from keeplora.report import heat_maps, write_report
 from keeplora.run import run as run_stream
@@ -91,6 +91,7 @@ def run(flags: tyro.conf.OmitArgPrefixes[RunFlags]) -> None:
     with display.shown():
         results = run_stream(config, track=display.track, watch=display.watch)
     console.print(matrix_table(results))
+    show_room(config.output)
     console.print(f"Run directory: {escape(str(config.output))}")
 
 
@@ -142,6 +143,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "compare": compare,
     "evaluate": evaluate,
     "export": export,
+    "certify": certify,
     "analyze": analyze,
 }
 

@@ -22,12 +22,11 @@ from keeplora.card import Card, render
 from keeplora.collect import Track, silent
 from keeplora.config import Config
 from keeplora.datasets import read_splits
-from keeplora.ledger import Ledger
-from keeplora.manifest import read_manifest
+from keeplora.ledger import Ledger, read_ledger
 from keeplora.methods import TaskRecord, find_method
 from keeplora.models import EMBEDDED, family_of, locate
 from keeplora.reopen import config_of
-from keeplora.run import RunConfig, stream_of
+from keeplora.stream import RunConfig, stream_of
 from keeplora.updates import cut_to, summed
 
 NOTICE = Path(__file__).parent / "mini" / "NOTICE"
@@ -116,7 +115,7 @@ def _require_new(output: Path) -> None:
 
 
 def _read(folder: Path, config: ExportConfig, track: Track) -> _Source:
-    ledger = Ledger(folder, read_manifest(folder))
+    ledger = read_ledger(folder)
     if ledger.num_finished == 0:
         raise ValueError(f"{folder} has nothing to export: no task is finished; go on with the run first")
     run = config_of(ledger)

@@ -204,12 +204,21 @@ def read_ledger(folder: Path) -> Ledger:
     Raises:
         ValueError: If the folder holds no run, or the tasks' files are damaged, or it is being written to.
     """
+    return Ledger(folder, settled_manifest(folder))
+
+
+def settled_manifest(folder: Path) -> dict[str, Any]:
+    """Read `run.json`; what a crash left half written is put in order first.
+
+    Raises:
+        ValueError: If the folder holds no run, or `run.json` is damaged, or the folder is being written to.
+    """
     manifest = read_manifest(folder)
     if (folder / STAGED).exists():
         with locked(folder):
             manifest = read_manifest(folder)
             Store(folder, manifest).recover(UNFINISHED)
-    return Ledger(folder, manifest)
+    return manifest
 
 
 def _manifest(folder: Path, config: dict[str, Any], tasks: list[str], extend: bool) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """The subcommands that work on a run directory. Each is a typed function, as in `cli`."""
 
+import sys
+from json import dumps
 from pathlib import Path
 from typing import Literal
 
@@ -7,9 +9,14 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
+from keeplora.capacity import capacity_of
+from keeplora.certificate_tables import gauge_lines, proof_lines
+from keeplora.certify import certify as certify_run
+from keeplora.disk import write_atomically
 from keeplora.display import Display, evaluation_table, export_lines
 from keeplora.evaluate import evaluate as evaluate_model
 from keeplora.export import ExportConfig, export_run
+from keeplora.ledger import read_ledger
 from keeplora.reopen import reopen
 
 console = Console()
@@ -46,3 +53,31 @@ def export(run: tyro.conf.Positional[Path], flags: tyro.conf.OmitArgPrefixes[Exp
     for line in export_lines(card, flags.output):
         console.print(line, highlight=False, soft_wrap=True)
     console.print(f"Card: {escape(str(flags.output / 'README.md'))}")
+
+
+def certify(run: tyro.conf.Positional[Path], *, layers: bool = False, json: Path | None = None) -> None:
+    """Check a run directory against its own files: hashes, certificates, merged model. Ends with 1 if a check fails.
+
+    Example: keeplora certify runs/mini --layers
+
+    Args:
+        run: The run directory.
+        layers: Show every layer, not only the worst one of each task.
+        json: Also write what was measured, and every breach, to this file.
+    """
+    display = Display(console)
+    with display.shown():
+        proof = certify_run(run, track=display.track)
+    if json is not None:
+        write_atomically(json, (dumps(proof.to_json(), indent=1) + "\n").encode())
+    for line in proof_lines(proof, layers=layers):
+        console.print(line, highlight=False)
+    if proof.breaches:
+        sys.exit(1)
+
+
+def show_room(run: Path) -> None:
+    """Print the room that a run's layers have left; nothing if its method protects nothing."""
+    capacity = capacity_of(read_ledger(run).tasks)
+    for line in gauge_lines(capacity) if capacity else ():
+        console.print(line, highlight=False)

@@ -9,6 +9,7 @@ import jinja2
 import matplotlib
 from matplotlib.figure import Figure
 
+from keeplora.capacity import Capacity, forecast
 from keeplora.comparison import SCORES, Comparison
 from keeplora.disk import write_atomically
 from keeplora.results import Results
@@ -30,13 +31,20 @@ def write_report(runs: list[Results], path: Path) -> None:
     write_atomically(path, page(runs).encode())
 
 
-def page(runs: list[Results]) -> str:
-    """Return the page of some runs of one benchmark; its pictures are inside it."""
+def page(runs: list[Results], capacity: Capacity | None = None) -> str:
+    """Return the page of some runs of one benchmark; its pictures are inside it.
+
+    Args:
+        runs: Their results.
+        capacity: The room that the first of them has left, if its method protects anything.
+    """
     return _render(
         "report.html.j2",
         runs=runs,
         metric_names=METRIC_NAMES,
         picture=base64.b64encode(heat_maps(runs)).decode(),
+        room=base64.b64encode(capacity_map(capacity)).decode() if capacity else "",
+        forecast=forecast(capacity) if capacity else "",
         number=lambda value: "-" if value is None else f"{value:.1f}",
     )
 
@@ -116,6 +124,23 @@ def heat_maps(runs: list[Results]) -> bytes:
         axes[0].set_ylabel("after learning")
         if image is not None:
             figure.colorbar(image, ax=axes, label="accuracy in %", shrink=0.6)
+        return _png(figure)
+
+
+def capacity_map(capacity: Capacity) -> bytes:
+    """Draw the share of the input dimensions that is free in each layer (rows) after each task (columns); a PNG."""
+    names = list(capacity.layers)
+    with matplotlib.rc_context({"font.size": 8, "text.parse_math": False}):
+        size = (4.5 + 0.35 * len(capacity.tasks), 1.4 + min(0.14 * len(names), 30.0))
+        figure = Figure(figsize=size, layout="constrained", dpi=110)
+        axis = figure.subplots()
+        shares = [[100 * left / room.d_in for left in room.left] for room in capacity.layers.values()]
+        image = axis.imshow(shares, vmin=0, vmax=100, cmap="viridis", aspect="auto", interpolation="nearest")
+        axis.set_xticks(range(len(capacity.tasks)), capacity.tasks, rotation=60, ha="right")
+        step = 1 + len(names) // 200
+        axis.set_yticks(range(0, len(names), step), names[::step], fontsize=6)
+        axis.set_xlabel("after learning")
+        figure.colorbar(image, ax=axis, label="input dimensions free, in %")
         return _png(figure)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from keeplora.borrow import device_of
+from keeplora.capacity import capacity_of, warn_of_full_layers
 from keeplora.checkpoint import digest_of
 from keeplora.collect import Track, silent
 from keeplora.evaluate import evaluate
@@ -53,7 +54,7 @@ def run(
             learn(config, ledger, track, watch)
         results = ledger.results()
         if "report.html" not in ledger.files:
-            ledger.write("report.html", page([results]).encode())
+            ledger.write("report.html", page([results], capacity_of(ledger.tasks)).encode())
             ledger.commit()
         return results
 
@@ -87,6 +88,7 @@ def learn(config: RunConfig, ledger: Ledger, track: Track, watch: Watch) -> None
         saves = changed and config.save_model
         save = partial(family_of(config.model).save, model, locate(config.model)) if saves else None
         ledger.add_task(method.record, details, save)
+        warn_of_full_layers(ledger.tasks, len(tasks) - ledger.num_finished)
         watch(ledger.results())
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from keeplora import disk
+from keeplora.collect import Track, silent
 from keeplora.manifest import manifest_bytes
 
 STAGED = "staged"
@@ -109,10 +110,10 @@ class Store:
             raise ValueError(f"{path} is not what the run wrote: it was changed or damaged")
         return content
 
-    def damaged(self) -> list[str]:
+    def damaged(self, track: Track = silent) -> list[str]:
         """Return a message for every file that is missing or damaged; each names its file."""
         messages = []
-        for name in self.files:
+        for name in track(self.files, "checking hashes", len(self.files)):
             try:
                 self.read(name)
             except (ValueError, OSError) as error:

@@ -18,7 +18,7 @@ from keeplora.adapter import SavedAdapter
 from keeplora.borrow import device_of, evaluation_mode
 from keeplora.collect import Track, silent
 from keeplora.config import Config
-from keeplora.subspace import LayerCertificate
+from keeplora.subspace import LEAK_ALLOWED, LayerCertificate
 from keeplora.task import LearningError, Task, to_device
 
 Once = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
@@ -148,6 +148,15 @@ class Method:
             return model
         self.borrow(model)
         return self.give_back(adapter.merge_from(model, folder))
+
+    def protected(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return what the next update must stay orthogonal to, `[d_in, k]` a layer; empty if nothing is protected."""
+        return {}
+
+    @property
+    def leak_allowed(self) -> float:
+        """The largest share of an update that may lie inside what is protected; 1 if nothing is promised."""
+        return LEAK_ALLOWED
 
     def borrow(self, model: nn.Module) -> None:
         """Remember which parameters required a gradient, and what the weights were."""

@@ -79,11 +79,7 @@ class InfLoRA(Method):
         Raises:
             ValueError: If no layer matches the targets, an input is not finite, or nothing is left to learn with.
         """
-        weights = {
-            name: model.get_parameter(f"{name}.weight") for name in adapter.linear_targets(model, self.config.targets)
-        }
-        empty = {name: weight.new_zeros(weight.shape[1], 0, dtype=torch.float32) for name, weight in weights.items()}
-        self.bases = {name: self.bases.get(name, none).to(none.device) for name, none in empty.items()}
+        self.bases = self.protected(model)
         rows = self.once("initialise", lambda: self._residual_rows(model, task))
         warn_of_small_ranks({name: len(rows.get(name, ())) for name in self.bases}, self.config.rank, task.name)
         d_outs = {name: len(model.get_parameter(f"{name}.weight")) for name in rows}
@@ -117,6 +113,13 @@ class InfLoRA(Method):
         if self.config.energy == "squared":
             grams = {name: gram @ gram for name, gram in grams.items()}
         return subspace.new_directions(self.bases, grams, self.share)
+
+    def protected(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the bases; those of the target layers are empty before the first task."""
+        targets = adapter.linear_targets(model, self.config.targets)
+        weights = {name: model.get_parameter(f"{name}.weight").detach() for name in targets}
+        empty = {name: weight.new_zeros(weight.shape[1], 0, dtype=torch.float32) for name, weight in weights.items()}
+        return {name: self.bases.get(name, none).to(none.device) for name, none in empty.items()}
 
     def _residual_rows(self, model: nn.Module, task: Task) -> dict[str, Tensor]:
         grams = collect.input_grams(model, task, list(self.bases), track=self.track)

@@ -72,8 +72,7 @@ class KeepLoRA(Method):
         """
         self._put_start_back(model)
         updates = adapter.factors_of(model)
-        allowed = LEAK_ALLOWED if self.config.a_training == "frozen" else 1.0
-        subspace.require_no_leak(updates, self.bases, task.name, allowed=allowed)
+        subspace.require_no_leak(updates, self.bases, task.name, allowed=self.leak_allowed)
         saved = adapter.detach(model)
         head = {name: value.detach().cpu().clone() for name, value in _head_state(model).items()}
         merged, error = self.merge_checked(model, task)
@@ -99,6 +98,16 @@ class KeepLoRA(Method):
         """Redo a finished task: merge its adapter and protect the directions it recorded."""
         self.protect_principal(model)
         return super().replay(model, record, folder)
+
+    def protected(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the bases: before the first task, the principal subspace of each target weight."""
+        self.protect_principal(model)
+        return dict(self.bases)
+
+    @property
+    def leak_allowed(self) -> float:
+        """The largest share of an update that may lie inside the bases; a trained `a` may go anywhere."""
+        return LEAK_ALLOWED if self.config.a_training == "frozen" else 1.0
 
     def protect_principal(self, model: nn.Module) -> None:
         """Start the bases with the principal subspace of every target weight (Eq. 2), unless that was done."""
