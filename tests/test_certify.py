@@ -13,13 +13,14 @@ from safetensors.torch import load_file, save
 import tiny
 from keeplora import cli
 from keeplora.capacity import forecast
-from keeplora.certify import certify, damaged
+from keeplora.certify import certify
 from keeplora.config import parse
-from keeplora.ledger import open_ledger
 from keeplora.disk import write_atomically
+from keeplora.ledger import open_ledger
 from keeplora.manifest import manifest_bytes, read_manifest
 from keeplora.methods import find_method, known_methods
 from keeplora.run import run
+from keeplora.store import Store
 from keeplora.stream import RunConfig
 from keeplora.train import TrainConfig
 
@@ -117,7 +118,7 @@ def test_a_clean_run_of_every_method_passes(place, tmp_path, name):
     assert proof.merge_error == 0
     assert [task.name for task in proof.tasks] == ["task0", "task1", "task2"]
     assert not unchecked(proof)
-    assert proof.num_files == len(before) - 2  # run.json and the lock have no hash in it.
+    assert proof.num_files == len(before) - 1  # run.json has its hash within it
     assert tiny.tree(config.output) == before
     assert proof.protects == name.startswith(PROTECTING)
     if proof.protects and "trained" not in str(config.options):
@@ -190,7 +191,7 @@ def test_a_damaged_model_does_not_stop_the_check_of_the_tasks(folder):
 def test_a_missing_file_is_named(folder):
     (folder / FIRST / "adapter" / "adapter_config.json").unlink()
     assert breaches(folder) == f"{folder / FIRST}/adapter/adapter_config.json is missing from the run"
-    assert len(damaged(folder, read_manifest(folder)["files"])) == 1
+    assert len(Store(folder, read_manifest(folder)).damaged()) == 1
 
 
 @pytest.mark.parametrize("name", [f"{FIRST}/head.safetensors", "model/model-2.safetensors", "tasks/09-x/task.json"])
@@ -404,9 +405,7 @@ def test_a_base_model_that_is_gone_or_another_one_is_named(place, folder, tmp_pa
     assert f"model '{tmp_path / 'gone'}' is neither" in found.breaches[0]
     assert unchecked(found) == ["task0", "task1", "task2"]
     forge_config(folder, model=str(tiny.save_dual_encoder(tmp_path / "other", seed=3)))
-    found = breaches(folder)
-    assert "layers leak into what was protected" in found
-    assert "parameters that no task changes are not the base model's" in found
+    assert "has other weights than when" in breaches(folder)
 
 
 def test_a_run_that_was_cut_off_is_certified_as_far_as_it_came(place, tmp_path):
@@ -420,12 +419,6 @@ def test_a_run_that_was_cut_off_is_certified_as_far_as_it_came(place, tmp_path):
     assert proof.breaches == proof.notes == []
     assert [task.name for task in proof.tasks] == ["task0", "task1"]
     assert proof.merge_error == 0
-    left = tmp_path / "cut" / "tasks" / "03-task2"
-    left.mkdir()
-    (left / "subspace.safetensors").write_bytes(b"half")
-    proof = certify(tmp_path / "cut")
-    assert proof.breaches == []
-    assert proof.notes == ["task 'task2' was interrupted: 1 files of it are there and not used"]
 
 
 def test_a_run_that_has_only_begun_has_its_hashes_checked(tmp_path):

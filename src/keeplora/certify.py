@@ -117,7 +117,9 @@ def certify(folder: Path, *, track: Track = silent) -> Proof:
 def _strangers(manifest: dict[str, Any], folder: Path) -> list[str]:
     """Return a message for every file beside the run's own."""
     there = (path for part in ("tasks", "model") for path in sorted((folder / part).rglob("*")) if path.is_file())
-    return [f"{path} is not of this run" for path in there if path.relative_to(folder).as_posix() not in manifest["files"]]
+    return [
+        f"{path} is not of this run" for path in there if path.relative_to(folder).as_posix() not in manifest["files"]
+    ]
 
 
 def _num_readable(manifest: dict[str, Any], damage: Iterable[str]) -> int:
