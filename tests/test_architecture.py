@@ -12,17 +12,18 @@ from keeplora.methods import METHODS
 ROOT = Path(keeplora.__file__).parent
 
 LAYERS = [
-    {"config", "borrow", "manifest", "towers", "examples", "measure", "comparison"},
+    {"config", "borrow", "manifest", "towers", "examples", "measure", "comparison", "hashes", "forecast"},
     {"linalg", "results", "metrics", "task"},
     {"collect", "fisher", "subspace", "adapter", "datasets", "report"},
     {"methods", "models", "train"},
     {"ledger", "evaluate"},
     {"run", "analyze"},
     {"display"},
-    {"settings", "workers", "reopen", "plan"},
+    {"settings", "workers", "reopen", "plan", "doctor"},
     {"search", "claim"},
     {"compare"},
-    {"ledger_commands"},
+    {"doctor_display"},
+    {"ledger_commands", "doctor_command"},
     {"cli"},
     {"__main__", "__init__"},
 ]
@@ -31,8 +32,8 @@ LAYERS = [
 ONLY_IMPORTERS = {
     "peft": {"adapter"},
     "accelerate": {"train"},
-    "tyro": {"cli", "ledger_commands"},
-    "rich": {"cli", "ledger_commands", "display"},
+    "tyro": {"cli", "ledger_commands", "doctor_command"},
+    "rich": {"cli", "ledger_commands", "display", "doctor_command", "doctor_display"},
 }
 
 FILES = {path.relative_to(ROOT).with_suffix("").as_posix(): path for path in sorted(ROOT.rglob("*.py"))}

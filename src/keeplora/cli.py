@@ -26,6 +26,7 @@ from keeplora.display import (
     matrix_table,
     principal_table,
 )
+from keeplora.doctor_command import doctor
 from keeplora.ledger_commands import evaluate
 from keeplora.models.pixels import kept
 from keeplora.report import heat_maps, write_report
@@ -142,6 +143,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "compare": compare,
     "evaluate": evaluate,
     "analyze": analyze,
+    "doctor": doctor,
 }
 
 

@@ -1,0 +1,136 @@
+"""Fingerprints of images: equal for the same pixels, near for the same picture encoded, resized or recompressed.
+
+Two pictures are alike if their perceptual hashes differ in at most `BITS` of 64 bits AND their colour thumbnails by at
+most `COLOR` of 255 on average. The hash alone takes any two pale or simple pictures for one, silhouettes and flags above
+all, because it sees neither colours nor contrast; the thumbnail alone takes all pictures on white for one.
+docs/doctor.md has the measurements behind the two numbers.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+BITS = 8
+"""Most bits that the perceptual hashes of one picture differ by."""
+
+COLOR = 8.0
+"""Largest mean difference of the colour thumbnails of one picture, of 255."""
+
+FLAT = 4.0
+"""Below this standard deviation of the grey values, of 255, an image has no shape: its perceptual hash is noise."""
+
+SIDE, KEPT, THUMBNAIL = 32, 8, 8
+"""Side of the grey image that is hashed, of the block of its low frequencies that is kept, and of the thumbnail."""
+
+MOST_PAIRS = 2**16
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Print:
+    """The fingerprint of one image."""
+
+    digest: bytes
+    """Hash of the pixels: equal for equal images of one size."""
+    signs: NDArray[np.int8]
+    """The perceptual hash: 64 times 1 or -1; all 0 for an image without a shape."""
+    colors: NDArray[np.uint8]
+    """Thumbnail of 8 x 8 pixels, flat: `[192]`."""
+
+
+@dataclass(frozen=True)
+class Prints:
+    """The fingerprints of `n` images."""
+
+    digests: tuple[bytes, ...]
+    signs: NDArray[np.int8]
+    """`[n, 64]`"""
+    colors: NDArray[np.uint8]
+    """`[n, 192]`"""
+
+    def __len__(self) -> int:
+        return len(self.digests)
+
+
+def fingerprint(image: Image.Image) -> Print:
+    """Return the fingerprint of an RGB image."""
+    content = repr(image.size).encode() + image.tobytes()
+    grey = _values(image.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX))
+    colors = np.asarray(image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX), np.uint8).reshape(-1)
+    return Print(hashlib.blake2b(content, digest_size=16).digest(), _signs(grey), colors)
+
+
+def stack(prints: list[Print]) -> Prints:
+    """Return the fingerprints of several images as arrays, in their order."""
+    width = KEPT * KEPT
+    signs = np.stack([one.signs for one in prints]) if prints else np.zeros((0, width), np.int8)
+    colors = np.stack([one.colors for one in prints]) if prints else np.zeros((0, 3 * THUMBNAIL**2), np.uint8)
+    return Prints(tuple(one.digest for one in prints), signs, colors)
+
+
+def distance(one: Print, other: Print) -> int:
+    """Return in how many of 64 bits two perceptual hashes differ."""
+    return int((one.signs != other.signs).sum())
+
+
+def equal_images(images: Prints, others: Prints) -> Ints:
+    """Return for each image the first of the others with the very same pixels, or -1: `[n]`."""
+    places: dict[bytes, int] = {}
+    for place, digest in enumerate(others.digests):
+        places.setdefault(digest, place)
+    return np.array([places.get(digest, -1) for digest in images.digests], np.int64)
+
+
+def alike_images(images: Prints, others: Prints, *, chunk: int = 4096) -> Ints:
+    """Return for each image the one of the others that is most alike, or -1 if none is alike enough: `[n]`.
+
+    All pairs are compared: hashes of 1 and -1 differ in `(64 - their product) / 2` bits, so that a product of matrices
+    counts the bits of a chunk of pairs, and memory stays at a few times `chunk` squared.
+    """
+    best = np.full(len(images), np.inf)
+    found = np.full(len(images), -1, np.int64)
+    for start in range(0, len(images), chunk):
+        signs = images.signs[start : start + chunk].astype(np.float32)
+        for offset in range(0, len(others), chunk):
+            agreement = signs @ others.signs[offset : offset + chunk].astype(np.float32).T
+            near = np.flatnonzero(agreement.reshape(-1) >= KEPT * KEPT - 2 * BITS)
+            rows, columns = np.divmod(near, agreement.shape[1])
+            _keep_nearest(images, others, (rows + start, columns + offset), best, found)
+    return found
+
+
+def _keep_nearest(images: Prints, others: Prints, pairs: tuple[Any, Any], best: NDArray[Any], found: Ints) -> None:
+    """Put into `found` what each image's nearest candidate is by the thumbnails, if it is near enough and the best."""
+    for start in range(0, len(pairs[0]), MOST_PAIRS):
+        rows, columns = (side[start : start + MOST_PAIRS] for side in pairs)
+        differences = np.abs(images.colors[rows].astype(np.int16) - others.colors[columns]).mean(1)
+        # From the worst to the best, so that the last one written to a row is its best.
+        for place in np.argsort(-differences, kind="stable")[int((differences > COLOR).sum()) :]:
+            if differences[place] < best[rows[place]]:
+                best[rows[place]], found[rows[place]] = differences[place], columns[place]
+
+
+def _values(image: Image.Image) -> Floats:
+    return np.asarray(image, np.float32)
+
+
+def _signs(grey: Floats) -> NDArray[np.int8]:
+    """Return for each low frequency of a grey image whether it is above their median."""
+    if grey.std() < FLAT:
+        return np.zeros(KEPT * KEPT, np.int8)
+    frequencies = (_cosines() @ grey @ _cosines().T).reshape(-1)
+    return np.where(frequencies > np.median(frequencies[1:]), 1, -1).astype(np.int8)
+
+
+@cache
+def _cosines() -> Floats:
+    """Return the first rows of the discrete cosine transform, `[KEPT, SIDE]`."""
+    places = np.pi * (2 * np.arange(SIDE) + 1) / (2 * SIDE)
+    return np.cos(np.arange(KEPT)[:, None] * places[None]).astype(np.float32)
