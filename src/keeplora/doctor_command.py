@@ -70,7 +70,7 @@ def _run_of(flags: DoctorFlags) -> RunConfig:
             values[key] = given
     if flags.batch_size is not None:
         values["train"] = {**values.get("train", {}), "batch_size": flags.batch_size}
-    named = [values.pop(key, getattr(RunConfig, key)) for key in ("benchmark", "method")]
-    if wrong := [name for name in named if not isinstance(name, str)]:
+    benchmark, method = (values.pop(key, getattr(RunConfig, key)) for key in ("benchmark", "method"))
+    if wrong := [name for name in (benchmark, method) if not isinstance(name, str)]:
         raise ValueError(f"{flags.config}: {wrong[0]!r} must be a name")
-    return run_defaults(*named, values, str(flags.config or "the flags"))
+    return run_defaults(benchmark, method, values, str(flags.config or "the flags"))

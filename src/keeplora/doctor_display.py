@@ -28,7 +28,7 @@ def diagnosis_page(found: Diagnosis) -> RenderableType:
     if found.subject is not None:
         parts.append(_model_line(found))
     if found.forecast is not None:
-        parts.append(_time_table(found))
+        parts += [_time_table(found), _time_line(found)]
     if found.disk is not None:
         needs = ", ".join(f"{name} {_bytes(size)}" for name, size in found.disk.needs.items())
         free = f"{_bytes(found.disk.free)} free at {escape(str(found.disk.place))}"
@@ -74,9 +74,7 @@ def _model_line(found: Diagnosis) -> str:
 def _time_table(found: Diagnosis) -> Table:
     forecast = found.forecast
     assert forecast is not None
-    measured = f"from {BATCHES - 1} batches of each phase on {found.tried} of {len(found.tasks)} tasks"
-    caption = f"an estimate, {measured}; writing not counted; images in memory {found.pixels_mb:,.0f} MiB"
-    table = Table(title="What a run would take", caption=caption)
+    table = Table(title="What a run would take")
     table.add_column("phase")
     table.add_column("time", justify="right")
     table.add_column("peak MiB", justify="right")
@@ -87,6 +85,14 @@ def _time_table(found: Diagnosis) -> Table:
     table.add_section()
     table.add_row("all", f"[bold]{_duration(forecast.total)}[/]", f"[bold]{peak:,.0f}[/]")
     return table
+
+
+def _time_line(found: Diagnosis) -> str:
+    tried = f"{found.tried} of {len(found.tasks)} tasks"
+    return (
+        f"An estimate, from {BATCHES - 1} batches of each phase on {tried}; writing the model is not counted. Images in"
+        f" memory: {found.pixels_mb:,.0f} MiB"
+    )
 
 
 def _finding_table(findings: list[Finding]) -> Table:

@@ -2,7 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from statistics import median
+
+import numpy as np
 
 FLOAT = 4
 """Bytes of a float32 number."""
@@ -61,12 +64,13 @@ def pace_of(total: float, passes: Sequence[Sequence[float]]) -> Pace:
 
     Args:
         total: Seconds of the whole phase.
-        passes: The seconds of each batch, for every pass over the batches; the first batch of a pass, which is slower
-            while everything warms up, only counts where it is alone.
+        passes: The seconds of each batch, for every pass over the batches. A batch takes the median of all but the
+            first of a pass; what the first one takes more, such as encoding the prompts, is counted once.
     """
-    means = [(len(one), sum(one[1:] or one) / len(one[1:] or one)) for one in passes if one]
-    in_batches = sum(count * mean for count, mean in means)
-    return Pace(fixed=max(0.0, total - in_batches), per_batch=sum(mean for _, mean in means))
+    usual = [median(one[1:] or one) for one in passes if one]
+    once = sum(max(0.0, one[0] - pace) for one, pace in zip(filter(None, passes), usual, strict=True))
+    between = max(0.0, total - sum(map(sum, passes)))
+    return Pace(fixed=between + once, per_batch=sum(usual))
 
 
 def forecast_time(
@@ -82,27 +86,37 @@ def forecast_time(
 
     Args:
         loads: What each task of the stream has to do.
-        paces: The paces of the tasks that were tried, by name; a task that was not takes those of the one that is
-            nearest to it in number of classes, because the prompts of all classes are encoded with every batch.
+        paces: The paces of the tasks that were tried, by name. Those of another task are interpolated between its
+            neighbours in number of classes, because the prompts of all classes are encoded with every batch.
         start: Seconds that are spent once, before the first task.
         per_image: Seconds to read an image.
         gradient_share: Share of the batches that the gradient is taken from.
         evaluations: How many times all tasks are evaluated: before the first task and after each, if not given.
     """
     assert paces, "no task was tried"
-    classes = {load.name: load.classes for load in loads}
     seconds = dict.fromkeys(("read", "start", "gradient", "train", "merge", "evaluate"), 0.0)
     seconds["start"] = start
     rounds = len(loads) + 1 if evaluations is None else evaluations
+    tried = [(load.classes, paces[load.name]) for load in loads if load.name in paces]
     for load in loads:
-        nearest = min(paces, key=lambda name: (name != load.name, abs(classes[name] - load.classes)))  # noqa: B023
-        pace = paces[nearest]
+        pace = paces[load.name] if load.name in paces else _between(tried, load.classes)
         seconds["read"] += per_image * load.images
         seconds["gradient"] += pace.gradient.seconds(math.ceil(round(gradient_share * load.batches, 6)))
         seconds["train"] += load.epochs * pace.train.seconds(load.batches)
         seconds["merge"] += pace.merge.seconds(load.batches)
         seconds["evaluate"] += rounds * pace.evaluate.seconds(load.held_out_batches)
     return Forecast(seconds)
+
+
+def _between(tried: Sequence[tuple[int, Paces]], classes: int) -> Paces:
+    """Return the paces of a task with a number of classes, from those of tasks with fewer and with more."""
+    tried = sorted(tried, key=lambda one: one[0])
+    numbers = [number for number, _ in tried]
+
+    def value(phase: str, part: str) -> float:
+        return float(np.interp(classes, numbers, [getattr(getattr(paces, phase), part) for _, paces in tried]))
+
+    return Paces(*(Pace(value(phase.name, "fixed"), value(phase.name, "per_batch")) for phase in fields(Paces)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,9 @@ import torch
 from keeplora.collect import Track, silent
 from keeplora.doctor.data import TaskData, read_task, scan_task, task_findings
 from keeplora.doctor.duplicates import duplicate_findings
-from keeplora.doctor.findings import LEVELS, Finding, without_task
+from keeplora.doctor.findings import Finding, merged, without_task
 from keeplora.doctor.model import Subject, load_subject, target_findings
-from keeplora.doctor.place import Disk, disk_findings, disk_of, nearest_folder, place_findings
+from keeplora.doctor.place import Disk, disk_findings, disk_of, place_findings
 from keeplora.doctor.prompts import prompt_findings
 from keeplora.doctor.rehearsal import BATCHES, FAILURES, Rehearsal, rehearse
 from keeplora.forecast import Forecast, Load, Stored, forecast_disk, forecast_time
@@ -82,7 +82,7 @@ def diagnose(config: RunConfig, *, duplicates: bool = True, track: Track = silen
     if found.subject is not None:
         found.findings += prompt_findings(found.subject.source, found.subject.context, found.tasks)
         _try_out(found, found.subject, track)
-    found.findings.sort(key=lambda finding: LEVELS.index(finding.level))
+    found.findings = merged(found.findings)
     return found
 
 
@@ -107,7 +107,11 @@ def _try_out(found: Diagnosis, subject: Subject, track: Track) -> None:
 def _read_some(
     found: Diagnosis, subject: Subject, usable: list[TaskData], track: Track
 ) -> tuple[list[StreamTask], float]:
-    """Read tasks as a run does, smallest first, until the time is spent; return them and the seconds an image took."""
+    """Read tasks as a run does, smallest first, until the time is spent.
+
+    Returns:
+        The tasks, from the fewest classes to the most, and the seconds that an image took.
+    """
     config, read = found.config, {}
     start, images = time.perf_counter(), 0
     with kept():
@@ -125,6 +129,7 @@ def _read_some(
             if time.perf_counter() - start > READING_SECONDS:
                 break
     seconds = (time.perf_counter() - start) / max(1, images)
+    usable = sorted(usable, key=lambda data: len(data.class_names))
     return [read[data.name] for data in usable if data.name in read], seconds
 
 
@@ -190,4 +195,4 @@ def _num_images(data: TaskData) -> int:
     return sum(len(examples) for examples in data.splits.values())
 
 
-__all__ = ["BATCHES", "Diagnosis", "Finding", "diagnose", "nearest_folder"]
+__all__ = ["BATCHES", "Diagnosis", "Finding", "diagnose"]

@@ -7,7 +7,7 @@ from datasets.exceptions import DatasetsError
 
 from keeplora.collect import Track
 from keeplora.datasets import READERS, read_splits
-from keeplora.doctor.findings import Finding, counted, listed, without_task
+from keeplora.doctor.findings import Finding, Level, counted, listed, without_task
 from keeplora.doctor.scan import LOSSY, Scan, scan
 from keeplora.examples import Examples
 from keeplora.task import TaskSpec
@@ -58,9 +58,9 @@ class TaskData:
     def counts(self, split: str) -> Counter[str]:
         """Return how many images of a split each class has."""
         examples = self.splits[split]
-        return Counter({name: 0 for name in examples.class_names}) + Counter(
-            examples.class_names[label] for label in examples.labels
-        )
+        counts = Counter(dict.fromkeys(examples.class_names, 0))
+        counts.update(examples.class_names[label] for label in examples.labels)
+        return counts
 
 
 def read_task(spec: TaskSpec, evaluation: str) -> tuple[TaskData, list[Finding]]:
@@ -142,7 +142,7 @@ def _image_findings(task: str, split: str, seen: Scan, examples: Examples, side:
     for loss, places in seen.losses.items():
         example = examples.origin(places[0]).removeprefix(prefix)
         message = f"{counted(len(places), 'image')} of {split} with {LOSSY[loss]}, such as {example}"
-        level = "note" if loss == "transparent" else "warning"
+        level: Level = "note" if loss == "transparent" else "warning"
         cure = "" if level == "note" else "convert them yourself, to see what the model sees"
         findings.append(Finding(level, task, message, cure))
     small = [place for place, size in enumerate(seen.sizes) if side and min(size) < side]

@@ -10,7 +10,7 @@ from keeplora.hashes import Prints, alike_images, equal_images
 
 MOST_PAIRS_NAMED = 3
 
-USUAL_SHARE = 0.01
+USUAL_SHARE = 0.02
 """Up to this share of look-alikes is found between honest splits of simple pictures; more is worth a warning."""
 
 
@@ -26,9 +26,10 @@ class _Side:
         return self.data.scans[self.split].prints
 
     def name(self, place: int) -> str:
-        """Return where the image at a place of `prints` comes from."""
-        index = self.data.scans[self.split].indices[place]
-        return self.data.splits[self.split].origin(index).removeprefix(f"task {self.data.name!r}: ")
+        """Return where in its task the image at a place of `prints` comes from."""
+        index, path = self.data.scans[self.split].indices[place], str(self.data.spec.path)
+        origin = self.data.splits[self.split].origin(index).removeprefix(f"task {self.data.name!r}: ")
+        return origin.removeprefix(f"{path}/").removesuffix(f" of {path}")
 
     def label(self, place: int) -> str:
         """Return the class of the image at a place of `prints`."""
@@ -56,9 +57,7 @@ def duplicate_findings(tasks: list[TaskData], evaluation: str, track: Track) -> 
     return findings
 
 
-def _shared(
-    held: _Side, train: _Side, exact: list[tuple[int, int]], near: list[tuple[int, int]]
-) -> list[Finding]:
+def _shared(held: _Side, train: _Side, exact: list[tuple[int, int]], near: list[tuple[int, int]]) -> list[Finding]:
     """Say which held-out images are among training images, as the very same or as look-alikes."""
     is_own = held.data is train.data
     if is_own:
@@ -104,9 +103,7 @@ def _twice_labelled(train: _Side) -> list[Finding]:
     torn = [places for places in several if len({train.label(place) for place in places}) > 1]
     findings = []
     if torn:
-        named = [
-            " = ".join(f"{train.name(place)} ({train.label(place)})" for place in places[:3]) for places in torn
-        ]
+        named = [" = ".join(f"{train.name(place)} ({train.label(place)})" for place in places[:3]) for places in torn]
         message = f"{counted(len(torn), 'image')} of train with more than one label: "
         message += listed(named, MOST_PAIRS_NAMED, separator="; ")
         findings.append(Finding("warning", train.data.name, message, "keep each under its right label only"))

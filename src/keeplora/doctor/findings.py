@@ -22,6 +22,15 @@ class Finding:
     cure: str = ""
 
 
+def merged(findings: Sequence[Finding]) -> list[Finding]:
+    """Return findings by their level; those that say the same of several tasks become one."""
+    tasks: dict[tuple[Level, str, str], dict[str, None]] = {}
+    for found in findings:
+        tasks.setdefault((found.level, found.message, found.cure), {})[found.task] = None
+    joined = [Finding(level, ", ".join(names), message, cure) for (level, message, cure), names in tasks.items()]
+    return sorted(joined, key=lambda found: LEVELS.index(found.level))
+
+
 def listed(names: Sequence[str], most: int = MOST_NAMED, *, separator: str = ", ") -> str:
     """Return names in one line, the first ones and how many there are more."""
     shown = separator.join(names[:most])

@@ -70,7 +70,8 @@ def target_findings(subject: Subject, method: Method) -> list[Finding]:
         names = linear_targets(model, config.targets)
     except ValueError as error:
         return [Finding("problem", "", str(error))]
-    subject.shapes = {name: tuple(model.get_parameter(f"{name}.weight").shape) for name in names}
+    weights = {name: model.get_parameter(f"{name}.weight") for name in names}
+    subject.shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
     if isinstance(method, KeepLoRA):
         return _room_findings(subject, method)
     if hasattr(method, "bases"):

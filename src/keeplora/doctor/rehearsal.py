@@ -6,11 +6,12 @@ written.
 
 import dataclasses
 import itertools
+import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +27,16 @@ from keeplora.run import RunConfig
 from keeplora.task import Batch, Task
 from keeplora.train import fit
 
+T = TypeVar("T")
+
 BATCHES = 4
 """How many batches of each phase are tried; the first one warms up."""
 
 HARMLESS_RATE = 1e-9
 """A learning rate whose steps vanish when they are added to a weight in float32."""
+
+REHEARSAL_SECONDS = 20.0
+"""After two tasks, those with the fewest and the most classes, no further one is tried once this long was spent."""
 
 FAILURES = (ValueError, RuntimeError, LookupError, OSError)
 """What a model, a method or the data raise when they do not fit together; no room in memory is a RuntimeError."""
@@ -103,25 +109,67 @@ def rehearse(
 
     Args:
         model: The model; its weights stay as they are.
-        tasks: The tasks, in the order of the run.
+        tasks: The tasks, from the fewest classes to the most.
         targets: The layers to adapt.
         config: The run.
         track: Shows progress over the tasks.
     """
     found = Rehearsal()
     task = tasks[0]
+    start = time.perf_counter()
     try:
         if unreached := unreached_layers(model, task, targets):
             found.findings.append(_unreached_finding(unreached, targets, task.name))
         method = _method_of(config)
-        lessons = method.plan(tasks)
-        for task, lesson in track(list(zip(tasks, lessons, strict=True)), "rehearsing", len(tasks)):
-            model = _learn(model, task, lesson, (method, config, found))
+        lessons = list(zip(tasks, method.plan(tasks), strict=True))
+        for task, lesson in track(spread(lessons) if method.one_by_one else lessons, "rehearsing", len(lessons)):
+            with _heard(found, task.name):
+                model = _learn(model, task, lesson, (method, config, found))
+            is_late = time.perf_counter() - start > REHEARSAL_SECONDS
+            if method.one_by_one and is_late and len(found.paces) > 1:
+                break
     except FAILURES as error:
         message = f"a run would fail: {without_task(error, task.name)}"
         cure = "lower batch_size" if isinstance(error, torch.OutOfMemoryError) else ""
         found.findings.append(Finding("problem", task.name, message, cure))
     return found
+
+
+def spread(items: Sequence[T]) -> list[T]:
+    """Return sorted items in an order whose first ones cover the range: the ends, the middle, the quarters, ..."""
+    left = list(range(len(items)))
+    order = [left.pop(0), left.pop()] if len(left) > 1 else left[:]
+    left = [place for place in left if place not in order]
+    while left:
+        order.append(max(left, key=lambda place: min(abs(place - other) for other in order)))
+        left.remove(order[-1])
+    return [items[place] for place in order]
+
+
+@contextmanager
+def _heard(found: Rehearsal, task: str) -> Iterator[None]:
+    """Turn what the library logs inside into notes: a run would say it too."""
+    logger, heard = logging.getLogger("keeplora"), _Notes()
+    before = logger.propagate
+    logger.addHandler(heard)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.propagate = before
+        logger.removeHandler(heard)
+        found.findings += [Finding("note", task, message.removeprefix(f"task {task!r}: ")) for message in heard.texts]
+
+
+class _Notes(logging.Handler):
+    """Keeps the messages it is given."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
 
 
 def _method_of(config: RunConfig) -> Method:
