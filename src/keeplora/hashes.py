@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 BITS = 8
-"""Most bits that the perceptual hashes of one picture differ by."""
+"""Most bits of 64 that the perceptual hashes of one picture differ by."""
 
 COLOR = 8.0
 """Largest mean difference of the colour thumbnails of one picture, of 255."""
@@ -24,8 +24,14 @@ COLOR = 8.0
 FLAT = 4.0
 """Below this standard deviation of the grey values, of 255, an image has no shape: its perceptual hash is noise."""
 
+UNSURE = 2.0
+"""Frequencies that are this near to the median, in grey values, count as neither above nor below: stripes and other
+regular pictures have many, and saving the image again would turn them over."""
+
 SIDE, KEPT, THUMBNAIL = 32, 8, 8
 """Side of the grey image that is hashed, of the block of its low frequencies that is kept, and of the thumbnail."""
+
+ROUNDING = 1e-5
 
 MOST_PAIRS = 2**16
 
@@ -40,7 +46,7 @@ class Print:
     digest: bytes
     """Hash of the pixels: equal for equal images of one size."""
     signs: NDArray[np.int8]
-    """The perceptual hash: 64 times 1 or -1; all 0 for an image without a shape."""
+    """The perceptual hash: 64 times 1, -1, or 0 where it is unsure; all 0 for an image without a shape."""
     colors: NDArray[np.uint8]
     """Thumbnail of 8 x 8 pixels, flat: `[192]`."""
 
@@ -75,9 +81,10 @@ def stack(prints: list[Print]) -> Prints:
     return Prints(tuple(one.digest for one in prints), signs, colors)
 
 
-def distance(one: Print, other: Print) -> int:
-    """Return in how many of 64 bits two perceptual hashes differ."""
-    return int((one.signs != other.signs).sum())
+def distance(one: Print, other: Print) -> float:
+    """Return in how many of 64 bits two perceptual hashes differ; unsure bits leave the others in proportion."""
+    cosine = float(_unit(one.signs[None])[0] @ _unit(other.signs[None])[0])
+    return (1 - cosine) * KEPT * KEPT / 2
 
 
 def equal_images(images: Prints, others: Prints) -> Ints:
@@ -94,13 +101,14 @@ def alike_images(images: Prints, others: Prints, *, chunk: int = 4096) -> Ints:
     All pairs are compared: hashes of 1 and -1 differ in `(64 - their product) / 2` bits, so that a product of matrices
     counts the bits of a chunk of pairs, and memory stays at a few times `chunk` squared.
     """
+    least = 1 - 2 * BITS / KEPT**2
     best = np.full(len(images), np.inf)
     found = np.full(len(images), -1, np.int64)
     for start in range(0, len(images), chunk):
-        signs = images.signs[start : start + chunk].astype(np.float32)
+        signs = _unit(images.signs[start : start + chunk])
         for offset in range(0, len(others), chunk):
-            agreement = signs @ others.signs[offset : offset + chunk].astype(np.float32).T
-            near = np.flatnonzero(agreement.reshape(-1) >= KEPT * KEPT - 2 * BITS)
+            agreement = signs @ _unit(others.signs[offset : offset + chunk]).T
+            near = np.flatnonzero(agreement.reshape(-1) >= least - ROUNDING)
             rows, columns = np.divmod(near, agreement.shape[1])
             _keep_nearest(images, others, (rows + start, columns + offset), best, found)
     return found
@@ -111,10 +119,18 @@ def _keep_nearest(images: Prints, others: Prints, pairs: tuple[Any, Any], best: 
     for start in range(0, len(pairs[0]), MOST_PAIRS):
         rows, columns = (side[start : start + MOST_PAIRS] for side in pairs)
         differences = np.abs(images.colors[rows].astype(np.int16) - others.colors[columns]).mean(1)
-        # From the worst to the best, so that the last one written to a row is its best.
-        for place in np.argsort(-differences, kind="stable")[int((differences > COLOR).sum()) :]:
-            if differences[place] < best[rows[place]]:
-                best[rows[place]], found[rows[place]] = differences[place], columns[place]
+        rows, columns, differences = (values[differences <= COLOR] for values in (rows, columns, differences))
+        order = np.lexsort((differences, rows))
+        first = order[np.unique(rows[order], return_index=True)[1]]
+        first = first[differences[first] < best[rows[first]]]
+        best[rows[first]], found[rows[first]] = differences[first], columns[first]
+
+
+def _unit(signs: NDArray[np.int8]) -> Floats:
+    """Return hashes `[n, 64]` with norm 1; those of images without a shape stay 0 and agree with nothing."""
+    rows = signs.astype(np.float32)
+    norms: Floats = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.divide(rows, np.maximum(norms, 1), dtype=np.float32)
 
 
 def _values(image: Image.Image) -> Floats:
@@ -125,8 +141,9 @@ def _signs(grey: Floats) -> NDArray[np.int8]:
     """Return for each low frequency of a grey image whether it is above their median."""
     if grey.std() < FLAT:
         return np.zeros(KEPT * KEPT, np.int8)
-    frequencies = (_cosines() @ grey @ _cosines().T).reshape(-1)
-    return np.where(frequencies > np.median(frequencies[1:]), 1, -1).astype(np.int8)
+    frequencies = (_cosines() @ grey @ _cosines().T).reshape(-1) / (SIDE / 2)
+    above = frequencies - np.median(frequencies[1:])
+    return (np.sign(above) * (np.abs(above) > UNSURE)).astype(np.int8)
 
 
 @cache
