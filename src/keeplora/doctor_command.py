@@ -68,7 +68,7 @@ def _run_of(flags: DoctorFlags) -> RunConfig:
     for key in ("benchmark", "method", "model", "seed", "evaluation", "output"):
         if (given := getattr(flags, key)) is not None:
             values[key] = given
-    if flags.batch_size is not None:
+    if flags.batch_size is not None and isinstance(values.get("train", {}), dict):
         values["train"] = {**values.get("train", {}), "batch_size": flags.batch_size}
     benchmark, method = (values.pop(key, getattr(RunConfig, key)) for key in ("benchmark", "method"))
     if wrong := [name for name in (benchmark, method) if not isinstance(name, str)]:

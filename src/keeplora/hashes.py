@@ -118,7 +118,8 @@ def _keep_nearest(images: Prints, others: Prints, pairs: tuple[Any, Any], best: 
     """Put into `found` what each image's nearest candidate is by the thumbnails, if it is near enough and the best."""
     for start in range(0, len(pairs[0]), MOST_PAIRS):
         rows, columns = (side[start : start + MOST_PAIRS] for side in pairs)
-        differences = np.abs(images.colors[rows].astype(np.int16) - others.colors[columns]).mean(1)
+        one, other = images.colors[rows], others.colors[columns]
+        differences = (np.maximum(one, other) - np.minimum(one, other)).mean(1, dtype=np.float32)
         rows, columns, differences = (values[differences <= COLOR] for values in (rows, columns, differences))
         order = np.lexsort((differences, rows))
         first = order[np.unique(rows[order], return_index=True)[1]]
