@@ -1,5 +1,6 @@
 """Each defect that is planted in a small stream is found, named, and decides the exit code; a clean one can start."""
 
+import json
 import shutil
 
 import datasets as hf_datasets
@@ -10,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import tiny
-from keeplora import cli
+from keeplora import cli, doctor
 from keeplora.doctor import diagnose, rehearsal
 from keeplora.doctor import place as places
 from keeplora.doctor.findings import Finding, listed, merged
@@ -257,6 +258,29 @@ def test_a_failing_step_is_a_problem(stream, model, monkeypatch):
     found = examine(stream, model)
     assert "a run would fail: no room" in only(found, "problem")
     assert "lower batch_size" in [one.cure for one in found.findings]
+
+
+def test_only_some_tasks_are_read_where_time_is_short_and_all_are_forecast(stream, model, monkeypatch):
+    whole = examine(stream, model).pixels_mb
+    monkeypatch.setattr(doctor, "READING_SECONDS", 0.0)
+    found = examine(stream, model)
+    assert found.tried == 1
+    assert found.pixels_mb == pytest.approx(whole)
+    assert found.pixels_mb == pytest.approx(2 * 36 * 3 * 16 * 16 / 2**20)
+
+
+def test_a_machine_with_too_little_memory_is_a_warning(stream, model, monkeypatch):
+    monkeypatch.setattr(doctor.os, "sysconf", lambda name: 1024)
+    assert "MiB of memory, and this machine has 1" in only(examine(stream, model), "warning")
+
+
+def test_a_run_that_is_there_already_is_a_note(stream, model):
+    manifest = {"format": 1, "config": {}, "tasks": ["a", "b"], "tasks_finished": 1, "phase": "running", "files": {}}
+    (stream.parent / "run").mkdir()
+    (stream.parent / "run" / "run.json").write_text(json.dumps(manifest))
+    assert "holds a run already, with 1 of 2 tasks finished" in only(examine(stream, model), "note")
+    (stream.parent / "run" / "run.json").write_text("{")
+    assert "run.json is damaged" in only(examine(stream, model), "problem")
 
 
 def test_a_clock_gives_the_first_batches_and_hands_the_source_back():
