@@ -309,7 +309,9 @@ def test_an_output_that_cannot_be_used_is_a_problem(stream, model, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thing").write_text("")
     assert "is a file" in only(examine(stream, model, output=tmp_path / "file"), "problem")
-    assert "is not empty and holds no run" in only(examine(stream, model, output=tmp_path / "full"), "problem")
+    found = examine(stream, model, output=tmp_path / "full")
+    assert "is not empty and holds no run" in only(found, "problem")
+    assert found.forecast is not None, "the rest is examined all the same"
     assert examine(stream, model, output=tmp_path / "deep" / "er" / "run").exit_code() == 0
 
 

@@ -67,12 +67,11 @@ def diagnose(config: RunConfig, *, duplicates: bool = True, track: Track = silen
     """
     found = Diagnosis(config)
     specs = stream_of(config)
-    found.findings += place_findings(config.output)
-    found.subject, findings = load_subject(config.model)
-    found.findings += findings
+    found.subject, of_model = load_subject(config.model)
     if found.subject is not None:
         method = find_method(config.method)[0](config.options, seed=config.seed, track=silent)
-        found.findings += target_findings(found.subject, method)
+        of_model += target_findings(found.subject, method)
+    found.findings += place_findings(config.output) + of_model
     for spec in specs:
         data, findings = read_task(spec, config.evaluation)
         scan_task(data, track, decode=duplicates)
@@ -80,28 +79,30 @@ def diagnose(config: RunConfig, *, duplicates: bool = True, track: Track = silen
         found.findings += findings + task_findings(data, found.subject.side if found.subject else None)
     found.findings += duplicate_findings(found.tasks, config.evaluation, track)
     if found.subject is not None:
-        found.findings += prompt_findings(found.subject.source, found.subject.context, found.tasks)
-        _try_out(found, found.subject, track)
+        of_prompts = prompt_findings(found.subject.source, found.subject.context, found.tasks)
+        found.findings += of_prompts
+        is_sound = not any(one.level == "problem" and not one.task for one in of_model + of_prompts)
+        rehearsal = _try_out(found, found.subject, track) if is_sound else Rehearsal()
+        _weigh_disk(found, found.subject, rehearsal)
     found.findings = merged(found.findings)
     return found
 
 
-def _try_out(found: Diagnosis, subject: Subject, track: Track) -> None:
-    """Rehearse the tasks that nothing is wrong with, and extrapolate to all; leave it if the model is no use."""
+def _try_out(found: Diagnosis, subject: Subject, track: Track) -> Rehearsal:
+    """Rehearse the tasks that nothing is wrong with, and extrapolate to all."""
     stopped = {finding.task for finding in found.findings if finding.level == "problem"}
     usable = [data for data in found.tasks if data.is_usable and data.name not in stopped]
-    rehearsal = Rehearsal()
-    if subject.shapes and usable and "" not in {f.task for f in found.findings if f.level == "problem"}:
-        tasks, per_image = _read_some(found, subject, usable, track)
-        if tasks:
-            rehearsal = rehearse(subject.model, tasks, list(subject.shapes), found.config, track)
-            found.findings += rehearsal.findings
-        if rehearsal.paces:
-            found.tried = len(rehearsal.paces)
-            found.peak_memory_mb = rehearsal.peak_memory_mb
-            found.forecast = _forecast(found, subject, rehearsal, per_image)
-            _weigh_pixels(found, tasks)
-    _weigh_disk(found, subject, rehearsal)
+    tasks, per_image = _read_some(found, subject, usable, track)
+    if not tasks:
+        return Rehearsal()
+    rehearsal = rehearse(subject.model, tasks, list(subject.shapes), found.config, track)
+    found.findings += rehearsal.findings
+    if rehearsal.paces:
+        found.tried = len(rehearsal.paces)
+        found.peak_memory_mb = rehearsal.peak_memory_mb
+        found.forecast = _forecast(found, subject, rehearsal, per_image)
+        _weigh_pixels(found, tasks)
+    return rehearsal
 
 
 def _read_some(
