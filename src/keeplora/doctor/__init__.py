@@ -1,6 +1,6 @@
 """A check before hours are spent: data, prompts, model, room, time, memory and disk of a run, without starting it.
 
-It goes on after what it finds, so that one call names all that is wrong. Nothing is written.
+It goes on after what it finds, so that one call names all that is wrong. Nothing is left behind.
 """
 
 import math
