@@ -12,7 +12,8 @@ from keeplora.methods import METHODS
 ROOT = Path(keeplora.__file__).parent
 
 LAYERS = [
-    {"config", "borrow", "disk", "manifest", "towers", "checkpoint", "examples", "measure", "comparison", "capacity"},
+    {"config", "borrow", "disk", "manifest", "towers", "checkpoint", "examples", "measure", "comparison"}
+    | {"capacity", "hashes", "forecast"},
     {"linalg", "results", "metrics", "task"},
     {"collect", "fisher", "subspace", "adapter", "datasets", "report", "store", "places", "updates", "card"},
     {"methods", "models", "train"},
@@ -20,12 +21,13 @@ LAYERS = [
     {"unfinished", "stream"},
     {"run", "analyze"},
     {"display"},
-    {"settings", "workers", "reopen", "plan"},
+    {"settings", "workers", "reopen", "plan", "doctor"},
     {"search", "claim", "export", "recompute"},
     {"certify"},
     {"certificate_tables"},
     {"compare"},
-    {"ledger_commands"},
+    {"doctor_display"},
+    {"ledger_commands", "doctor_command"},
     {"cli"},
     {"__main__", "__init__"},
 ]
@@ -34,8 +36,8 @@ LAYERS = [
 ONLY_IMPORTERS = {
     "peft": {"adapter"},
     "accelerate": {"train"},
-    "tyro": {"cli", "ledger_commands"},
-    "rich": {"cli", "ledger_commands", "display", "certificate_tables"},
+    "tyro": {"cli", "ledger_commands", "doctor_command"},
+    "rich": {"cli", "ledger_commands", "display", "certificate_tables", "doctor_command", "doctor_display"},
 }
 
 FILES = {path.relative_to(ROOT).with_suffix("").as_posix(): path for path in sorted(ROOT.rglob("*.py"))}

@@ -26,6 +26,7 @@ from keeplora.display import (
     matrix_table,
     principal_table,
 )
+from keeplora.doctor_command import doctor
 from keeplora.ledger_commands import certify, evaluate, export, show_room
 from keeplora.models.pixels import kept
 from keeplora.report import heat_maps, write_report
@@ -145,6 +146,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "export": export,
     "certify": certify,
     "analyze": analyze,
+    "doctor": doctor,
 }
 
 

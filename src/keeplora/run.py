@@ -18,7 +18,7 @@ from keeplora.checkpoint import digest_of
 from keeplora.collect import Track, silent
 from keeplora.evaluate import evaluate
 from keeplora.ledger import Ledger, open_ledger
-from keeplora.measure import Clock
+from keeplora.measure import Phases, measured
 from keeplora.methods import Method, find_method
 from keeplora.models import StreamTask, family_of, locate
 from keeplora.report import page
@@ -103,10 +103,10 @@ def catch_up(
         ValueError: If the model is not the one that the run began with, or a file is missing or damaged.
     """
     if "zero_shot" not in ledger.manifest:
-        clock = Clock()
-        with clock.phase("zero_shot"):
+        phases: Phases = {}
+        with measured(phases, "zero_shot"):
             scores = evaluate(model, tasks, track=track)
-        ledger.start(digest_of(model), scores, clock.read())
+        ledger.start(digest_of(model), scores, phases)
     require_same_model(model, config, ledger)
     late = tasks[len(ledger.manifest["tasks"]) :]
     columns = [evaluate(model, late, track=track)]

@@ -1,0 +1,154 @@
+"""What a run will take: seconds, from the pace of a few batches, and bytes on disk, from the shapes of the layers."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from statistics import median
+
+import numpy as np
+
+FLOAT = 4
+"""Bytes of a float32 number."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long a phase takes: something once, and something for every batch."""
+
+    fixed: float = 0.0
+    per_batch: float = 0.0
+
+    def seconds(self, batches: float) -> float:
+        """Return the seconds that a number of batches takes."""
+        return self.fixed + self.per_batch * batches
+
+
+@dataclass(frozen=True)
+class Paces:
+    """The pace of each phase of one task; `train` is that of one epoch."""
+
+    gradient: Pace = field(default_factory=Pace)
+    train: Pace = field(default_factory=Pace)
+    merge: Pace = field(default_factory=Pace)
+    evaluate: Pace = field(default_factory=Pace)
+
+
+@dataclass(frozen=True)
+class Load:
+    """How much one task has to do."""
+
+    name: str
+    classes: int
+    images: int
+    """Images that are read: of training and held-out split."""
+    batches: int
+    """Training batches of an epoch."""
+    held_out_batches: int
+    epochs: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The estimated seconds of each phase of a run, over all tasks."""
+
+    seconds: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        """The seconds of the whole run."""
+        return sum(self.seconds.values())
+
+
+def pace_of(total: float, passes: Sequence[Sequence[float]]) -> Pace:
+    """Split the seconds of a phase into what it takes once and what every batch takes.
+
+    Args:
+        total: Seconds of the whole phase.
+        passes: The seconds of each batch, for every pass over the batches. A batch takes the median of all but the
+            first of a pass; what the first one takes more, such as encoding the prompts, is counted once.
+    """
+    usual = [median(one[1:] or one) for one in passes if one]
+    once = sum(max(0.0, one[0] - pace) for one, pace in zip(filter(None, passes), usual, strict=True))
+    between = max(0.0, total - sum(map(sum, passes)))
+    return Pace(fixed=between + once, per_batch=sum(usual))
+
+
+def forecast_time(
+    loads: Sequence[Load],
+    paces: Mapping[str, Paces],
+    *,
+    start: float = 0.0,
+    per_image: float = 0.0,
+    gradient_share: float = 1.0,
+    evaluations: int | None = None,
+) -> Forecast:
+    """Add up the seconds of a run.
+
+    Args:
+        loads: What each task of the stream has to do.
+        paces: The paces of the tasks that were tried, by name. Those of another task are interpolated between its
+            neighbours in number of classes, because the prompts of all classes are encoded with every batch.
+        start: Seconds that are spent once, before the first task.
+        per_image: Seconds to read an image.
+        gradient_share: Share of the batches that the gradient is taken from.
+        evaluations: How many times all tasks are evaluated: before the first task and after each, if not given.
+    """
+    assert paces, "no task was tried"
+    seconds = dict.fromkeys(("read", "start", "gradient", "train", "merge", "evaluate"), 0.0)
+    seconds["start"] = start
+    rounds = len(loads) + 1 if evaluations is None else evaluations
+    tried = [(load.classes, paces[load.name]) for load in loads if load.name in paces]
+    for load in loads:
+        pace = paces[load.name] if load.name in paces else _between(tried, load.classes)
+        seconds["read"] += per_image * load.images
+        seconds["gradient"] += pace.gradient.seconds(math.ceil(round(gradient_share * load.batches, 6)))
+        seconds["train"] += load.epochs * pace.train.seconds(load.batches)
+        seconds["merge"] += pace.merge.seconds(load.batches)
+        seconds["evaluate"] += rounds * pace.evaluate.seconds(load.held_out_batches)
+    return Forecast(seconds)
+
+
+def _between(tried: Sequence[tuple[int, Paces]], classes: int) -> Paces:
+    """Return the paces of a task with a number of classes, from those of tasks with fewer and with more."""
+    tried = sorted(tried, key=lambda one: one[0])
+    numbers = [number for number, _ in tried]
+
+    def value(phase: str, part: str) -> float:
+        return float(np.interp(classes, numbers, [getattr(getattr(paces, phase), part) for _, paces in tried]))
+
+    return Paces(*(Pace(value(phase.name, "fixed"), value(phase.name, "per_batch")) for phase in fields(Paces)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """What a run leaves on disk."""
+
+    shapes: dict[str, tuple[int, int]]
+    """`(d_out, d_in)` of each target layer."""
+    rank: int
+    num_tasks: int
+    model_bytes: int
+    """Size of the model's weights."""
+    saves_model: bool
+    free: dict[str, int] = field(default_factory=dict)
+    """For a method that protects directions: how many of each layer are free at the start."""
+    extra_bytes: int = 0
+    """What else a task leaves: a classifier, or what a method keeps beside the adapter."""
+
+
+def forecast_disk(stored: Stored) -> dict[str, int]:
+    """Return the bytes that a run needs at most, by what they are for.
+
+    The merged model counts twice: the new one is written before the old one goes. Directions are bounded by all that
+    is free, whatever the number of tasks.
+    """
+    layers = stored.shapes.values()
+    factors = sum(stored.rank * (d_out + d_in) for d_out, d_in in layers)
+    directions = sum(free * stored.shapes[name][1] for name, free in stored.free.items())
+    return {
+        "merged model, twice": 2 * stored.model_bytes * stored.saves_model,
+        "adapters": FLOAT * factors * stored.num_tasks,
+        "directions, at most": FLOAT * directions,
+        "gradients between phases": FLOAT * sum(d_out * d_in for d_out, d_in in layers),
+        "other": stored.extra_bytes * stored.num_tasks,
+    }
