@@ -16,9 +16,9 @@ from keeplora.capacity import forecast
 from keeplora.certify import certify
 from keeplora.config import parse
 from keeplora.disk import write_atomically
-from keeplora.ledger import open_ledger
 from keeplora.manifest import manifest_bytes, read_manifest
 from keeplora.methods import find_method, known_methods
+from keeplora.opening import open_ledger
 from keeplora.run import run
 from keeplora.store import Store
 from keeplora.stream import RunConfig

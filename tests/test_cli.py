@@ -13,8 +13,8 @@ from rich.console import Console
 
 import tiny
 from keeplora import cli, display, models, task
-from keeplora.ledger import open_ledger
 from keeplora.methods import KeepLoRAConfig, MethodConfig
+from keeplora.opening import open_ledger
 from keeplora.results import Results
 
 TRAINING = "[defaults.train]\nepochs = 1\nbatch_size = 6\n"

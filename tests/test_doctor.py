@@ -1,6 +1,5 @@
 """Each defect that is planted in a small stream is found, named, and decides the exit code; a clean one can start."""
 
-import json
 import shutil
 
 import datasets as hf_datasets
@@ -15,6 +14,7 @@ from keeplora import cli, doctor
 from keeplora.doctor import diagnose, rehearsal
 from keeplora.doctor import place as places
 from keeplora.doctor.findings import Finding, listed, merged
+from keeplora.manifest import manifest_bytes, new_manifest
 from keeplora.methods import METHODS
 from keeplora.models import family_of
 from keeplora.settings import run_defaults
@@ -275,9 +275,9 @@ def test_a_machine_with_too_little_memory_is_a_warning(stream, model, monkeypatc
 
 
 def test_a_run_that_is_there_already_is_a_note(stream, model):
-    manifest = {"format": 1, "config": {}, "tasks": ["a", "b"], "tasks_finished": 1, "phase": "running", "files": {}}
     (stream.parent / "run").mkdir()
-    (stream.parent / "run" / "run.json").write_text(json.dumps(manifest))
+    manifest = new_manifest({}, ["a", "b"]) | {"tasks_finished": 1}
+    (stream.parent / "run" / "run.json").write_bytes(manifest_bytes(manifest))
     assert "holds a run already, with 1 of 2 tasks finished" in only(examine(stream, model), "note")
     (stream.parent / "run" / "run.json").write_text("{")
     assert "run.json is damaged" in only(examine(stream, model), "problem")

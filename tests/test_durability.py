@@ -67,7 +67,7 @@ def processes():
 
 def report_phases(pipe):
     """Send the name of every phase when it begins."""
-    phase, finish = Clock.phase, Ledger.finish_task
+    phase, finish = Clock.phase, Ledger.commit_tasks
 
     def begun(self, name):
         pipe.send(name)
@@ -77,7 +77,7 @@ def report_phases(pipe):
         pipe.send("record")
         return finish(self, *args)
 
-    Clock.phase, Ledger.finish_task = begun, finished
+    Clock.phase, Ledger.commit_tasks = begun, finished
 
 
 class Crash(BaseException):

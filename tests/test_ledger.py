@@ -12,10 +12,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import tiny
-from keeplora.ledger import Ledger, open_ledger
+from keeplora.ledger import Ledger
 from keeplora.manifest import read_manifest
 from keeplora.methods import KeepLoRAConfig
 from keeplora.models.dual_encoder import DualEncoder
+from keeplora.opening import open_ledger
 from keeplora.run import run
 from keeplora.stream import RunConfig
 from keeplora.train import TrainConfig

@@ -13,9 +13,10 @@ from typing import Any
 
 from keeplora.capacity import Capacity, capacity_of
 from keeplora.collect import Track, silent
-from keeplora.ledger import Ledger, settled_manifest
+from keeplora.ledger import Ledger
 from keeplora.methods import find_method
 from keeplora.models import family_of, locate
+from keeplora.opening import settled_manifest
 from keeplora.recompute import UNREADABLE, Replay
 from keeplora.reopen import config_of
 from keeplora.run import require_same_model

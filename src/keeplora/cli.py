@@ -17,6 +17,8 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from keeplora.analyze import PrincipalConfig, analyze_principal
+from keeplora.branch import fork as fork_run
+from keeplora.branch import with_more
 from keeplora.compare import CompareConfig
 from keeplora.compare import compare as compare_methods
 from keeplora.config import read_toml
@@ -27,8 +29,10 @@ from keeplora.display import (
     principal_table,
 )
 from keeplora.doctor_command import doctor
-from keeplora.ledger_commands import certify, evaluate, export, show_room
+from keeplora.ledger_commands import certify, evaluate, export, resume, show_run, undo
 from keeplora.models.pixels import kept
+from keeplora.opening import read_ledger
+from keeplora.reopen import config_of
 from keeplora.report import heat_maps, write_report
 from keeplora.run import run as run_stream
 from keeplora.settings import run_defaults
@@ -50,6 +54,10 @@ class RunFlags(RunConfig):
 
     config: Path | None = None
     """TOML file with any of these settings: the keys of a run at the top, [train] and [options] below."""
+    continue_: Annotated[Path | None, tyro.conf.arg(name="continue")] = None
+    """A finished run that takes the tasks of --benchmark behind its own, in its own directory and with its settings."""
+    fork: Path | None = None
+    """A run whose finished tasks are copied to --output; it goes on there, with its settings where none are given."""
 
 
 def demo(output: Path = Path("runs/demo"), *, seed: int = 0) -> None:
@@ -82,18 +90,21 @@ def run(flags: tyro.conf.OmitArgPrefixes[RunFlags]) -> None:
     """Learn a stream of tasks with a model and a method.
 
     Example: keeplora run --benchmark mini --model mini --method keeplora --seed 0 --output runs/mini
+    Example: keeplora run --continue runs/birds --benchmark more_birds.toml
+    Example: keeplora run --fork runs/birds --learning-rate 0.001 --output runs/birds-slower
 
     Args:
         flags: The settings.
     """
-    values = {field.name: getattr(flags, field.name) for field in dataclasses.fields(RunConfig)}
-    config = RunConfig(**values)
+    config = RunConfig(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(RunConfig)})
+    if flags.continue_ is not None:
+        config = with_more(flags.continue_, config)
     display = Display(console)
     with display.shown():
-        results = run_stream(config, track=display.track, watch=display.watch)
-    console.print(matrix_table(results))
-    show_room(config.output)
-    console.print(f"Run directory: {escape(str(config.output))}")
+        if flags.fork is not None and not (config.output / "run.json").exists():
+            fork_run(flags.fork, config, track=display.track)
+        results = run_stream(config, extend=flags.continue_ is not None, track=display.track, watch=display.watch)
+    show_run(results, config.output)
 
 
 def analyze(
@@ -143,6 +154,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "run": run,
     "compare": compare,
     "evaluate": evaluate,
+    "resume": resume,
+    "undo": undo,
     "export": export,
     "certify": certify,
     "analyze": analyze,
@@ -165,20 +178,26 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _with_default(arguments: list[str]) -> Any:
-    """Return `run` with the defaults that the named method, benchmark and file give."""
+    """Return `run` with the defaults that the named method, benchmark and file, or the named run, give."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("--method", "--benchmark", "--config"):
+    for name in ("--method", "--benchmark", "--config", "--continue", "--fork"):
         parser.add_argument(name, nargs="?")
-    named, _ = parser.parse_known_args(arguments)
-    values = read_toml(Path(named.config)) if named.config else {}
-    for key, given in (("benchmark", named.benchmark), ("method", named.method)):
-        values[key] = given or values.get(key, getattr(RunConfig, key))
-        if not isinstance(values[key], str):
-            raise ValueError(f"{named.config}: {key} = {values[key]!r} must be a name")
-    benchmark, method = values.pop("benchmark"), values.pop("method")
-    config = run_defaults(benchmark, method, values, named.config or "the benchmark's defaults")
+    named = vars(parser.parse_known_args(arguments)[0])
+    if sum(named[name] is not None for name in ("config", "continue", "fork")) > 1:
+        raise ValueError("give one of --config, --continue and --fork: each says where the other settings come from")
+    if named["continue"] is not None and named["benchmark"] is None:
+        raise ValueError(
+            "--continue takes the new tasks from --benchmark FILE; to go on with a run that was cut off: keeplora"
+            f" resume {named['continue']}"
+        )
+    if folder := named["continue"] or named["fork"]:
+        config = config_of(read_ledger(Path(folder)))
+        config = dataclasses.replace(config, output=Path(folder) if named["continue"] else RunConfig.output)
+    else:
+        config = _defaults(named)
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(RunConfig)}
-    default = RunFlags(**fields, config=Path(named.config) if named.config else None)
+    places = {name: Path(named[name]) if named[name] else None for name in ("config", "continue", "fork")}
+    default = RunFlags(**fields, config=places["config"], continue_=places["continue"], fork=places["fork"])
 
     def run_with_default(
         flags: Annotated[tyro.conf.OmitArgPrefixes[RunFlags], tyro.conf.arg(name="")] = default,
@@ -187,6 +206,16 @@ def _with_default(arguments: list[str]) -> Any:
 
     run_with_default.__doc__ = run.__doc__
     return run_with_default
+
+
+def _defaults(named: dict[str, Any]) -> RunConfig:
+    values = read_toml(Path(named["config"])) if named["config"] else {}
+    for key in ("benchmark", "method"):
+        values[key] = named[key] or values.get(key, getattr(RunConfig, key))
+        if not isinstance(values[key], str):
+            raise ValueError(f"{named['config']}: {key} = {values[key]!r} must be a name")
+    benchmark, method = values.pop("benchmark"), values.pop("method")
+    return run_defaults(benchmark, method, values, named["config"] or "the benchmark's defaults")
 
 
 @contextlib.contextmanager
@@ -199,7 +228,7 @@ def _readable_errors() -> Iterator[None]:
         errors.print(f"[bold red]error:[/] {_escape(error)}", soft_wrap=True, highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:
-        errors.print("[bold red]interrupted[/]; finished tasks are kept, the same command goes on after them")
+        errors.print("[bold red]interrupted[/]; what was finished is kept, and the same command goes on behind it")
         sys.exit(130)
 
 

@@ -16,9 +16,9 @@ from keeplora.claim import claim, require_free
 from keeplora.collect import Track, silent
 from keeplora.comparison import Comparison, RunRow, Trial
 from keeplora.disk import write_atomically
-from keeplora.ledger import read_ledger
 from keeplora.manifest import locked
 from keeplora.methods import settings_of
+from keeplora.opening import read_ledger
 from keeplora.plan import CompareConfig, Settings, require_valid, run_config
 from keeplora.report import comparison_chart, comparison_page
 from keeplora.results import Results

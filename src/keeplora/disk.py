@@ -38,6 +38,18 @@ def rename(source: Path, target: Path) -> None:
         os.close(folder)
 
 
+def require_empty(folder: Path) -> None:
+    """Check that a folder is not there, or has nothing in it.
+
+    Raises:
+        ValueError: If it has, or is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give another --output")
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty; give another --output, or empty it")
+
+
 def remove(path: Path) -> None:
     """Remove a folder with all that is in it; or a file, if it is there, and its folder if nothing else is in that."""
     if path.is_dir():

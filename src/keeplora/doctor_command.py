@@ -12,8 +12,8 @@ from keeplora.config import Config, read_toml
 from keeplora.display import Display
 from keeplora.doctor import diagnose
 from keeplora.doctor_display import diagnosis_page
-from keeplora.run import RunConfig
 from keeplora.settings import run_defaults
+from keeplora.stream import RunConfig
 
 console = Console()
 

@@ -16,15 +16,16 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from keeplora import adapter
+from keeplora import adapter, disk
 from keeplora.adapter import SavedAdapter
 from keeplora.card import Card, render
 from keeplora.collect import Track, silent
 from keeplora.config import Config
 from keeplora.datasets import read_splits
-from keeplora.ledger import Ledger, read_ledger
+from keeplora.ledger import Ledger
 from keeplora.methods import TaskRecord, find_method
 from keeplora.models import EMBEDDED, family_of, locate
+from keeplora.opening import read_ledger
 from keeplora.reopen import config_of
 from keeplora.stream import RunConfig, stream_of
 from keeplora.updates import cut_to, summed
@@ -91,7 +92,7 @@ def export_run(folder: Path, config: ExportConfig, *, track: Track = silent) -> 
         ValueError: If no task is finished, a file of the run is missing or damaged, the run cannot have this form, the
             output is not empty, or a weight is too large for the precision.
     """
-    _require_new(config.output)
+    disk.require_empty(config.output)
     source = _read(folder, config, track)
     output = config.output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -105,13 +106,6 @@ def export_run(folder: Path, config: ExportConfig, *, track: Track = silent) -> 
             shutil.copyfile(NOTICE, part / "NOTICE")
         part.rename(output)
     return card
-
-
-def _require_new(output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"{output} is a file; give another --output")
-    if output.exists() and any(output.iterdir()):
-        raise ValueError(f"{output} is not empty; give another --output, or empty it")
 
 
 def _read(folder: Path, config: ExportConfig, track: Track) -> _Source:

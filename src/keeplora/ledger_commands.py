@@ -9,15 +9,18 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
+from keeplora.branch import undo as undo_task
 from keeplora.capacity import capacity_of
 from keeplora.certificate_tables import gauge_lines, proof_lines
 from keeplora.certify import certify as certify_run
 from keeplora.disk import write_atomically
-from keeplora.display import Display, evaluation_table, export_lines
+from keeplora.display import Display, evaluation_table, export_lines, matrix_table
 from keeplora.evaluate import evaluate as evaluate_model
 from keeplora.export import ExportConfig, export_run
-from keeplora.ledger import read_ledger
-from keeplora.reopen import reopen
+from keeplora.opening import read_ledger
+from keeplora.reopen import config_of, reopen
+from keeplora.results import Results
+from keeplora.run import run as run_stream
 
 console = Console()
 
@@ -74,6 +77,44 @@ def certify(run: tyro.conf.Positional[Path], *, layers: bool = False, json: Path
         console.print(line, highlight=False)
     if proof.breaches:
         sys.exit(1)
+
+
+def resume(run: tyro.conf.Positional[Path]) -> None:
+    """Go on with a run that was cut off, from its last finished phase or checkpoint; a complete one is shown.
+
+    Example: keeplora resume runs/mini
+
+    Args:
+        run: The run directory.
+    """
+    display = Display(console)
+    with display.shown():
+        results = run_stream(config_of(read_ledger(run)), track=display.track, watch=display.watch)
+    show_run(results, run)
+
+
+def undo(run: tyro.conf.Positional[Path], task: tyro.conf.Positional[str], *, output: Path) -> None:
+    """Write a run directory that is another one without one of its tasks: model, protected directions, scores.
+
+    Example: keeplora undo runs/mini food --output runs/mini-without-food
+
+    Args:
+        run: The run directory; it stays as it is.
+        task: The name of the task.
+        output: The new run directory.
+    """
+    display = Display(console)
+    with display.shown():
+        results = undo_task(run, task, output, track=display.track)
+    console.print(f"Undone: {escape(task)}")
+    show_run(results, output)
+
+
+def show_run(results: Results, folder: Path) -> None:
+    """Print the scores of a run, the room that its layers have left, and where it is."""
+    console.print(matrix_table(results))
+    show_room(folder)
+    console.print(f"Run directory: {escape(str(folder))}")
 
 
 def show_room(run: Path) -> None:

@@ -9,9 +9,10 @@ from torch import nn
 
 from keeplora.collect import Track, silent
 from keeplora.config import parse
-from keeplora.ledger import Ledger, read_ledger
+from keeplora.ledger import Ledger
 from keeplora.methods import find_method
 from keeplora.models import StreamTask
+from keeplora.opening import read_ledger
 from keeplora.stream import RunConfig, open_stream
 from keeplora.train import TrainConfig
 

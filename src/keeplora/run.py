@@ -17,10 +17,11 @@ from keeplora.capacity import capacity_of, warn_of_full_layers
 from keeplora.checkpoint import digest_of
 from keeplora.collect import Track, silent
 from keeplora.evaluate import evaluate
-from keeplora.ledger import Ledger, open_ledger
+from keeplora.ledger import Ledger
 from keeplora.measure import Phases, measured
 from keeplora.methods import Method, find_method
 from keeplora.models import StreamTask, family_of, locate
+from keeplora.opening import open_ledger
 from keeplora.report import page
 from keeplora.results import Results
 from keeplora.stream import RunConfig, open_stream, plain_values
@@ -52,11 +53,16 @@ def run(
     with open_ledger(config.output, values, list(values["tasks"]), extend=extend) as ledger:
         if ledger.num_finished < len(values["tasks"]):
             learn(config, ledger, track, watch)
-        results = ledger.results()
-        if "report.html" not in ledger.files:
-            ledger.write("report.html", page([results], capacity_of(ledger.tasks)).encode())
-            ledger.commit()
-        return results
+        return report(ledger)
+
+
+def report(ledger: Ledger) -> Results:
+    """Write the report of a run that is complete, unless it is there; return the scores."""
+    results = ledger.results()
+    if "report.html" not in ledger.files:
+        ledger.write("report.html", page([results], capacity_of(ledger.tasks)).encode())
+        ledger.commit()
+    return results
 
 
 def learn(config: RunConfig, ledger: Ledger, track: Track, watch: Watch) -> None:

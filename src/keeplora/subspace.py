@@ -88,6 +88,23 @@ def extend_bases(bases: dict[str, Tensor], directions: dict[str, Tensor]) -> dic
     return {name: torch.cat([basis, directions[name]], dim=1) for name, basis in bases.items()}
 
 
+def take_out(bases: dict[str, Tensor], directions: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return bases without the columns that a task once appended to them.
+
+    Raises:
+        ValueError: If they are not in there.
+    """
+    rest = {}
+    for name, basis in bases.items():
+        added = directions[name].to(basis.device)
+        n = added.shape[1]
+        places = [i for i in range(basis.shape[1] - n + 1) if torch.equal(basis[:, i : i + n], added)]
+        if not places:
+            raise ValueError(f"the directions of layer {name!r} are not protected: was the task learned, or undone?")
+        rest[name] = torch.cat([basis[:, : places[0]], basis[:, places[0] + n :]], dim=1)
+    return rest
+
+
 def without_last(bases: dict[str, Tensor]) -> dict[str, Tensor]:
     """Drop the least direction of each basis: the released code's energy rule, for comparison."""
     return {name: basis[:, :-1].contiguous() for name, basis in bases.items()}

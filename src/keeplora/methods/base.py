@@ -90,6 +90,12 @@ class Method:
     one_by_one: ClassVar[bool] = True
     """Whether each task is learned from its own data alone; Transfer and forgetting mean nothing otherwise."""
 
+    stands_alone: ClassVar[bool] = True
+    """Whether what a task left does not depend on the tasks before it, so that any one can be undone."""
+
+    fixed: ClassVar[tuple[str, ...]] = ("targets",)
+    """Options that cannot change in the middle of a stream."""
+
     has_settings: ClassVar[bool] = True
     """Whether it trains, so that a learning rate has to be chosen for it."""
 
@@ -148,6 +154,31 @@ class Method:
             return model
         self.borrow(model)
         return self.give_back(adapter.merge_from(model, folder))
+
+    def undo(self, model: nn.Module, record: TaskRecord) -> nn.Module:
+        """Take a task out again: its update out of the model's weights, and what it protected out of the method.
+
+        The weights are rounded once: they are the earlier ones within one rounding of their precision. A run directory
+        is undone from the base model instead, without any (`keeplora undo`).
+
+        Args:
+            model: The merged model, as `after_task` returned it, after this task or a later one.
+            record: What `record` was after the task.
+
+        Raises:
+            ValueError: If later tasks depend on this one, it is not merged, or it was not learned by this method.
+        """
+        if not self.stands_alone or not record.merged:
+            raise ValueError(f"{type(self).__name__} cannot undo a task: what it learned later depends on it")
+        self.forget(record)
+        with torch.no_grad():
+            for name, (a, b) in ({} if record.adapter is None else record.adapter.factors()).items():
+                weight = model.get_parameter(f"{name}.weight")
+                weight.copy_(weight.float() - (b @ a).to(weight.device))
+        return model
+
+    def forget(self, record: TaskRecord) -> None:
+        """Undo what `remember` did for a task: here nothing."""
 
     def protected(self, model: nn.Module) -> dict[str, Tensor]:
         """Return what the next update must stay orthogonal to, `[d_in, k]` a layer; empty if nothing is protected."""

@@ -70,6 +70,9 @@ class CLMoE(Method):
     Config: ClassVar[type[MethodConfig]] = CLMoEConfig
     config: CLMoEConfig
 
+    stands_alone: ClassVar[bool] = False
+    fixed: ClassVar[tuple[str, ...]] = ("targets", "rank", "alpha", "num_experts")
+
     def __init__(self, config: CLMoEConfig | None = None, *, seed: int = 0, track: Track = silent) -> None:
         super().__init__(config, seed=seed, track=track)
         self._experts: dict[str, tuple[Tensor, Tensor]] = {}

@@ -50,6 +50,8 @@ class EWC(Penalised):
     Config: ClassVar[type[MethodConfig]] = EWCConfig
     config: EWCConfig
 
+    stands_alone: ClassVar[bool] = False
+
     def __init__(self, config: EWCConfig | None = None, *, seed: int = 0, track: Track = silent) -> None:
         super().__init__(config, seed=seed, track=track)
         self.fishers: dict[str, Tensor] = {}

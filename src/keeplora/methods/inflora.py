@@ -108,6 +108,11 @@ class InfLoRA(Method):
         empty = {name: value[:, :0] for name, value in record.directions.items()}
         self.bases = subspace.extend_bases(empty | self.bases, record.directions)
 
+    def forget(self, record: TaskRecord) -> None:
+        """Protect the directions that a task recorded no longer."""
+        self.bases = subspace.take_out(self.bases, record.directions)
+        self._num_learned -= 1
+
     def _new_directions(self, merged: nn.Module, task: Task) -> dict[str, Tensor]:
         grams = collect.input_grams(merged, task, list(self.bases), track=self.track)
         if self.config.energy == "squared":

@@ -24,6 +24,8 @@ class Joint(Method):
 
     one_by_one: ClassVar[bool] = False
 
+    stands_alone: ClassVar[bool] = False
+
     def __init__(self, config: MethodConfig | None = None, *, seed: int = 0, track: Track = silent) -> None:
         super().__init__(config, seed=seed, track=track)
         self.is_done = False

@@ -33,6 +33,8 @@ class KeepLoRA(Method):
     Config: ClassVar[type[MethodConfig]] = KeepLoRAConfig
     config: KeepLoRAConfig
 
+    fixed: ClassVar[tuple[str, ...]] = ("targets", "weight_energy", "weight_side", "energy_rule")
+
     def __init__(self, config: KeepLoRAConfig | None = None, *, seed: int = 0, track: Track = silent) -> None:
         super().__init__(config, seed=seed, track=track)
         self.bases: dict[str, Tensor] = {}
@@ -93,6 +95,11 @@ class KeepLoRA(Method):
         self._num_learned += 1
         directions = {name: value.to(self.bases[name].device) for name, value in record.directions.items()}
         self.bases = subspace.extend_bases(self.bases, directions)
+
+    def forget(self, record: TaskRecord) -> None:
+        """Protect the directions that a task recorded no longer."""
+        self.bases = subspace.take_out(self.bases, record.directions)
+        self._num_learned -= 1
 
     def replay(self, model: nn.Module, record: TaskRecord, folder: Path) -> nn.Module:
         """Redo a finished task: merge its adapter and protect the directions it recorded."""

@@ -19,6 +19,7 @@ from keeplora.adapter import ADAPTER
 from keeplora.collect import Track, silent
 from keeplora.methods.base import MethodConfig, TaskRecord
 from keeplora.methods.penalised import Penalised
+from keeplora.subspace import take_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,3 +74,14 @@ class OLoRA(Penalised):
         for name, (a, _) in record.adapter.factors().items():
             earlier = self.earlier.get(name, a[:0])
             self.earlier[name] = torch.cat([earlier, a.to(earlier.device)])
+
+    def forget(self, record: TaskRecord) -> None:
+        """Take a task's `a` out of the stack again.
+
+        Raises:
+            ValueError: If it is not in there.
+        """
+        assert record.adapter is not None
+        columns = {name: rows.T for name, rows in self.earlier.items()}
+        rest = take_out(columns, {name: a.T for name, (a, _) in record.adapter.factors().items()})
+        self.earlier = {name: kept.T for name, kept in rest.items()}

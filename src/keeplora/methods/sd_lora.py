@@ -51,6 +51,9 @@ class SDLoRA(Method):
     Config: ClassVar[type[MethodConfig]] = SDLoRAConfig
     config: SDLoRAConfig
 
+    stands_alone: ClassVar[bool] = False
+    fixed: ClassVar[tuple[str, ...]] = ("targets", "rank", "alpha")
+
     def __init__(self, config: SDLoRAConfig | None = None, *, seed: int = 0, track: Track = silent) -> None:
         super().__init__(config, seed=seed, track=track)
         self.directions: dict[str, tuple[Tensor, Tensor]] = {}

@@ -86,6 +86,21 @@ class SEFE(Penalised):
             every = torch.cat([counts, torch.ones(len(new))])
             self.keys[name] = united, torch.zeros(len(united)).index_add_(0, inverse, every)
 
+    def forget(self, record: TaskRecord) -> None:
+        """Take the key elements of a task out again.
+
+        Raises:
+            ValueError: If no task holds one of them.
+        """
+        assert record.adapter is not None
+        for name, (a, b) in record.adapter.factors().items():
+            places, counts = self.keys[name]
+            gone = torch.isin(places, key_elements(b @ a, self.config.key_share))
+            counts = counts - gone.to(counts.dtype)
+            if (counts < 0).any() or int(gone.sum()) < 1:
+                raise ValueError(f"the key elements of layer {name!r} are not held: was the task learned, or undone?")
+            self.keys[name] = places[counts > 0], counts[counts > 0]
+
 
 def key_elements(update: Tensor, share: float) -> Tensor:
     """Return the flat places `[n]` of the elements of an update `[d_out, d_in]` that are largest in magnitude.

@@ -1,0 +1,198 @@
+"""New runs from the tasks of another: one without a task, one that goes on with other settings; and a longer one."""
+
+import dataclasses
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from keeplora import disk, subspace
+from keeplora.collect import Track, silent
+from keeplora.evaluate import evaluate
+from keeplora.ledger import Ledger
+from keeplora.manifest import differences
+from keeplora.methods import find_method, method_behind
+from keeplora.models import StreamTask, family_of, locate
+from keeplora.opening import open_ledger, read_ledger
+from keeplora.reopen import config_of
+from keeplora.results import Results
+from keeplora.run import replay, report, require_same_model
+from keeplora.stream import RunConfig, open_stream, plain_values
+
+OF_THE_STREAM = ("model", "evaluation")
+"""Settings that a fork cannot change, beside the method and some of its options."""
+
+
+def undo(folder: Path, task: str, output: Path, *, track: Track = silent) -> Results:
+    """Make a run directory that is another one without one of its finished tasks, and return its scores.
+
+    The model is made from the base model and the updates of the other tasks, in float32; what the task protected is
+    protected no longer; states that the run never had are evaluated. Without the last task, all is exactly as if it had
+    not been learned.
+
+    Args:
+        folder: The run directory; it stays as it is.
+        task: The name of the task.
+        output: The new run directory.
+        track: Shows progress.
+
+    Raises:
+        ValueError: If the task is not finished, later ones depend on it, or a file is missing or damaged.
+    """
+    source = read_ledger(folder)
+    finished = source.manifest["tasks"][: source.num_finished]
+    if task not in finished:
+        raise ValueError(f"{folder} has no finished task {task!r}; it has {', '.join(finished) or 'none'}")
+    config = config_of(source)
+    if not find_method(config.method)[0].stands_alone and task != finished[-1]:
+        raise ValueError(
+            f"{config.method} can undo only its last task, {finished[-1]!r}: what it learns depends on the tasks before"
+        )
+    kept = [index for index, name in enumerate(finished) if name != task]
+    config = dataclasses.replace(config, without=(*config.without, task), output=output)
+    return _branch(source, config, kept, {"undone": task}, track)
+
+
+def fork(folder: Path, config: RunConfig, *, track: Track = silent) -> Results:
+    """Make a run directory that begins with the finished tasks of another one; `run(config)` goes on with it.
+
+    Args:
+        folder: The run directory to start from; it stays as it is.
+        config: How to go on. The model, the method and the finished tasks must be those of the run.
+        track: Shows progress.
+
+    Raises:
+        ValueError: If something differs that would not fit to the finished tasks, or a file is missing or damaged.
+    """
+    source = read_ledger(folder)
+    before, fixed = config_of(source), find_method(config.method)[0].fixed
+    different = [name for name in OF_THE_STREAM if getattr(before, name) != getattr(config, name)]
+    if method_behind(before.method) != method_behind(config.method):
+        different.append("method")
+    else:
+        options = [name for name in fixed if getattr(before.options, name) != getattr(config.options, name)]
+        different += [f"options.{name}" for name in options]
+    finished = source.manifest["tasks"][: source.num_finished]
+    old, new = source.manifest["config"]["tasks"], plain_values(config)["tasks"]
+    if list(new)[: len(finished)] != finished or any(old[name] != new[name] for name in finished):
+        different.append("the finished tasks")
+    if different:
+        raise ValueError(f"a fork of {folder} cannot change {', '.join(different)}: the finished tasks were learned so")
+    changes = differences(source.manifest["config"], plain_values(config))
+    return _branch(source, config, list(range(source.num_finished)), {"changes": changes}, track)
+
+
+def continued(folder: Path, benchmark: str) -> RunConfig:
+    """Return the configuration of a run that goes on with the tasks of another benchmark behind its own.
+
+    `run(config, extend=True)` learns them. The states that the run had before are evaluated on them too, so that the
+    run ends as if it had had all tasks from the beginning.
+
+    Raises:
+        ValueError: If the run is not complete, the benchmark has nothing new, or the method does not learn task by
+            task.
+    """
+    source = read_ledger(folder)
+    config = config_of(source)
+    if not find_method(config.method)[0].one_by_one:
+        raise ValueError(f"{config.method} does not learn task by task, and cannot go on with more")
+    if benchmark.endswith(".toml"):
+        benchmark = str(Path(benchmark).resolve())
+    if not source.is_complete:
+        if benchmark in config.more:
+            return config
+        raise ValueError(f"{folder} is not complete; first: keeplora resume {folder}")
+    known = source.manifest["tasks"]
+    # The benchmark may be the run's own, with tasks that were added to its file.
+    own = config.first_tasks or len(known) + len(config.without)
+    config = dataclasses.replace(config, more=(*config.more, benchmark), first_tasks=own)
+    if set(plain_values(config)["tasks"]) <= set(known):
+        raise ValueError(
+            f"benchmark {benchmark!r} has no task that {folder} has not learned; it has {', '.join(known)}"
+        )
+    return config
+
+
+def with_more(folder: Path, given: RunConfig) -> RunConfig:
+    """Return what `continued` does, given a run's own settings but with the benchmark whose tasks are to follow.
+
+    Raises:
+        ValueError: If other settings than those of the run are given, beside what `continued` raises.
+    """
+    config = continued(folder, given.benchmark)
+    own = dataclasses.replace(given, benchmark=config.benchmark, more=config.more, first_tasks=config.first_tasks)
+    if different := differences(plain_values(config), plain_values(own)):
+        raise ValueError(
+            f"--continue goes on with the settings of {folder} ({'; '.join(different)}); leave them out, or --fork it"
+        )
+    return dataclasses.replace(own, output=folder)
+
+
+def _branch(source: Ledger, config: RunConfig, kept: list[int], origin: dict[str, Any], track: Track) -> Results:
+    """Write a run directory that begins with some finished tasks of another; it is there as a whole or not at all."""
+    disk.require_empty(config.output)
+    output = config.output.resolve()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    values = plain_values(config)
+    model, tasks = open_stream(config, track)
+    require_same_model(model, config, source)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
+        part = Path(temporary) / "run"
+        with open_ledger(part, values, list(values["tasks"])) as ledger:
+            ledger.manifest["origin"] = {"run": str(source.folder.resolve()), **origin}
+            model = _Copy(source, ledger, tasks, track).write(model, config, kept)
+            save = partial(family_of(config.model).save, model, locate(config.model))
+            ledger.commit_tasks(save if config.save_model and kept else None)
+            results = report(ledger) if ledger.is_complete else ledger.results()
+        part.rename(output)
+    return results
+
+
+@dataclasses.dataclass(frozen=True)
+class _Copy:
+    """Finished tasks on their way from one run to another; `tasks` are those of the new one."""
+
+    source: Ledger
+    ledger: Ledger
+    tasks: list[StreamTask]
+    track: Track
+
+    def write(self, model: nn.Module, config: RunConfig, kept: list[int]) -> nn.Module:
+        """Hand in the tasks of these places in the old run; return the model behind the last of them."""
+        method = find_method(config.method)[0](config.options, seed=config.seed, track=self.track)
+        method.plan(self.tasks)
+        old = self.source.manifest
+        zero_shot = self._scores(model, old["zero_shot"])
+        self.ledger.manifest |= {"model_digest": old["model_digest"], "zero_shot": zero_shot, "start": old["start"]}
+        for place, index in enumerate(self.track(kept, "merging", len(kept))):
+            details = dict(self.source.tasks[index])
+            before = method.protected(model)
+            model = replay(method, model, self.tasks[place], self.source, index)
+            if place == index:
+                details["scores"] = self._scores(model, details["scores"])
+            else:  # A state that the old run never had.
+                details["scores"] = evaluate(model, self.tasks, track=self.track)
+                details["certificate"] = self._certificate(before, method.protected(model), index)
+            self.ledger.copy_task(self.source, index, details)
+        return model
+
+    def _scores(self, model: nn.Module, recorded: list[float]) -> list[float]:
+        """Return the scores of a state that the old run had: what it recorded, and a new evaluation of other tasks."""
+        tables = self.source.manifest["config"]["tasks"], self.ledger.manifest["config"]["tasks"]
+        scores = dict(zip(self.source.manifest["tasks"], recorded, strict=True))
+        known = {name: score for name, score in scores.items() if tables[0][name] == tables[1].get(name)}
+        missing = [task for task in self.tasks if task.name not in known]
+        found = zip(missing, evaluate(model, missing, track=self.track), strict=True)
+        known |= {task.name: score for task, score in found}
+        return [known[task.name] for task in self.tasks]
+
+    def _certificate(self, before: dict[str, Tensor], after: dict[str, Tensor], index: int) -> dict[str, Any]:
+        """Certify a task against what is protected now; how it merged into such a state was never measured."""
+        record, _ = self.source.record(index)
+        factors = {} if record.adapter is None else record.adapter.factors()
+        places = {name: basis.device for name, basis in before.items()}
+        updates = {name: (a.to(places[name]), b.to(places[name])) for name, (a, b) in factors.items() if name in before}
+        certificate = subspace.certify(before, after, updates)
+        return {**subspace.certificate_to_json(certificate), "merge_error": None}
