@@ -109,8 +109,10 @@ def continued(folder: Path, benchmark: str) -> RunConfig:
     own = config.first_tasks or len(known) + len(config.without)
     config = dataclasses.replace(config, more=(*config.more, benchmark), first_tasks=own)
     if set(plain_values(config)["tasks"]) <= set(known):
+        undone = f", undone: {', '.join(config.without)}" if config.without else ""
         raise ValueError(
-            f"benchmark {benchmark!r} has no task that {folder} has not learned; it has {', '.join(known)}"
+            f"benchmark {benchmark!r} has no task that is new to {folder} (learned: {', '.join(known)}{undone}); a task"
+            " of another name is new"
         )
     return config
 

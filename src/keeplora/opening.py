@@ -1,4 +1,4 @@
-"""How a run directory is opened: put in order after a crash, checked, by one process alone, and only for its own run."""
+"""How a run directory is opened: put in order after a crash, checked, by one process, and only for its own run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext

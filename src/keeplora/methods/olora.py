@@ -84,4 +84,4 @@ class OLoRA(Penalised):
         assert record.adapter is not None
         columns = {name: rows.T for name, rows in self.earlier.items()}
         rest = take_out(columns, {name: a.T for name, (a, _) in record.adapter.factors().items()})
-        self.earlier = {name: kept.T for name, kept in rest.items()}
+        self.earlier = {name: kept.T.contiguous() for name, kept in rest.items()}
