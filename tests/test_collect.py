@@ -1,6 +1,7 @@
 import math
 from contextlib import contextmanager
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from keeplora import linalg
+from keeplora.checkpoint import from_bytes, to_bytes
 from keeplora.collect import input_grams, mean_gradients
 from keeplora.fisher import fisher_diagonals
 from keeplora.subspace import new_directions, principal_bases
@@ -420,7 +422,7 @@ def collect_in_one_of_two(rank, folder):
     }
     with pytest.raises(ValueError, match="1 batches for 2 processes"):
         mean_gradients(model, VectorTask(sizes=(4,)), LAYERS)
-    torch.save(found, f"{folder}/{rank}.pt")
+    Path(folder, f"{rank}.safetensors").write_bytes(to_bytes(found))
     dist.destroy_process_group()
 
 
@@ -435,7 +437,7 @@ def test_two_processes_find_what_one_finds(tmp_path):
         "fishers": fisher_diagonals(model, task, LAYERS),
     }
     for rank in (0, 1):
-        found = torch.load(tmp_path / f"{rank}.pt")
+        found = from_bytes((tmp_path / f"{rank}.safetensors").read_bytes())
         for kind, values in alone.items():
             for name in LAYERS:
                 close(found[kind][name], values[name])

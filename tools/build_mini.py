@@ -82,7 +82,7 @@ def train(work: Path, options: argparse.Namespace) -> None:
 
 def write_model(work: Path, _: argparse.Namespace) -> None:
     """Write the averaged weights as a Hugging Face folder; any checkpoint of a run will do."""
-    export.export(work / "train/checkpoint.pt", work / "train", PACKAGE / "model")
+    export.export(work / "train/checkpoint.safetensors", work / "train", PACKAGE / "model")
 
 
 def write_notice(_: Path, __: argparse.Namespace) -> None:

@@ -218,5 +218,12 @@ def unload(adapted: nn.Module) -> nn.Module:
 
 
 def merge_from(model: nn.Module, folder: Path) -> nn.Module:
-    """Reload a saved adapter into its base model and merge it."""
+    """Reload a saved adapter into its base model and merge it.
+
+    Raises:
+        ValueError: If the folder has no adapter in safetensors; PEFT would take a pickled one instead.
+        LearningError: If a merged weight would not be finite.
+    """
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise ValueError(f"{folder} has no {WEIGHTS_FILE}; adapters are read from safetensors alone")
     return merge(PeftModel.from_pretrained(model, folder, adapter_name=ADAPTER))

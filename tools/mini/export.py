@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from . import network
@@ -22,7 +23,7 @@ PROCESSOR = {
 
 def export(checkpoint: Path, tokenizer: Path, folder: Path) -> None:
     """Write config, weights (float32 safetensors), tokenizer and image processor."""
-    state = torch.load(checkpoint, weights_only=True)["weights"]
+    state = load_file(checkpoint)
     vocabulary = len(state["text_model.embeddings.token_embedding.weight"])
     model = CLIPModel(network.config(vocabulary))
     model.load_state_dict(state)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 from transformers import CLIPModel
@@ -91,7 +92,7 @@ def worker(rank: int, world: int, folder: str, schedule: Schedule, vocabulary: i
     pool = augment.Pool(torch.Generator().manual_seed(0))
     model = network.build(vocabulary, augment.composites(*first[:3], pool, torch.Generator().manual_seed(0)))
     if schedule.start:
-        model.load_state_dict(torch.load(schedule.start, weights_only=True)["weights"])
+        model.load_state_dict(load_file(schedule.start))
     else:
         spread_texts(model, material, schedule)
     table = first_table(model, material)
@@ -131,10 +132,11 @@ def train(
             torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
         if folder is not None and (time.time() - saved > schedule.save_every or progress >= 1):
             saved = time.time()
-            torch.save(
-                {"weights": averaged.state_dict(), "step": step, "progress": progress}, folder / "checkpoint.part"
+            save_file(
+                {name: value.contiguous() for name, value in averaged.state_dict().items()},
+                folder / "checkpoint.part",
             )
-            (folder / "checkpoint.part").replace(folder / "checkpoint.pt")
+            (folder / "checkpoint.part").replace(folder / "checkpoint.safetensors")
         if folder is not None and (step % 250 == 0):
             seen = step * schedule.batch * dist.get_world_size()
             speed = seen / (time.time() - start)
@@ -146,6 +148,6 @@ def train(
 
 
 def run(folder: Path, schedule: Schedule, vocabulary: int, *, processes: int = 2) -> None:
-    """Train in `processes` processes; the averaged weights end in `folder/checkpoint.pt`."""
+    """Train in `processes` processes; the averaged weights end in `folder/checkpoint.safetensors`."""
     (folder / "rendezvous").unlink(missing_ok=True)
     torch.multiprocessing.spawn(worker, (processes, str(folder), schedule, vocabulary), nprocs=processes)

@@ -144,9 +144,14 @@ class DualEncoder:
             ValueError: If its weights cannot be read, or some are missing.
         """
         try:
-            model, info = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+            model, info = AutoModel.from_pretrained(
+                name, dtype=torch.float32, output_loading_info=True, use_safetensors=True
+            )
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"the weights of model {name!r} cannot be loaded: {error}") from None
+            raise ValueError(
+                f"the weights of model {name!r} cannot be loaded: {error}. Weights are read from safetensors alone: a"
+                " pickled .bin or .pt could run any code; save the model anew with save_pretrained"
+            ) from None
         if missing := sorted(info["missing_keys"]):
             raise ValueError(f"model {name!r} has no weight {missing[0]!r} ({len(missing)} are missing); get it anew")
         return cast(nn.Module, model.eval())
