@@ -52,9 +52,7 @@ def test_a_pickled_adapter_is_refused_unread(tmp_path):
     folder = tiny.write_adapter(tmp_path / "adapter", adapter.detach(adapted))
     (folder / "adapter_model.safetensors").unlink()
     torch.save(Bomb(tmp_path / "exploded"), folder / "adapter_model.bin")
-    with pytest.raises(
-        ValueError, match=r"has no adapter_model\.safetensors; adapters are read from"
-    ):
+    with pytest.raises(ValueError, match=r"has no adapter_model\.safetensors; adapters are read from"):
         adapter.merge_from(tiny.MLP(), folder)
     assert not (tmp_path / "exploded").exists()
 
