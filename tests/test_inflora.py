@@ -178,7 +178,7 @@ def test_the_rank_shrinks_to_the_free_directions_at_the_same_scaling_and_says_so
     layers = adapter.lora_layers(adapted)
     assert {name: layer.r["default"] for name, layer in layers.items()} == {"fc1": 4, "fc2": 6, "out": 6}
     assert {layer.scaling["default"] for layer in layers.values()} == {0.5}
-    assert "1 of 3 layers have no room for rank 6 and take a smaller one: fc1 (4)" in caplog.text
+    assert "1 of 3 layers have fewer directions to learn with than rank 6, and take these: fc1 (4)" in caplog.text
 
 
 def test_layers_without_room_are_left_alone_until_none_has_any():

@@ -1,4 +1,4 @@
-"""What happens where a layer has fewer free dimensions than the rank: it takes what there is, and a warning says so."""
+"""What happens where a layer has fewer directions than the rank: it takes what there is, and a warning says so."""
 
 import logging
 
@@ -16,7 +16,7 @@ def warn_of_small_ranks(ranks: dict[str, int], rank: int, task: str) -> None:
     left_alone = [name for name, found in ranks.items() if found == 0]
     if smaller:
         logger.warning(
-            "task %r: %d of %d layers have no room for rank %d and take a smaller one: %s",
+            "task %r: %d of %d layers have fewer directions to learn with than rank %d, and take these: %s",
             task, len(smaller), len(ranks), rank, ", ".join(smaller),
         )  # fmt: skip
     if left_alone:
