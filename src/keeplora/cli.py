@@ -29,7 +29,7 @@ from keeplora.display import (
     principal_table,
 )
 from keeplora.doctor_command import doctor
-from keeplora.ledger_commands import certify, evaluate, export, resume, show_run, undo
+from keeplora.ledger_commands import certify, evaluate, export, resume, show_room, show_run, undo
 from keeplora.models.pixels import kept
 from keeplora.opening import read_ledger
 from keeplora.reopen import config_of
@@ -79,8 +79,9 @@ def demo(output: Path = Path("runs/demo"), *, seed: int = 0) -> None:
             )
             for method in DEMO_METHODS
         ]
-    for run_results in runs:
+    for method, run_results in zip(DEMO_METHODS, runs, strict=True):
         console.print(matrix_table(run_results))
+        show_room(output / method)
     write_report(runs, output / "report.html")
     (output / "heat_maps.png").write_bytes(heat_maps(runs))
     console.print(f"Report: {escape(str(output / 'report.html'))}")
