@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import tiny
-from keeplora import adapter, cli
+from keeplora import cli
 from keeplora.branch import continued, fork, undo, with_more
 from keeplora.certify import certify
 from keeplora.config import parse
@@ -23,6 +23,10 @@ from keeplora.stream import RunConfig
 from keeplora.train import TrainConfig
 
 NUM_TASKS = 4
+
+
+class CutOff(Exception):
+    """Ends a run on purpose."""
 
 
 @pytest.fixture(scope="module")
@@ -126,16 +130,16 @@ def test_several_tasks_are_undone_one_after_another(place, tmp_path):
     assert read_ledger(tmp_path / "two").results().accuracy == read_ledger(tmp_path / "way").results().accuracy
 
 
-def test_undoing_the_only_task_leaves_the_untouched_model(place, tmp_path):
+def test_the_only_task_cannot_be_undone(place, tmp_path):
     run(config_of(place, tmp_path / "one", first_tasks=1, without=()))
-    with pytest.raises(ValueError, match="leaves no task to learn"):
+    with pytest.raises(ValueError, match=r"is the only task of .*: without it there is only the base model"):
         undo(tmp_path / "one", "task0", tmp_path / "none")
 
 
 def test_a_run_with_an_undone_task_goes_on_learning(place, tmp_path):
     undo(place / "whole", "task3", tmp_path / "undone")
     with pytest.raises(
-        ValueError, match=r"learned: task0, task1, task2, undone: task3\); a task of another name is new"
+        ValueError, match=r"learned: task0, task1, task2, left out: task3\); a task of another name is new"
     ):
         continued(tmp_path / "undone", str(place / "colors.toml"))
     tables = (place / "colors.toml").read_text().split("[[tasks]]")
@@ -218,7 +222,7 @@ def test_a_method_takes_an_update_out_of_the_weights_within_one_rounding(dtype):
     for name, basis in method.bases.items():
         kept = records[1].directions[name]
         torch.testing.assert_close(basis[:, basis.shape[1] - kept.shape[1] :], kept)
-    with pytest.raises(ValueError, match="are not protected: was the task learned, or undone"):
+    with pytest.raises(ValueError, match="is of no task that the method has learned and not undone"):
         method.undo(model, records[2])
 
 
@@ -273,11 +277,48 @@ def test_a_method_whose_tasks_depend_on_each_other_says_so(name):
         method.undo(tiny.MLP(), method.record)
 
 
-def test_what_was_never_learned_cannot_be_undone():
-    method = LoRAFT(MethodConfig(rank=2, targets=("fc1",)))
-    model = method.after_task(method.before_task(tiny.MLP(), tiny.VectorTask()), tiny.VectorTask())
-    assert torch.equal(method.undo(model, method.record).fc1.weight, tiny.MLP().fc1.weight)
-    assert adapter.linear_targets(model, ("fc1",)) == ["fc1"]
+def test_what_was_never_learned_or_was_undone_cannot_be_undone():
+    method, other = (LoRAFT(MethodConfig(rank=2, targets=("fc1",))) for _ in range(2))
+    model = learn(method, tiny.WideMLP(), 0)
+    learn(other, tiny.WideMLP(), 1)
+    before = model.fc1.weight.clone()
+    with pytest.raises(ValueError, match="is of no task that the method has learned"):
+        method.undo(model, other.record)
+    assert torch.equal(model.fc1.weight, before)
+    model = method.undo(model, method.record)
+    torch.testing.assert_close(model.fc1.weight, tiny.WideMLP().fc1.weight)
+    with pytest.raises(ValueError, match="is of no task that the method has learned and not undone"):
+        method.undo(model, method.record)
+
+
+def test_joint_training_undoes_no_task(place, tmp_path):
+    run(config_of(place, tmp_path / "joint", "joint", first_tasks=2))
+    for task in ("task0", "task1"):
+        with pytest.raises(ValueError, match="joint can undo no task"):
+            undo(tmp_path / "joint", task, tmp_path / "undone")
+
+
+def test_undo_wants_the_tasks_that_were_learned_and_passes_over_new_ones(place, tmp_path):
+    benchmark, text = (
+        tmp_path / "own.toml",
+        (place / "colors.toml").read_text().replace('path = "', f'path = "{place}/'),
+    )
+    tables = text.split("[[tasks]]")[1:]
+    benchmark.write_text("".join(f"[[tasks]]{table}" for table in tables[:3]))
+    run(config_of(place, tmp_path / "run", benchmark=str(benchmark)))
+    benchmark.write_text("".join(f"[[tasks]]{table}" for table in tables))
+    undone = undo(tmp_path / "run", "task2", tmp_path / "undone")
+    assert undone.tasks == ["task0", "task1"]
+    benchmark.write_text("".join(f"[[tasks]]{tables[i]}" for i in (1, 0, 2)))
+    with pytest.raises(ValueError, match=r"are not those that .* learned; bring them back first"):
+        undo(tmp_path / "run", "task2", tmp_path / "again")
+
+
+def test_an_output_inside_the_run_is_refused(place):
+    before = tiny.tree(place / "whole")
+    with pytest.raises(ValueError, match=r"is inside .*; give another --output"):
+        undo(place / "whole", "task1", place / "whole" / "sub")
+    assert tiny.tree(place / "whole") == before
 
 
 # Fork
@@ -285,8 +326,6 @@ def test_what_was_never_learned_cannot_be_undone():
 
 def test_a_fork_goes_on_with_other_settings_from_the_finished_tasks(place, tmp_path):
     cut = config_of(place, tmp_path / "cut")
-    run(cut)
-    shutil.rmtree(tmp_path / "cut")
     run(replace(cut, first_tasks=2))
     slower = replace(cut, output=tmp_path / "fork", train=replace(cut.train, learning_rate=0.01))
     fork(tmp_path / "cut", slower)
@@ -319,12 +358,35 @@ def test_a_fork_with_nothing_changed_ends_as_the_run(place, tmp_path):
         ({"method": "lora_ft", "options": MethodConfig(rank=2)}, "method"),
         ({"evaluation": "validation"}, "evaluation"),
         ({"order": 1}, "the finished tasks"),
+        ({"options": KeepLoRAConfig(rank=2, weight_energy=0.3, a_training="trained")}, r"options\.a_training"),
     ],
 )
 def test_a_fork_that_does_not_fit_to_the_finished_tasks_is_refused(place, tmp_path, changes, words):
     with pytest.raises(ValueError, match=f"cannot change .*{words}"):
         fork(place / "whole", config_of(place, tmp_path / "fork", **changes))
     assert not (tmp_path / "fork").exists()
+
+
+def test_a_fork_needs_a_finished_task_and_one_to_learn(place, tmp_path):
+    with pytest.raises(ValueError, match="is complete: nothing is left to learn with other settings"):
+        fork(place / "whole", config_of(place, tmp_path / "fork", train=TrainConfig(epochs=3)))
+
+    def cut(results):
+        raise CutOff
+
+    with pytest.raises(CutOff):
+        run(config_of(place, tmp_path / "begun"), watch=cut)
+    with pytest.raises(ValueError, match="has no finished task yet: a fork would be a new run"):
+        fork(tmp_path / "begun", config_of(place, tmp_path / "fork"))
+
+
+def test_a_fork_does_not_take_other_data_for_the_same(place, tmp_path):
+    """The tasks of the two benchmarks have one name and one relative path each."""
+    run(config_of(place, tmp_path / "run", first_tasks=2))
+    tiny.write_benchmark(tmp_path / "other", tasks=NUM_TASKS, per_class=4)
+    other = config_of(place, tmp_path / "fork", benchmark=str(tmp_path / "other/colors.toml"))
+    with pytest.raises(ValueError, match="cannot change the finished tasks"):
+        fork(tmp_path / "run", other)
 
 
 # More tasks
@@ -365,10 +427,6 @@ def test_tasks_may_be_added_one_run_at_a_time_and_to_the_same_file(place, tmp_pa
             run(continued(tmp_path / "run", str(benchmark)), extend=True)
     assert tiny.lasting(tmp_path / "run")[0] == tiny.lasting(place / "whole")[0]
     assert read_ledger(tmp_path / "run").results().accuracy == read_ledger(place / "whole").results().accuracy
-
-
-class CutOff(Exception):
-    """Ends a run on purpose."""
 
 
 def test_a_continued_run_that_is_cut_off_is_resumed_either_way(place, tmp_path, parts, capsys):
@@ -427,8 +485,15 @@ def test_more_tasks_come_with_the_settings_of_the_run_or_not_at_all(place, tmp_p
     run(config)
     same = replace(config, benchmark=str(second))
     assert with_more(tmp_path / "run", same).more == (str(second),)
-    with pytest.raises(ValueError, match=r"goes on with the settings of .*seed was 0, is 3.*or --fork it"):
-        with_more(tmp_path / "run", replace(same, seed=3))
+    for changes, words in (
+        ({"seed": 3}, "seed was 0, is 3"),
+        ({"first_tasks": 1}, "first_tasks was 2, is 1"),
+        ({"more": (str(second),)}, "more was"),
+        ({"output": tmp_path / "other"}, "output was"),
+    ):
+        with pytest.raises(ValueError, match=rf"goes on with the settings of .*{words}.*or --fork it"):
+            with_more(tmp_path / "run", replace(same, **changes))
+    assert read_ledger(tmp_path / "run").is_complete
 
 
 # The command line
@@ -454,6 +519,10 @@ def test_the_commands_do_what_the_functions_do(place, tmp_path, parts, capsys, m
         "run --continue run --fork half --benchmark mini": "give one of --config, --continue and --fork",
         "run --continue nowhere --benchmark mini": "nowhere holds no run",
         "resume nowhere": "nowhere holds no run",
+        "run --fork half --seed 1": "needs a new run directory: give --output",
+        "run --fork half --method ewc --output x": "was learned by keeplora, and goes on with it",
+        "certify half --json half/run.json": "is a folder or inside the run",
+        "certify half --json .": "is a folder or inside the run",
         "undo run task7 --output x": "no finished task 'task7'",
     }.items():
         with pytest.raises(SystemExit) as caught:

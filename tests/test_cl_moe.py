@@ -13,8 +13,8 @@ from transformers import AutoModel
 import tiny
 from keeplora import adapter, cli
 from keeplora.adapter import SavedAdapter
-from keeplora.methods.base import TaskRecord
 from keeplora.methods.cl_moe import CLMoE, CLMoEConfig, kept_shares
+from keeplora.methods.record import TaskRecord
 from keeplora.methods.routing import Router
 from keeplora.run import run
 from keeplora.stream import RunConfig

@@ -179,7 +179,7 @@ def test_an_interrupted_run_says_that_it_can_go_on(capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "run_stream", interrupted)
-    assert "interrupted; finished tasks are kept" in refused(capsys, "run")
+    assert "interrupted; a run keeps what it has finished" in refused(capsys, "run")
 
 
 def test_names_in_brackets_are_no_markup(capsys):
@@ -198,7 +198,7 @@ def captured(monkeypatch):
         )
 
     monkeypatch.setattr(cli, "run_stream", fake)
-    monkeypatch.setattr(cli, "show_room", lambda run: None)  # There is no run directory.
+    monkeypatch.setattr(cli, "show_run", lambda results, run: None)  # There is no run directory.
     return configs
 
 
@@ -269,7 +269,8 @@ def test_help_of_every_command_teaches(capsys, command):
     assert expected in shown
 
 
-def test_help_of_run_shows_the_papers_defaults(capsys, place):
+def test_help_of_run_shows_the_papers_defaults(capsys, place, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")  # in one column
     with pytest.raises(SystemExit):
         cli.main(["run", "--benchmark", str(place / "colors.toml"), "--help"])
     shown = words_of(capsys.readouterr().out)

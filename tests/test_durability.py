@@ -17,13 +17,16 @@ import torch
 
 import tiny
 from keeplora import collect, disk
+from keeplora.certify import certify
+from keeplora.checkpoint import Checkpoints, from_bytes, to_bytes
 from keeplora.ledger import UNFINISHED, Ledger
 from keeplora.manifest import read_manifest
 from keeplora.measure import Clock
 from keeplora.methods import KeepLoRAConfig
+from keeplora.opening import read_ledger
 from keeplora.run import run
 from keeplora.stream import RunConfig
-from keeplora.train import TrainConfig
+from keeplora.train import TrainConfig, fit
 from keeplora.unfinished import Unfinished
 
 PHASES = ("gradient", "initialise", "train", "merge", "features", "evaluate", "record")
@@ -312,3 +315,101 @@ def test_a_changed_setting_is_refused_while_the_first_task_is_being_learned(conf
             run(cut)
     with pytest.raises(ValueError, match="seed was 0, is 1"):
         run(replace(cut, seed=1))
+
+
+def test_the_end_of_training_is_kept_however_rare_the_checkpoints(config, whole, tmp_path, monkeypatch):
+    rare = replace(config, output=tmp_path / "rare", checkpoint_steps=1000)
+
+    def end(*args, **options):
+        raise CutOff
+
+    with monkeypatch.context() as patch:
+        patch.setattr(collect, "input_grams", end)
+        with pytest.raises(CutOff):
+            run(rare)
+    assert read_manifest(rare.output)["now"]["phase"] == "train"
+    epochs = []
+
+    def track(items, description, total=None):
+        epochs.append(description)
+        return items
+
+    run(rare, track=track)
+    assert not [text for text in epochs if text.startswith("task0: epoch")]
+    assert tiny.lasting(rare.output) == whole
+
+
+@pytest.mark.parametrize(
+    "name", ["lock", "run.json", "unfinished", "staged", "tasks/01-task0/adapter", "run.json.part"]
+)
+def test_a_symbolic_link_in_a_run_is_refused_and_what_it_points_to_is_left_alone(config, whole, tmp_path, name):
+    linked = shutil.copytree(config.output, tmp_path / "linked")
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "precious").write_text("x")
+    (linked / "staged").mkdir(exist_ok=True)
+    if (linked / name).is_dir():
+        shutil.rmtree(linked / name)
+    else:
+        (linked / name).unlink(missing_ok=True)
+    (linked / name).symlink_to(victim if "." not in name and name != "lock" else victim / "precious")
+    for action in (lambda: run(replace(config, output=linked)), lambda: certify(linked), lambda: read_ledger(linked)):
+        with pytest.raises(ValueError, match=r"is a symbolic link; a run directory has none|holds no run"):
+            action()
+    assert tiny.tree(victim) == {"precious": b"x"}
+
+
+def test_a_run_is_read_while_it_is_being_written(config, tmp_path, monkeypatch):
+    live = replace(config, output=tmp_path / "live", first_tasks=2)
+    real, seen = disk.rename, []
+
+    def watched(source, target):
+        real(source, target)
+        seen.append(read_ledger(live.output).num_finished)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "rename", watched)
+        run(live)
+    assert set(seen) == {0, 1, 2}
+
+
+class Shuffled:
+    """Batches in a new order for each pass."""
+
+    def __init__(self, task):
+        self.task = task
+
+    def __len__(self):
+        return len(self.task.data)
+
+    def __iter__(self):
+        yield from (self.task.data[i] for i in torch.randperm(len(self.task.data)).tolist())
+
+
+class GloballyShuffledTask(tiny.VectorTask):
+    """Draws the order of its batches from torch's own generator at the start of each epoch."""
+
+    def batches(self):
+        return Shuffled(self)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("schedule", ["one_cycle", "cosine"])
+def test_training_resumes_from_every_checkpoint_to_the_same_weights(accumulation, schedule):
+    settings = TrainConfig(epochs=3, learning_rate=0.05, schedule=schedule, accumulation=accumulation)
+    task, states = GloballyShuffledTask(sizes=(4, 3, 5, 2, 4)), []
+
+    def trained(last=None):
+        torch.manual_seed(5)
+        model = tiny.MLP()
+        places = Checkpoints(last=last, keep=lambda state: states.append(to_bytes(state)), steps=1)
+        losses = fit(model, task, settings, checkpoints=places)
+        return losses, {name: value.clone() for name, value in model.state_dict().items()}
+
+    losses, weights = trained()
+    kept = list(states)
+    assert len(kept) == 3 * -(-5 // accumulation)
+    for content in kept:
+        again, resumed = trained(from_bytes(content))
+        assert again == losses
+        assert all(torch.equal(resumed[name], weights[name]) for name in weights)

@@ -11,7 +11,7 @@ import torch.multiprocessing
 import tiny
 from keeplora.certify import certify
 from keeplora.manifest import read_manifest
-from keeplora.methods import KeepLoRAConfig
+from keeplora.methods import CLMoE, KeepLoRAConfig
 from keeplora.run import run
 from keeplora.stream import RunConfig
 from keeplora.train import TrainConfig
@@ -50,21 +50,29 @@ def run_in_two(config, port, checkpoints_before_the_end=None):
     return [process.exitcode for process in processes.processes]
 
 
+OPTIONS = {
+    "keeplora": KeepLoRAConfig(rank=2, weight_energy=0.3, feature_energy=0.8),
+    "cl_moe": CLMoE.Config(rank=2, num_experts=3),
+}
+
+
 @pytest.mark.slow
-def test_a_run_in_two_processes_that_is_cut_off_ends_as_one_that_was_not(tmp_path):
+@pytest.mark.parametrize(("method", "port"), [("keeplora", 29511), ("cl_moe", 29521)])
+def test_a_run_in_two_processes_that_is_cut_off_ends_as_one_that_was_not(tmp_path, method, port):
     benchmark = tiny.write_benchmark(tmp_path, tasks=2, per_class=4)
     config = RunConfig(
         benchmark=str(benchmark),
         model=str(tiny.save_dual_encoder(tmp_path / "model")),
         output=tmp_path / "whole",
         train=TrainConfig(epochs=2, batch_size=3, learning_rate=0.05),
-        options=KeepLoRAConfig(rank=2, weight_energy=0.3, feature_energy=0.8),
+        method=method,
+        options=OPTIONS[method],
         checkpoint_steps=1,
     )
     cut = replace(config, output=tmp_path / "cut")
-    assert run_in_two(config, 29511) == [0, 0]
-    assert run_in_two(cut, 29512, 3) == [CUT, CUT]
+    assert run_in_two(config, port) == [0, 0]
+    assert run_in_two(cut, port + 1, 3) == [CUT, CUT]
     assert read_manifest(cut.output)["now"]["phase"] == "train"
-    assert run_in_two(cut, 29513) == [0, 0]
+    assert run_in_two(cut, port + 2) == [0, 0]
     assert tiny.lasting(cut.output) == tiny.lasting(config.output)
     assert certify(cut.output).breaches == []

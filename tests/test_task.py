@@ -71,10 +71,15 @@ def test_a_template_without_a_place_for_the_class_name_is_refused(tmp_path):
         read_benchmark(write(tmp_path, ONE + 'template = "a photo."\n'))
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden"])
+@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a\nb", "a\0b"])
 def test_a_task_name_that_cannot_name_a_folder_is_refused(name):
     with pytest.raises(ValueError, match="cannot name a folder"):
         TaskSpec(name=name, path="x")
+
+
+def test_a_task_name_that_is_too_long_for_a_folder_is_refused():
+    with pytest.raises(ValueError, match="is too long for a folder; give a shorter one"):
+        TaskSpec(name="x" * 260, path=Path("data"))
 
 
 def test_zero_epochs_of_a_task_are_refused():

@@ -1,11 +1,11 @@
 """New runs from the tasks of another: one without a task, one that goes on with other settings; and a longer one."""
 
 import dataclasses
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from keeplora import disk, subspace
@@ -19,7 +19,8 @@ from keeplora.opening import open_ledger, read_ledger
 from keeplora.reopen import config_of
 from keeplora.results import Results
 from keeplora.run import replay, report, require_same_model
-from keeplora.stream import RunConfig, open_stream, plain_values
+from keeplora.stream import RunConfig, absolute, open_stream, plain_values, resolved, stream_of
+from keeplora.train import best_device
 
 OF_THE_STREAM = ("model", "evaluation")
 """Settings that a fork cannot change, beside the method and some of its options."""
@@ -45,13 +46,18 @@ def undo(folder: Path, task: str, output: Path, *, track: Track = silent) -> Res
     finished = source.manifest["tasks"][: source.num_finished]
     if task not in finished:
         raise ValueError(f"{folder} has no finished task {task!r}; it has {', '.join(finished) or 'none'}")
+    if len(source.manifest["tasks"]) == 1:
+        raise ValueError(f"{task!r} is the only task of {folder}: without it there is only the base model")
     config = config_of(source)
-    if not find_method(config.method)[0].stands_alone and task != finished[-1]:
-        raise ValueError(
-            f"{config.method} can undo only its last task, {finished[-1]!r}: what it learns depends on the tasks before"
-        )
+    method = find_method(config.method)[0]
+    if not method.one_by_one or (not method.stands_alone and task != finished[-1]):
+        can = f"only its last task, {finished[-1]!r}" if method.one_by_one else "no task"
+        raise ValueError(f"{config.method} can undo {can}: what it learns depends on the tasks before")
     kept = [index for index, name in enumerate(finished) if name != task]
     config = dataclasses.replace(config, without=(*config.without, task), output=output)
+    old = {name: table for name, table in source.manifest["config"]["tasks"].items() if name != task}
+    if list(old.items()) != list(plain_values(config)["tasks"].items()):
+        raise ValueError(f"the tasks in {config.benchmark} are not those that {folder} learned; bring them back first")
     return _branch(source, config, kept, {"undone": task}, track)
 
 
@@ -64,9 +70,12 @@ def fork(folder: Path, config: RunConfig, *, track: Track = silent) -> Results:
         track: Shows progress.
 
     Raises:
-        ValueError: If something differs that would not fit to the finished tasks, or a file is missing or damaged.
+        ValueError: If something differs that would not fit to the finished tasks, no task is finished or none is left
+            to learn, or a file is missing or damaged.
     """
     source = read_ledger(folder)
+    if source.num_finished == 0:
+        raise ValueError(f"{folder} has no finished task yet: a fork would be a new run; start one without --fork")
     before, fixed = config_of(source), find_method(config.method)[0].fixed
     different = [name for name in OF_THE_STREAM if getattr(before, name) != getattr(config, name)]
     if method_behind(before.method) != method_behind(config.method):
@@ -75,11 +84,15 @@ def fork(folder: Path, config: RunConfig, *, track: Track = silent) -> Results:
         options = [name for name in fixed if getattr(before.options, name) != getattr(config.options, name)]
         different += [f"options.{name}" for name in options]
     finished = source.manifest["tasks"][: source.num_finished]
-    old, new = source.manifest["config"]["tasks"], plain_values(config)["tasks"]
-    if list(new)[: len(finished)] != finished or any(old[name] != new[name] for name in finished):
+    old, new = ({spec.name: resolved(spec) for spec in stream_of(settings)} for settings in (before, config))
+    if list(new)[: len(finished)] != finished or any(old.get(name, spec) != spec for name, spec in new.items()):
         different.append("the finished tasks")
     if different:
         raise ValueError(f"a fork of {folder} cannot change {', '.join(different)}: the finished tasks were learned so")
+    if len(new) == len(finished):
+        raise ValueError(
+            f"{folder} is complete: nothing is left to learn with other settings; add tasks with --more, or undo some"
+        )
     changes = differences(source.manifest["config"], plain_values(config))
     return _branch(source, config, list(range(source.num_finished)), {"changes": changes}, track)
 
@@ -98,18 +111,15 @@ def continued(folder: Path, benchmark: str) -> RunConfig:
     config = config_of(source)
     if not find_method(config.method)[0].one_by_one:
         raise ValueError(f"{config.method} does not learn task by task, and cannot go on with more")
-    if benchmark.endswith(".toml"):
-        benchmark = str(Path(benchmark).resolve())
+    benchmark = absolute(benchmark)
     if not source.is_complete:
         if benchmark in config.more:
             return config
         raise ValueError(f"{folder} is not complete; first: keeplora resume {folder}")
     known = source.manifest["tasks"]
-    # The benchmark may be the run's own, with tasks that were added to its file.
-    own = config.first_tasks or len(known) + len(config.without)
-    config = dataclasses.replace(config, more=(*config.more, benchmark), first_tasks=own)
+    config = dataclasses.replace(config, more=(*config.more, benchmark))
     if set(plain_values(config)["tasks"]) <= set(known):
-        undone = f", undone: {', '.join(config.without)}" if config.without else ""
+        undone = f", left out: {', '.join(config.without)}" if config.without else ""
         raise ValueError(
             f"benchmark {benchmark!r} has no task that is new to {folder} (learned: {', '.join(known)}{undone}); a task"
             " of another name is new"
@@ -123,32 +133,36 @@ def with_more(folder: Path, given: RunConfig) -> RunConfig:
     Raises:
         ValueError: If other settings than those of the run are given, beside what `continued` raises.
     """
-    config = continued(folder, given.benchmark)
-    own = dataclasses.replace(given, benchmark=config.benchmark, more=config.more, first_tasks=config.first_tasks)
-    if different := differences(plain_values(config), plain_values(own)):
+    before = config_of(read_ledger(folder))
+    own = dataclasses.replace(given, benchmark=before.benchmark)
+    different = differences(plain_values(before), plain_values(own))
+    if given.output.resolve() != folder.resolve():
+        different.append(f"output was {str(folder)!r}, is {str(given.output)!r}")
+    if different:
         raise ValueError(
             f"--continue goes on with the settings of {folder} ({'; '.join(different)}); leave them out, or --fork it"
         )
-    return dataclasses.replace(own, output=folder)
+    more = continued(folder, given.benchmark).more
+    return dataclasses.replace(own, more=more)
 
 
 def _branch(source: Ledger, config: RunConfig, kept: list[int], origin: dict[str, Any], track: Track) -> Results:
     """Write a run directory that begins with some finished tasks of another; it is there as a whole or not at all."""
-    disk.require_empty(config.output)
-    output = config.output.resolve()
-    output.parent.mkdir(parents=True, exist_ok=True)
+    best_device()  # Processes meet here.
+    if dist.is_initialized():
+        raise ValueError("a run is undone or forked in one process only; run without a launcher")
+    if source.folder.resolve() in config.output.resolve().parents:
+        raise ValueError(f"{config.output} is inside {source.folder}; give another --output")
     values = plain_values(config)
-    model, tasks = open_stream(config, track)
-    require_same_model(model, config, source)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
-        part = Path(temporary) / "run"
+    with disk.made_whole(config.output) as part:
+        model, tasks = open_stream(config, track)
+        require_same_model(model, config, source)
         with open_ledger(part, values, list(values["tasks"])) as ledger:
             ledger.manifest["origin"] = {"run": str(source.folder.resolve()), **origin}
             model = _Copy(source, ledger, tasks, track).write(model, config, kept)
             save = partial(family_of(config.model).save, model, locate(config.model))
             ledger.commit_tasks(save if config.save_model and kept else None)
             results = report(ledger) if ledger.is_complete else ledger.results()
-        part.rename(output)
     return results
 
 

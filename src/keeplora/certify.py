@@ -13,7 +13,7 @@ from typing import Any
 
 from keeplora.capacity import Capacity, capacity_of
 from keeplora.collect import Track, silent
-from keeplora.ledger import Ledger
+from keeplora.ledger import Ledger, task_folder
 from keeplora.methods import find_method
 from keeplora.models import family_of, locate
 from keeplora.opening import settled_manifest
@@ -134,11 +134,7 @@ def _num_readable(manifest: dict[str, Any], damage: Iterable[str]) -> int:
 
 def _task_files(manifest: dict[str, Any]) -> list[str]:
     """Return the name of the `task.json` of every finished task."""
-    return [f"{_task_folder(index, manifest['tasks'])}/task.json" for index in range(int(manifest["tasks_finished"]))]
-
-
-def _task_folder(index: int, names: list[str]) -> str:
-    return f"tasks/{index + 1:02d}-{names[index]}"
+    return [f"{task_folder(index, manifest['tasks'])}/task.json" for index in range(int(manifest["tasks_finished"]))]
 
 
 def _replay(proof: Proof, ledger: Ledger, has_all: bool, track: Track) -> None:
@@ -151,6 +147,8 @@ def _replay(proof: Proof, ledger: Ledger, has_all: bool, track: Track) -> None:
     for index in track(range(ledger.num_finished), "replaying tasks", ledger.num_finished):
         name = ledger.manifest["tasks"][index]
         recorded = ledger.tasks[index].get("certificate")
+        if (called := ledger.tasks[index].get("name")) != name:
+            proof.breaches.append(f"task {name!r}: its task.json is that of {called!r}")
         if (layers := replay.take(name, recorded, partial(ledger.record, index))) is None:
             has_all = False
             break

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor, nn
+from torch import Tensor
 
 State = Any
 
@@ -66,22 +66,22 @@ def aligned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
-def digest_of(model: nn.Module) -> str:
-    """Return a SHA-256 over the names and the bytes of a model's parameters."""
+def digest_of(named: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a SHA-256 over the names, types, shapes and bytes of tensors, in their order."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
-        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    for name, tensor in named:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def capture_random(generators: Iterable[torch.Generator] = ()) -> State:
-    """Return the state of every global random generator, and of those that are given."""
+    """Return the state of every global random generator, on the current GPU if there is one, and of those given."""
     return {
         "python": random.getstate(),
         "numpy": list(np.random.get_state()),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "generators": capture_order(generators),
     }
 
@@ -91,8 +91,8 @@ def restore_random(state: State, generators: Iterable[torch.Generator] = ()) -> 
     random.setstate(state["python"])
     np.random.set_state(tuple(state["numpy"]))
     torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
     restore_order(state["generators"], generators)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from keeplora.disk import write_atomically
 from keeplora.manifest import differences
 from keeplora.plan import CompareConfig
+from keeplora.stream import absolute
 
 FORMAT = 1
 
@@ -60,9 +61,8 @@ def claim(config: CompareConfig) -> None:
 
 
 def _plan(config: CompareConfig) -> dict[str, Any]:
-    is_path = config.benchmark.endswith(".toml")
     plan = {
-        "benchmark": str(Path(config.benchmark).resolve()) if is_path else config.benchmark,
+        "benchmark": absolute(config.benchmark),
         "model": config.model,
         "quick": config.quick,
         "budget": asdict(config.budget),

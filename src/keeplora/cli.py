@@ -1,4 +1,4 @@
-"""The command line. Each subcommand is a typed function, here or in `ledger_commands`."""
+"""The command line. Each subcommand is a typed function, here, in `ledger_commands` or in `doctor_command`."""
 
 import argparse
 import contextlib
@@ -41,6 +41,11 @@ from keeplora.workers import silence_libraries
 
 console = Console()
 errors = Console(stderr=True)
+
+DESCRIPTION = (
+    "Teach a pre-trained vision-language model one new domain after another, without losing what it knew. Start with"
+    " keeplora demo; keeplora COMMAND --help explains each command."
+)
 
 DEMO_METHODS = ("zero_shot", "lora_ft", "keeplora")
 
@@ -92,7 +97,7 @@ def run(flags: tyro.conf.OmitArgPrefixes[RunFlags]) -> None:
 
     Example: keeplora run --benchmark mini --model mini --method keeplora --seed 0 --output runs/mini
     Example: keeplora run --continue runs/birds --benchmark more_birds.toml
-    Example: keeplora run --fork runs/birds --learning-rate 0.001 --output runs/birds-slower
+    Example: keeplora run --fork runs/birds --learning-rate 0.0003 --output runs/birds-slower
 
     Args:
         flags: The settings.
@@ -100,6 +105,8 @@ def run(flags: tyro.conf.OmitArgPrefixes[RunFlags]) -> None:
     config = RunConfig(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(RunConfig)})
     if flags.continue_ is not None:
         config = with_more(flags.continue_, config)
+    if flags.fork is not None and config.output == RunConfig.output:
+        raise ValueError(f"--fork {flags.fork} needs a new run directory: give --output")
     display = Display(console)
     with display.shown():
         if flags.fork is not None and not (config.output / "run.json").exists():
@@ -175,7 +182,7 @@ def main(arguments: list[str] | None = None) -> None:
         commands = dict(COMMANDS)
         if arguments[:1] == ["run"]:
             commands["run"] = _with_default(arguments[1:])
-        tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog="keeplora", description=__doc__)
+        tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog="keeplora", description=DESCRIPTION)
 
 
 def _with_default(arguments: list[str]) -> Any:
@@ -193,6 +200,8 @@ def _with_default(arguments: list[str]) -> Any:
         )
     if folder := named["continue"] or named["fork"]:
         config = config_of(read_ledger(Path(folder)))
+        if named["method"] not in (None, config.method):
+            raise ValueError(f"{folder} was learned by {config.method}, and goes on with it; leave out --method")
         config = dataclasses.replace(config, output=Path(folder) if named["continue"] else RunConfig.output)
     else:
         config = _defaults(named)
@@ -229,7 +238,9 @@ def _readable_errors() -> Iterator[None]:
         errors.print(f"[bold red]error:[/] {_escape(error)}", soft_wrap=True, highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:
-        errors.print("[bold red]interrupted[/]; what was finished is kept, and the same command goes on behind it")
+        errors.print(
+            "[bold red]interrupted[/]; a run keeps what it has finished, and the same command goes on behind it"
+        )
         sys.exit(130)
 
 

@@ -23,6 +23,9 @@ T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 60.0
 
+WIDTH = 78
+"""Columns that every terminal is taken to have."""
+
 HEADLINE = ("transfer", "average", "last")
 
 
@@ -124,10 +127,13 @@ def evaluation_table(recorded: Results, recorded_on: str, scores: list[float], e
 def matrix_table(run: Results) -> Table:
     """Tabulate a run's accuracy matrix: after each task (rows) on each task (columns)."""
     summary = ", ".join(f"{METRIC_NAMES[key]} {_number(run.summary()[key])}" for key in METRIC_NAMES)
-    table = Table(title=f"{run.method}: accuracy in %", caption=summary, box=None, padding=(0, 1, 0, 0))
+    table = Table(
+        title=f"{run.method}: accuracy in %", caption=summary, box=None, padding=(0, 1, 0, 0), min_width=WIDTH
+    )
     table.add_column("after learning", no_wrap=True)
+    width = min(max(map(len, run.tasks)), max(4, (WIDTH - 15) // len(run.tasks) - 1))
     for task in run.tasks:
-        table.add_column(escape(task), justify="right", width=4, overflow="ellipsis", no_wrap=True)
+        table.add_column(escape(task), justify="right", width=width, overflow="ellipsis", no_wrap=True)
     table.add_row("(untouched)", *[f"{score:.0f}" for score in run.zero_shot])
     for t, row in enumerate(run.accuracy):
         cells = [f"[bold]{score:.0f}[/]" if i == t else f"{score:.0f}" for i, score in enumerate(row)]

@@ -6,7 +6,6 @@ All is made again in float32 from the base model and the recorded adapters, and 
 import dataclasses
 import json
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,19 +91,15 @@ def export_run(folder: Path, config: ExportConfig, *, track: Track = silent) -> 
         ValueError: If no task is finished, a file of the run is missing or damaged, the run cannot have this form, the
             output is not empty, or a weight is too large for the precision.
     """
-    disk.require_empty(config.output)
     source = _read(folder, config, track)
-    output = config.output.resolve()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
-        part = Path(temporary) / "export"
+    with disk.made_whole(config.output) as part:
         part.mkdir()
         found = WRITERS[config.format](source, config, part)
         card = _card(source, config, heads=_write_heads(source, part), **found)
         (part / "README.md").write_text(render(card), encoding="utf-8")
         if card.embedded:
             shutil.copyfile(NOTICE, part / "NOTICE")
-        part.rename(output)
+        disk.flush(part)
     return card
 
 

@@ -153,7 +153,7 @@ class Ledger(Store):
         """
         for name in self.files:
             if name.startswith(prefix):
-                self.read(name)
+                self.check(name)
 
     def write_json(self, name: str, value: object) -> None:
         """Hand in a value as JSON for the next commit."""
@@ -161,7 +161,7 @@ class Ledger(Store):
 
     def task_folder(self, index: int) -> str:
         """Return the folder of a task."""
-        return f"tasks/{index + 1:02d}-{self.manifest['tasks'][index]}"
+        return task_folder(index, self.manifest["tasks"])
 
     def _tensors(self, name: str) -> dict[str, Any]:
         if name not in self.files:
@@ -173,3 +173,8 @@ class Ledger(Store):
 
     def _task_json(self, index: int) -> dict[str, Any]:
         return dict(json.loads(self.read(f"{self.task_folder(index)}/task.json")))
+
+
+def task_folder(index: int, tasks: list[str]) -> str:
+    """Return the folder of a task in a run directory."""
+    return f"tasks/{index + 1:02d}-{tasks[index]}"

@@ -1,6 +1,7 @@
 """The subcommands that work on a run directory. Each is a typed function, as in `cli`."""
 
 import sys
+from dataclasses import replace
 from json import dumps
 from pathlib import Path
 from typing import Literal
@@ -68,6 +69,8 @@ def certify(run: tyro.conf.Positional[Path], *, layers: bool = False, json: Path
         layers: Show every layer, not only the worst one of each task.
         json: Also write what was measured, and every breach, to this file.
     """
+    if json is not None and (json.is_dir() or run.resolve() in json.resolve().parents):
+        raise ValueError(f"{json} is a folder or inside the run, which stays as it is; give --json another file")
     display = Display(console)
     with display.shown():
         proof = certify_run(run, track=display.track)
@@ -79,17 +82,23 @@ def certify(run: tyro.conf.Positional[Path], *, layers: bool = False, json: Path
         sys.exit(1)
 
 
-def resume(run: tyro.conf.Positional[Path]) -> None:
+def resume(
+    run: tyro.conf.Positional[Path], *, checkpoint_steps: int | None = None, checkpoint_minutes: float = 5.0
+) -> None:
     """Go on with a run that was cut off, from its last finished phase or checkpoint; a complete one is shown.
 
     Example: keeplora resume runs/mini
 
     Args:
         run: The run directory.
+        checkpoint_steps: Optimiser steps from one checkpoint to the next; at the end of each epoch if not given.
+        checkpoint_minutes: The most minutes from one checkpoint to the next.
     """
+    config = config_of(read_ledger(run))
+    config = replace(config, checkpoint_steps=checkpoint_steps, checkpoint_minutes=checkpoint_minutes)
     display = Display(console)
     with display.shown():
-        results = run_stream(config_of(read_ledger(run)), track=display.track, watch=display.watch)
+        results = run_stream(config, track=display.track, watch=display.watch)
     show_run(results, run)
 
 
@@ -108,6 +117,9 @@ def undo(run: tyro.conf.Positional[Path], task: tyro.conf.Positional[str], *, ou
         results = undo_task(run, task, output, track=display.track)
     console.print(f"Undone: {escape(task)}")
     show_run(results, output)
+    if left := results.tasks[len(results.accuracy) :]:
+        names = ", ".join(left)
+        console.print(f"Not finished: {escape(names)}; go on with keeplora resume {escape(str(output))}")
 
 
 def show_run(results: Results, folder: Path) -> None:

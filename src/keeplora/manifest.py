@@ -78,9 +78,17 @@ def manifest_bytes(manifest: dict[str, Any]) -> bytes:
     return (json.dumps({**manifest, "checksum": checksum}, indent=1) + "\n").encode()
 
 
+class InUse(ValueError):
+    """Another process writes to the folder."""
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep a second process out; the operating system drops the lock when its owner ends, however it ends."""
+    """Keep a second process out; the operating system drops the lock when its owner ends, however it ends.
+
+    Raises:
+        InUse: If another process has the lock.
+    """
     path = folder / "lock"
     while True:
         with path.open("a+") as file:
@@ -89,10 +97,10 @@ def locked(folder: Path) -> Iterator[None]:
             except BlockingIOError:
                 file.seek(0)
                 owner = file.read().strip() or "unknown"
-                raise ValueError(
+                raise InUse(
                     f"another process ({owner}) is writing to {folder}; wait for it, or give another --output"
                 ) from None
-            if not path.exists() or os.fstat(file.fileno()).st_ino != path.stat().st_ino:
+            if not _is_at(path, file.fileno()):
                 continue  # The owner before us removed it after we had opened it.
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -102,6 +110,14 @@ def locked(folder: Path) -> Iterator[None]:
             finally:
                 path.unlink(missing_ok=True)
             return
+
+
+def _is_at(path: Path, number: int) -> bool:
+    """Tell whether an open file is still the one of that name."""
+    try:
+        return path.stat().st_ino == os.fstat(number).st_ino
+    except FileNotFoundError:
+        return False
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from keeplora.disk import require_no_links
 from keeplora.ledger import UNFINISHED, Ledger
-from keeplora.manifest import differences, locked, new_manifest, read_manifest
+from keeplora.manifest import InUse, differences, locked, new_manifest, read_manifest
 from keeplora.store import STAGED, Store, is_main_process
 
 
@@ -32,6 +33,7 @@ def open_ledger(folder: Path, config: dict[str, Any], tasks: list[str], *, exten
     if folder.exists() and not (folder / "run.json").exists() and {path.name for path in folder.iterdir()} - ours:
         raise ValueError(f"{folder} is not empty and holds no run; give another --output, or empty it")
     folder.mkdir(parents=True, exist_ok=True)
+    require_no_links(folder)
     with locked(folder) if is_main_process() else nullcontext():
         manifest = _manifest(folder, config, tasks, extend)
         Store(folder, manifest).recover(UNFINISHED)
@@ -48,7 +50,7 @@ def read_ledger(folder: Path) -> Ledger:
     """Open a run directory for reading; what a crash left half written is put in order first.
 
     Raises:
-        ValueError: If the folder holds no run, or the tasks' files are damaged, or it is being written to.
+        ValueError: If the folder holds no run, or a symbolic link, or the tasks' files are damaged.
     """
     return Ledger(folder, settled_manifest(folder))
 
@@ -57,14 +59,19 @@ def settled_manifest(folder: Path) -> dict[str, Any]:
     """Read `run.json`; what a crash left half written is put in order first.
 
     Raises:
-        ValueError: If the folder holds no run, or `run.json` is damaged, or the folder is being written to.
+        ValueError: If the folder holds no run, or a symbolic link, or `run.json` is damaged.
     """
+    require_no_links(folder)
     manifest = read_manifest(folder)
-    if (folder / STAGED).exists():
+    if not (folder / STAGED).exists():
+        return manifest
+    try:
         with locked(folder):
             manifest = read_manifest(folder)
             Store(folder, manifest).recover(UNFINISHED)
-    return manifest
+            return manifest
+    except InUse:  # Its owner is at it, and puts it in order itself.
+        return read_manifest(folder)
 
 
 def _manifest(folder: Path, config: dict[str, Any], tasks: list[str], extend: bool) -> dict[str, Any]:
@@ -84,6 +91,6 @@ def _manifest(folder: Path, config: dict[str, Any], tasks: list[str], extend: bo
     if found["tasks_finished"] == 0 and not any(name.startswith(f"{UNFINISHED}/") for name in found["files"]):
         return new_manifest(config, tasks)  # Nothing is lost by starting over, perhaps with what was mended.
     raise ValueError(
-        f"{folder} holds another run ({'; '.join(different)}); give another --output, and --fork {folder} to start it"
-        " from the tasks that are finished here"
+        f"{folder} holds another run ({'; '.join(different)}); give another --output. To start"
+        f" from the tasks that are finished here: --fork {folder} --output NEW"
     )

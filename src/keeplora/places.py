@@ -1,14 +1,17 @@
 """The places at which training can be cut off and taken up again: all that changes in it, as one state."""
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from keeplora.borrow import device_of
 from keeplora.checkpoint import (
     Checkpoints,
     State,
@@ -29,15 +32,18 @@ class Places:
     generator, the order of the epoch's batches and how many of them are done, and the losses.
     """
 
-    def __init__(self, checkpoints: Checkpoints, model: nn.Module, parts: dict[str, Any], scaler: Any) -> None:
+    def __init__(
+        self, checkpoints: Checkpoints, model: nn.Module, parts: dict[str, Any], scaler: Any, epochs: int
+    ) -> None:
         self.checkpoints = checkpoints
+        self.epochs = epochs
         self.model = model
         self.parts = parts if scaler is None else {**parts, "scaler": scaler}
         self.epoch = 0
         self.batch = 0
         self.losses: list[float] = []
         self._of_epoch: list[float] = []
-        self._order = capture_order(checkpoints.generators)
+        self._order = capture_random(checkpoints.generators)
         self._random: State | None = None
         self._steps = 0
         self._since = time.monotonic()
@@ -52,10 +58,10 @@ class Places:
             skip: Returns a data loader without its first ones.
         """
         if self._random is None:
-            self._order = capture_order(self.checkpoints.generators)
+            self._order = capture_random(self.checkpoints.generators)
             yield from batches
             return
-        restore_order(self._order, self.checkpoints.generators)
+        restore_random(self._order, self.checkpoints.generators)
         is_loader = isinstance(batches, DataLoader)
         rest = skip(self.batch) if is_loader and self.batch else itertools.islice(batches, self.batch, None)
         for number, batch in enumerate(rest):
@@ -78,10 +84,19 @@ class Places:
             self.losses.append(sum(self._of_epoch) / len(self._of_epoch))
             self.epoch, self.batch, self._of_epoch = self.epoch + 1, 0, []
         every = self.checkpoints.steps
-        due = self._steps >= every if every else is_last
-        if due or time.monotonic() - self._since >= self.checkpoints.seconds:
+        due = (self._steps >= every if every else is_last) or self.epoch == self.epochs
+        if due or self._is_late():
             self.checkpoints.keep(self._state())
             self._steps, self._since = 0, time.monotonic()
+
+    def _is_late(self) -> bool:
+        """Tell whether the last checkpoint is too long ago, in all processes alike: by the clock of the first one."""
+        is_late = time.monotonic() - self._since >= self.checkpoints.seconds
+        if dist.is_initialized() and math.isfinite(self.checkpoints.seconds):
+            answer = torch.tensor(is_late, device=device_of(self.model))
+            dist.broadcast(answer, 0)
+            is_late = bool(answer)
+        return is_late
 
     def _state(self) -> State:
         return {
@@ -92,7 +107,9 @@ class Places:
             "order": self._order,
             "random": capture_random(self.checkpoints.generators),
             "trained": dict(self._trained()),
-            "extra": {name: value for name, value in self.model.state_dict().items() if name.endswith(EXTRA)},
+            "extra": _of_all_processes(
+                {name: value for name, value in self.model.state_dict().items() if name.endswith(EXTRA)}
+            ),
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
         }
 
@@ -103,7 +120,12 @@ class Places:
         with torch.no_grad():
             for name, parameter in self._trained():
                 parameter.copy_(state["trained"][name])
-        self.model.load_state_dict(state["extra"], strict=False)
+        if dist.is_initialized() and len(state["extra"]) != dist.get_world_size():
+            raise ValueError(
+                f"training was cut off in {len(state['extra'])} processes and cannot go on in {dist.get_world_size()};"
+                " start as many"
+            )
+        self.model.load_state_dict(state["extra"][dist.get_rank() if dist.is_initialized() else 0], strict=False)
         for name, part in self.parts.items():
             part.load_state_dict(state["parts"][name])
         if self.batch == 0:
@@ -116,3 +138,16 @@ class Places:
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, value) for name, value in self.model.named_parameters() if value.requires_grad)
+
+
+def _of_all_processes(extra: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Return what the modules of every process keep beside their parameters: each counts what it has seen itself."""
+    if not dist.is_initialized():
+        return [extra]
+    found: list[dict[str, Tensor]] = [{} for _ in range(dist.get_world_size())]
+    for name, value in extra.items():
+        parts = [torch.empty_like(value) for _ in found]
+        dist.all_gather(parts, value)
+        for mine, part in zip(found, parts, strict=True):
+            mine[name] = part
+    return found

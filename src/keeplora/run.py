@@ -112,7 +112,7 @@ def catch_up(
         phases: Phases = {}
         with measured(phases, "zero_shot"):
             scores = evaluate(model, tasks, track=track)
-        ledger.start(digest_of(model), scores, phases)
+        ledger.start(digest_of(model.named_parameters()), scores, phases)
     require_same_model(model, config, ledger)
     late = tasks[len(ledger.manifest["tasks"]) :]
     columns = [evaluate(model, late, track=track)]
@@ -130,7 +130,7 @@ def require_same_model(model: nn.Module, config: RunConfig, ledger: Ledger) -> N
     Raises:
         ValueError: If it has others.
     """
-    if digest_of(model) != ledger.manifest["model_digest"]:
+    if digest_of(model.named_parameters()) != ledger.manifest["model_digest"]:
         raise ValueError(
             f"model {config.model!r} has other weights than when {ledger.folder} was begun; get them back, or give"
             " another --output"

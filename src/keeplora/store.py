@@ -18,6 +18,12 @@ from keeplora.manifest import manifest_bytes
 
 STAGED = "staged"
 
+CURE = (
+    ". Put it back from a copy; keeplora certify lists all that is damaged, and keeplora export --format merged makes"
+    " the model again from the adapters"
+)
+"""What one can do about a file that is not as it was."""
+
 
 class Store:
     """Reads and writes the files that a manifest lists."""
@@ -53,11 +59,11 @@ class Store:
             return
         place = self.folder / STAGED / name
         save(place)
+        disk.flush(place)
         for path in sorted(place.rglob("*")):
             if path.is_file():
-                disk.flush(path)
                 file = f"{name}/{path.relative_to(place).as_posix()}"
-                self._waiting[file] = sha256(path.read_bytes())
+                self._waiting[file] = sha256_of(path)
                 self._leaving.discard(file)
 
     def remove(self, prefix: str) -> None:
@@ -89,7 +95,7 @@ class Store:
         staged = self.folder / STAGED
         for path in sorted(staged.rglob("*")):
             name = path.relative_to(staged).as_posix()
-            if path.is_file() and self.files.get(name) == sha256(path.read_bytes()):
+            if path.is_file() and self.files.get(name) == sha256_of(path):
                 disk.rename(path, self.folder / name)
         disk.remove(staged)
         for path in sorted((self.folder / unfinished).glob("*")):
@@ -102,28 +108,48 @@ class Store:
         Raises:
             ValueError: If it is missing or damaged; the message names it.
         """
-        path = self.folder / name
-        if not path.is_file():
-            raise ValueError(f"{path} is missing from the run")
-        content = path.read_bytes()
-        if sha256(content) != self.files.get(name):
-            raise ValueError(f"{path} is not what the run wrote: it was changed or damaged")
-        return content
+        if flaw := self._flaw(name):
+            raise ValueError(flaw + CURE)
+        return self._place_of(name).read_bytes()
+
+    def check(self, name: str) -> None:
+        """Compare a file with its hash, without taking it into memory.
+
+        Raises:
+            ValueError: If it is missing or damaged; the message names it.
+        """
+        if flaw := self._flaw(name):
+            raise ValueError(flaw + CURE)
 
     def damaged(self, track: Track = silent) -> list[str]:
         """Return a message for every file that is missing or damaged; each names its file."""
-        messages = []
-        for name in track(self.files, "checking hashes", len(self.files)):
-            try:
-                self.read(name)
-            except (ValueError, OSError) as error:
-                messages.append(str(error))
-        return messages
+        flaws = (self._flaw(name) for name in track(self.files, "checking hashes", len(self.files)))
+        return [flaw for flaw in flaws if flaw]
+
+    def _flaw(self, name: str) -> str:
+        """Say what is wrong with a file; nothing if it is as it should be."""
+        place = self._place_of(name)
+        if not place.is_file():
+            return f"{self.folder / name} is missing from the run"
+        if sha256_of(place) != self.files.get(name):
+            return f"{self.folder / name} is not what the run wrote: it was changed or damaged"
+        return ""
+
+    def _place_of(self, name: str) -> Path:
+        """Return where a file is: in a commit that is under way, it may not have its name yet."""
+        staged = self.folder / STAGED / name
+        return staged if staged.is_file() and sha256_of(staged) == self.files.get(name) else self.folder / name
 
 
 def sha256(content: bytes) -> str:
     """Return the SHA-256 of some bytes in hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_main_process() -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 from keeplora.collect import Track, silent
 from keeplora.config import Config, parse
 from keeplora.methods import MethodConfig, find_method
-from keeplora.models import StreamTask, family_of, locate
+from keeplora.models import EMBEDDED, StreamTask, family_of, locate
 from keeplora.task import TaskSpec, read_benchmark
 from keeplora.train import TrainConfig, best_device
 
@@ -128,14 +128,10 @@ def stream_of(config: RunConfig) -> tuple[TaskSpec, ...]:
         ValueError: If a benchmark is wrong, its tasks have fewer orders than the number of this one, two different
             tasks have one name, or a task to leave out is not there.
     """
-    specs = read_benchmark(config.benchmark).tasks
-    if config.order >= (num_orders := math.factorial(len(specs))):
-        raise ValueError(f"order = {config.order}: {len(specs)} tasks have only the orders 0 to {num_orders - 1}")
-    first = [specs[place] for place in _permutation(config.order, len(specs))][: config.first_tasks]
-    stream = {spec.name: spec for spec in first}
+    stream = {spec.name: spec for spec in _first_tasks(config)}
     for benchmark in config.more:
         for spec in read_benchmark(benchmark).tasks:
-            if _resolved(stream.setdefault(spec.name, spec)) != _resolved(spec):
+            if resolved(stream.setdefault(spec.name, spec)) != resolved(spec):
                 raise ValueError(
                     f"benchmark {benchmark!r} has another task {spec.name!r} than the stream before it; rename one"
                 )
@@ -146,7 +142,16 @@ def stream_of(config: RunConfig) -> tuple[TaskSpec, ...]:
     return left
 
 
-def _resolved(spec: TaskSpec) -> TaskSpec:
+def _first_tasks(config: RunConfig) -> list[TaskSpec]:
+    """Return the tasks of the benchmark itself."""
+    specs = read_benchmark(config.benchmark).tasks
+    if config.order >= (num_orders := math.factorial(len(specs))):
+        raise ValueError(f"order = {config.order}: {len(specs)} tasks have only the orders 0 to {num_orders - 1}")
+    return [specs[place] for place in _permutation(config.order, len(specs))][: config.first_tasks]
+
+
+def resolved(spec: TaskSpec) -> TaskSpec:
+    """Return a task in the form in which it can be compared with one of another file."""
     return dataclasses.replace(spec, path=spec.path.resolve(), hub="")
 
 
@@ -168,12 +173,17 @@ def plain_values(config: RunConfig) -> dict[str, Any]:
     values = dataclasses.asdict(config)
     for key in NOT_PART_OF_A_RUN:
         del values[key]
-    values |= {"benchmark": _absolute(config.benchmark), "more": [_absolute(name) for name in config.more]}
+    values |= {"benchmark": absolute(config.benchmark), "more": [absolute(name) for name in config.more]}
+    if Path(config.model).is_dir() and config.model not in EMBEDDED:
+        values["model"] = str(Path(config.model).resolve())
+    # As a number: a task that is added to the file later is another stream, which is to be asked for.
+    values["first_tasks"] = len(_first_tasks(config))
     tasks = {spec.name: dataclasses.asdict(spec) for spec in stream_of(config)}
     for spec in tasks.values():
         spec["path"] = spec["path"].name
     return dict(json.loads(json.dumps({**values, "tasks": tasks})))
 
 
-def _absolute(benchmark: str) -> str:
+def absolute(benchmark: str) -> str:
+    """Return a benchmark's name, or its path so that it can be found from anywhere."""
     return str(Path(benchmark).resolve()) if benchmark.endswith(".toml") else benchmark

@@ -89,18 +89,13 @@ def extend_bases(bases: dict[str, Tensor], directions: dict[str, Tensor]) -> dic
 
 
 def take_out(bases: dict[str, Tensor], directions: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return bases without the columns that a task once appended to them.
-
-    Raises:
-        ValueError: If they are not in there.
-    """
+    """Return bases without the columns that a task once appended to them."""
     rest = {}
     for name, basis in bases.items():
         added = directions[name].to(basis.device)
         n = added.shape[1]
         places = [i for i in range(basis.shape[1] - n + 1) if torch.equal(basis[:, i : i + n], added)]
-        if not places:
-            raise ValueError(f"the directions of layer {name!r} are not protected: was the task learned, or undone?")
+        assert places, f"the directions of layer {name!r} are not in its basis"
         rest[name] = torch.cat([basis[:, : places[0]], basis[:, places[0] + n :]], dim=1)
     return rest
 

@@ -19,6 +19,9 @@ Batch = Any
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 
+LONGEST_NAME = 200
+"""Bytes of a task's name; file systems end at 255, and other names are made of it."""
+
 
 class LearningError(ValueError):
     """A task could not be learned with these settings: training diverged, or nothing is left to learn with."""
@@ -97,8 +100,10 @@ class TaskSpec(Config):
     """`path` as it was written, for a dataset of the hub; filled in."""
 
     def __post_init__(self) -> None:
-        if not self.name or "/" in self.name or self.name.startswith("."):
+        if not self.name or "/" in self.name or self.name.startswith(".") or not self.name.isprintable():
             raise ValueError(f"task name {self.name!r} cannot name a folder")
+        if len(self.name.encode()) > LONGEST_NAME:
+            raise ValueError(f"task name {self.name[:20] + '...'!r} is too long for a folder; give a shorter one")
         if "{}" not in self.template:
             raise ValueError(f"task {self.name!r}: template {self.template!r} has no {{}} for the class name")
         if self.epochs is not None and self.epochs < 1:

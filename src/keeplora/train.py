@@ -104,7 +104,9 @@ def fit(
     scheduler = _schedule(optimizer, config, steps)
     with _prepared(accelerator, model) as prepared:
         optimizer = accelerator.prepare(optimizer)
-        places = Places(checkpoints, model, {"optimizer": optimizer, "scheduler": scheduler}, accelerator.scaler)
+        places = Places(
+            checkpoints, model, {"optimizer": optimizer, "scheduler": scheduler}, accelerator.scaler, config.epochs
+        )
         step = _Step(accelerator, prepared, optimizer, scheduler, task, penalty, config.accumulation)
         for epoch in range(places.epoch, config.epochs):
             rest = places.rest_of_epoch(batches, lambda n: accelerator.skip_first_batches(batches, n))

@@ -41,6 +41,8 @@ class Unfinished:
         if file in self.ledger.files:
             state = self._state(file)
             restore_random(state["random"], self.generators)
+            if self._inside:
+                self._inside[-1].add(file)
             return dict(to_device(state["tensors"], self.device))
         self._inside.append(set())
         with self.clock.phase(name):

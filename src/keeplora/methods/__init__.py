@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from keeplora.config import read_toml
-from keeplora.methods.base import Method, MethodConfig, TaskRecord
+from keeplora.methods.base import Method, MethodConfig
 from keeplora.methods.cl_moe import CLMoE
 from keeplora.methods.ewc import EWC
 from keeplora.methods.inflora import InfLoRA
@@ -14,6 +14,7 @@ from keeplora.methods.keeplora import KeepLoRA
 from keeplora.methods.keeplora_config import KeepLoRAConfig
 from keeplora.methods.lora_ft import LoRAFT
 from keeplora.methods.olora import OLoRA
+from keeplora.methods.record import TaskRecord
 from keeplora.methods.sd_lora import SDLoRA
 from keeplora.methods.sefe import SEFE
 from keeplora.methods.zero_shot import ZeroShot

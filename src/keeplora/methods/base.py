@@ -6,7 +6,7 @@ up in `remember`, from the task's record alone, so that a run can be resumed.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from keeplora import adapter
-from keeplora.adapter import SavedAdapter
 from keeplora.borrow import device_of, evaluation_mode
 from keeplora.collect import Track, silent
 from keeplora.config import Config
-from keeplora.subspace import LEAK_ALLOWED, LayerCertificate
+from keeplora.methods.record import TaskRecord
+from keeplora.subspace import LEAK_ALLOWED
 from keeplora.task import LearningError, Task, to_device
 
 Once = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
@@ -52,32 +52,6 @@ class MethodConfig(Config):
             raise ValueError("targets is empty; name at least one linear layer")
 
 
-@dataclass(frozen=True)
-class TaskRecord:
-    """What a method leaves behind after a task: all that is needed to replay it."""
-
-    adapter: SavedAdapter | None = None
-    directions: dict[str, Tensor] = field(default_factory=dict)
-    """The directions `[d_in, k]` that the task added to each layer's protected subspace."""
-    certificate: dict[str, LayerCertificate] = field(default_factory=dict)
-    merge_error: float = 0.0
-    """Largest difference of the outputs of one batch before and after the merge."""
-    head: dict[str, Tensor] = field(default_factory=dict)
-    """Weights of the task's own classifier, if it has one."""
-    state: dict[str, Tensor] = field(default_factory=dict)
-    """What else later tasks, or inference, need of this one."""
-    merged: bool = True
-    """Whether the adapter went into the weights; otherwise it stays beside them at inference, with `state`."""
-    surviving_gradient: dict[str, float] = field(default_factory=dict)
-    """The share of each layer's gradient norm that the protected subspace left to learn from."""
-
-    @property
-    def added_parameters(self) -> int:
-        """How many parameters the task adds at inference: its head, and what was not merged."""
-        beside = [] if self.merged or self.adapter is None else [*self.adapter.weights.values(), *self.state.values()]
-        return sum(tensor.numel() for tensor in [*self.head.values(), *beside])
-
-
 class Method:
     """Sequential LoRA: each task trains a fresh adapter, which is then merged.
 
@@ -105,6 +79,7 @@ class Method:
         self.track = track
         self.record = TaskRecord()
         self.once: Once = _compute
+        self._learned: list[str] = []
         self._required_grad: dict[str, bool] = {}
         self._fingerprints: dict[str, Tensor] = {}
 
@@ -145,11 +120,15 @@ class Method:
     def keep(self, record: TaskRecord) -> None:
         """Leave a task's record behind, and remember it."""
         self.record = record
+        self._take_up(record)
+
+    def _take_up(self, record: TaskRecord) -> None:
+        self._learned.append(record.digest())
         self.remember(record)
 
     def replay(self, model: nn.Module, record: TaskRecord, folder: Path) -> nn.Module:
         """Redo a finished task from its record and the folder of its adapter; return the merged model."""
-        self.remember(record)
+        self._take_up(record)
         if record.adapter is None:
             return model
         self.borrow(model)
@@ -170,6 +149,9 @@ class Method:
         """
         if not self.stands_alone or not record.merged:
             raise ValueError(f"{type(self).__name__} cannot undo a task: what it learned later depends on it")
+        if (learned := record.digest()) not in self._learned:
+            raise ValueError("this record is of no task that the method has learned and not undone")
+        self._learned.remove(learned)
         self.forget(record)
         with torch.no_grad():
             for name, (a, b) in ({} if record.adapter is None else record.adapter.factors()).items():

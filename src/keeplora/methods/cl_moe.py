@@ -33,7 +33,8 @@ from torch.utils.hooks import RemovableHandle
 from keeplora import adapter
 from keeplora.borrow import device_of
 from keeplora.collect import Track, silent
-from keeplora.methods.base import Method, MethodConfig, TaskRecord
+from keeplora.methods.base import Method, MethodConfig
+from keeplora.methods.record import TaskRecord
 from keeplora.methods.routing import Router, Tower, add_experts
 from keeplora.task import LearningError, Task
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from keeplora import adapter
 from keeplora.collect import Track, silent
 from keeplora.fisher import fisher_diagonals
-from keeplora.methods.base import MethodConfig, TaskRecord
+from keeplora.methods.base import MethodConfig
 from keeplora.methods.penalised import Penalised, trained_update
+from keeplora.methods.record import TaskRecord
 from keeplora.task import Task
 
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from keeplora import adapter, collect, subspace
 from keeplora.collect import Track, silent
-from keeplora.methods.base import Method, MethodConfig, TaskRecord
+from keeplora.methods.base import Method, MethodConfig
+from keeplora.methods.record import TaskRecord
 from keeplora.methods.room import alphas_for, warn_of_small_ranks
 from keeplora.task import LearningError, Task
 

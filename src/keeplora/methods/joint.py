@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from keeplora import adapter
 from keeplora.collect import Track, silent
-from keeplora.methods.base import Method, MethodConfig, TaskRecord
+from keeplora.methods.base import Method, MethodConfig
+from keeplora.methods.record import TaskRecord
 from keeplora.methods.room import alphas_for
 from keeplora.task import Batch, Task
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from keeplora import adapter, collect, linalg, subspace
 from keeplora.collect import Track, silent
-from keeplora.methods.base import HEAD, Method, MethodConfig, TaskRecord
+from keeplora.methods.base import HEAD, Method, MethodConfig
 from keeplora.methods.keeplora_config import KeepLoRAConfig
+from keeplora.methods.record import TaskRecord
 from keeplora.methods.room import alphas_for, warn_of_small_ranks
 from keeplora.subspace import LEAK_ALLOWED
 from keeplora.task import LearningError, Task
@@ -33,7 +34,7 @@ class KeepLoRA(Method):
     Config: ClassVar[type[MethodConfig]] = KeepLoRAConfig
     config: KeepLoRAConfig
 
-    fixed: ClassVar[tuple[str, ...]] = ("targets", "weight_energy", "weight_side", "energy_rule")
+    fixed: ClassVar[tuple[str, ...]] = ("targets", "weight_energy", "weight_side", "energy_rule", "a_training")
 
     def __init__(self, config: KeepLoRAConfig | None = None, *, seed: int = 0, track: Track = silent) -> None:
         super().__init__(config, seed=seed, track=track)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from keeplora.adapter import ADAPTER
 from keeplora.collect import Track, silent
-from keeplora.methods.base import MethodConfig, TaskRecord
+from keeplora.methods.base import MethodConfig
 from keeplora.methods.penalised import Penalised
+from keeplora.methods.record import TaskRecord
 from keeplora.subspace import take_out
 
 
@@ -76,11 +77,7 @@ class OLoRA(Penalised):
             self.earlier[name] = torch.cat([earlier, a.to(earlier.device)])
 
     def forget(self, record: TaskRecord) -> None:
-        """Take a task's `a` out of the stack again.
-
-        Raises:
-            ValueError: If it is not in there.
-        """
+        """Take a task's `a` out of the stack again."""
         assert record.adapter is not None
         columns = {name: rows.T for name, rows in self.earlier.items()}
         rest = take_out(columns, {name: a.T for name, (a, _) in record.adapter.factors().items()})

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from keeplora import adapter
 from keeplora.adapter import SavedAdapter
 from keeplora.collect import Track, silent
-from keeplora.methods.base import Method, MethodConfig, TaskRecord
+from keeplora.methods.base import Method, MethodConfig
 from keeplora.methods.held_blocks import hold, release
+from keeplora.methods.record import TaskRecord
 from keeplora.task import Task
 
 SUFFIX = ".magnitudes"

@@ -4,7 +4,8 @@ from typing import ClassVar
 
 from torch import nn
 
-from keeplora.methods.base import Method, TaskRecord
+from keeplora.methods.base import Method
+from keeplora.methods.record import TaskRecord
 from keeplora.task import Task
 
 

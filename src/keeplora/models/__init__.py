@@ -43,4 +43,4 @@ def family_of(model: str) -> Family:
     return FAMILIES[model_type]
 
 
-__all__ = ["FAMILIES", "Family", "StreamTask", "family_of", "locate"]
+__all__ = ["EMBEDDED", "FAMILIES", "Family", "StreamTask", "family_of", "locate"]
