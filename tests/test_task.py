@@ -1,5 +1,7 @@
 """Tasks and benchmark files."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
