@@ -25,11 +25,13 @@ Count = Annotated[int, Field(ge=0)]
 class _Required(BaseModel, extra="allow", strict=True):
     """The keys that every manifest has; more may stand beside them."""
 
+    format: int
     config: dict[str, Any]
     tasks: list[str]
     tasks_finished: Count
     phase: str
     files: dict[str, str]
+    leaving: list[str] = []
 
 
 def new_manifest(config: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
@@ -58,15 +60,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(content)
         found = manifest["format"]
-        if isinstance(found, int) and found != FORMAT:
-            raise ValueError(_other_format(path, found))
-        del manifest["checksum"]
-        _Required.model_validate(manifest)
-    except (KeyError, TypeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
+        is_other = type(found) is int and found != FORMAT
+        if not is_other:
+            del manifest["checksum"]
+            _Required.model_validate(manifest)
+            is_unchanged = manifest_bytes(manifest) == content
+    except (KeyError, TypeError, RecursionError, ValueError) as error:
         raise ValueError(f"{path} is damaged or not of keeplora: {_first_line(error)}") from None
-    if manifest_bytes(manifest) != content:
+    if is_other:
+        raise ValueError(_other_format(path, found))
+    if not is_unchanged:
         raise ValueError(f"{path} is not what the run wrote: it was changed or damaged")
-    wrong = [name for name in manifest["files"] if PurePosixPath(name).is_absolute() or ".." in name.split("/")]
+    names = [*manifest["files"], *manifest.get("leaving", [])]
+    wrong = [name for name in names if PurePosixPath(name).is_absolute() or ".." in name.split("/")]
     if wrong or manifest["tasks_finished"] > len(manifest["tasks"]):
         raise ValueError(f"{path} is damaged or not of keeplora: {wrong or 'more tasks finished than there are'}")
     return dict(manifest)
@@ -106,16 +112,28 @@ def locked(folder: Path) -> Iterator[None]:
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return a phrase for every setting that differs, by its dotted name, and a single one for those of the tasks."""
-    before, now = _flat(before), _flat(now)
-    different = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    old, new = _flat(before), _flat(now)
+    different = [path for path in sorted({*old, *new}) if old.get(path, _MISSING) != new.get(path, _MISSING)]
+    of_tasks = list(dict.fromkeys(path[1] for path in different if path[0] == "tasks" and len(path) > 1))
     phrases = [
-        f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in different if not key.startswith("tasks.")
+        f"{'.'.join(path)} was {old.get(path, _MISSING)!r}, is {new.get(path, _MISSING)!r}"
+        for path in different
+        if path[0] != "tasks" or len(path) == 1
     ]
-    of_tasks = list(dict.fromkeys(key.split(".")[1] for key in different if key.startswith("tasks.")))
     if of_tasks:
         more = f" and {len(of_tasks) - 1} more" if len(of_tasks) > 1 else ""
         phrases.append(f"the benchmark's table of task {of_tasks[0]!r}{more} was another")
     return phrases
+
+
+class _Missing:
+    """Stands for a setting that one side does not have."""
+
+    def __repr__(self) -> str:
+        return "missing"
+
+
+_MISSING = _Missing()
 
 
 def _other_format(path: Path, found: int) -> str:
@@ -131,9 +149,10 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings under dotted names."""
-    flat: dict[str, Any] = {}
+def _flat(config: dict[str, Any], above: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """Return nested settings by their path; an empty table is a value too."""
+    flat: dict[tuple[str, ...], Any] = {}
     for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        path = (*above, key)
+        flat |= _flat(value, path) if isinstance(value, dict) and value else {path: value}
     return flat
