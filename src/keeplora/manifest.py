@@ -113,10 +113,12 @@ def locked(folder: Path) -> Iterator[None]:
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return a phrase for every setting that differs, by its dotted name, and a single one for those of the tasks."""
     old, new = _flat(before), _flat(now)
-    different = [path for path in sorted({*old, *new}) if old.get(path, _MISSING) != new.get(path, _MISSING)]
+    different = [
+        path for path in sorted({*old, *new}) if old.get(path) != new.get(path) or (path in old) != (path in new)
+    ]
     of_tasks = list(dict.fromkeys(path[1] for path in different if path[0] == "tasks" and len(path) > 1))
     phrases = [
-        f"{'.'.join(path)} was {old.get(path, _MISSING)!r}, is {new.get(path, _MISSING)!r}"
+        f"{'.'.join(path)} was {_shown(old, path)}, is {_shown(new, path)}"
         for path in different
         if path[0] != "tasks" or len(path) == 1
     ]
@@ -124,16 +126,6 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         more = f" and {len(of_tasks) - 1} more" if len(of_tasks) > 1 else ""
         phrases.append(f"the benchmark's table of task {of_tasks[0]!r}{more} was another")
     return phrases
-
-
-class _Missing:
-    """Stands for a setting that one side does not have."""
-
-    def __repr__(self) -> str:
-        return "missing"
-
-
-_MISSING = _Missing()
 
 
 def _other_format(path: Path, found: int) -> str:
@@ -156,3 +148,7 @@ def _flat(config: dict[str, Any], above: tuple[str, ...] = ()) -> dict[tuple[str
         path = (*above, key)
         flat |= _flat(value, path) if isinstance(value, dict) and value else {path: value}
     return flat
+
+
+def _shown(flat: dict[tuple[str, ...], Any], path: tuple[str, ...]) -> str:
+    return repr(flat[path]) if path in flat else "missing"
