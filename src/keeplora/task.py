@@ -19,6 +19,9 @@ Batch = Any
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 
+MOST_BYTES = 200
+"""Longest name of a task: file systems take 255 bytes, and a number stands before it."""
+
 
 class LearningError(ValueError):
     """A task could not be learned with these settings: training diverged, or nothing is left to learn with."""
@@ -97,7 +100,8 @@ class TaskSpec(Config):
     """`path` as it was written, for a dataset of the hub; filled in."""
 
     def __post_init__(self) -> None:
-        if not self.name or "/" in self.name or self.name.startswith("."):
+        too_long = len(self.name.encode(errors="replace")) > MOST_BYTES
+        if not self.name.isprintable() or not self.name or "/" in self.name or self.name.startswith(".") or too_long:
             raise ValueError(f"task name {self.name!r} cannot name a folder")
         if "{}" not in self.template:
             raise ValueError(f"task {self.name!r}: template {self.template!r} has no {{}} for the class name")
