@@ -209,7 +209,7 @@ def test_any_nesting_is_filled_or_an_error():
 
 
 def draws(generators):
-    """Draw from everything that can be drawn from; normal numbers too, which python and numpy keep one of in reserve."""
+    """Draw from everything there is; normal numbers too, of which python and numpy keep one in reserve."""
     return [
         random.random(),
         random.gauss(0, 1),
