@@ -12,7 +12,7 @@ from keeplora.methods import METHODS
 ROOT = Path(keeplora.__file__).parent
 
 LAYERS = [
-    {"config", "borrow", "disk", "manifest", "towers", "checkpoint", "examples", "measure", "comparison"}
+    {"config", "borrow", "disk", "manifest", "towers", "checkpoint", "examples", "measure", "comparison", "contents"}
     | {"capacity", "hashes", "forecast"},
     {"linalg", "results", "metrics", "task"},
     {"collect", "fisher", "subspace", "adapter", "datasets", "report", "store", "places", "updates", "card"},

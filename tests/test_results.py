@@ -115,3 +115,114 @@ def test_the_accuracy_of_many_examples_is_not_rounded_to_single_precision():
     references = predictions.clone()
     references[0] = 1
     assert math.isclose(accuracy(predictions, references), 100 * (1 - 1 / (2**24 + 3)), rel_tol=1e-12)
+
+
+# Properties on any matrix, that of an unfinished run too
+
+PROPERTY = settings(deadline=None, derandomize=True, max_examples=100)
+EVERY = (transfer, average, last, forgetting, backward_transfer)
+SCORES = st.floats(0, 100)
+
+
+def close(value):
+    return pytest.approx(value, abs=1e-9)
+
+
+@st.composite
+def matrices(draw):
+    num_tasks = draw(st.integers(1, 6))
+    row = st.lists(SCORES, min_size=num_tasks, max_size=num_tasks)
+    return draw(st.lists(row, min_size=0, max_size=num_tasks))
+
+
+@PROPERTY
+@given(matrices())
+def test_a_metric_is_none_just_where_no_entry_defines_it(a):
+    num_rows, num_tasks = len(a), len(a[0]) if a else 0
+    known = [num_rows > 0 and num_tasks > 1, num_rows > 0, num_rows > 0, num_rows > 1, num_rows > 1]
+    assert [metric(a) is not None for metric in EVERY] == known
+
+
+@PROPERTY
+@given(matrices())
+def test_means_of_scores_lie_between_them_and_differences_are_no_larger_than_they(a):
+    entries = [score for row in a for score in row]
+    for metric in EVERY:
+        if (value := metric(a)) is not None:
+            low, high = (min(entries), max(entries)) if metric in EVERY[:3] else (-100, 100)
+            assert low - 1e-9 <= value <= high + 1e-9
+    if len(a) > 1:
+        assert forgetting(a) >= -backward_transfer(a) - 1e-9
+        assert abs(forgetting(a)) <= max(entries) - min(entries) + 1e-9
+
+
+@PROPERTY
+@given(matrices(), st.randoms(use_true_random=False))
+def test_the_order_of_tasks_that_are_not_learned_yet_changes_nothing(a, random):
+    num_tasks = len(a[0]) if a else 0
+    late = list(range(len(a), num_tasks))
+    random.shuffle(late)
+    places = [*range(len(a)), *late]
+    moved = [[row[i] for i in places] for row in a]
+    assert [metric(moved) for metric in EVERY] == [metric(a) and close(metric(a)) for metric in EVERY]
+    random.shuffle(places)
+    moved = [[row[i] for i in places] for row in a]
+    assert [metric(moved) for metric in (average, last)] == [
+        metric(a) and close(metric(a)) for metric in (average, last)
+    ]
+
+
+@PROPERTY
+@given(matrices(), st.data())
+def test_tasks_that_come_later_leave_what_is_said_of_the_memory(a, data):
+    """A run that is widened has more columns in every row, and the same rows."""
+    if not a:
+        return
+    more = data.draw(st.integers(1, 3))
+    columns = data.draw(st.lists(st.lists(SCORES, min_size=more, max_size=more), min_size=len(a), max_size=len(a)))
+    wide = [row + column for row, column in zip(a, columns, strict=True)]
+    assert forgetting(wide) == forgetting(a)
+    assert backward_transfer(wide) == backward_transfer(a)
+    entries = len(a) * len(a[0])
+    total = average(a) * entries + sum(map(sum, columns))
+    assert average(wide) == close(total / (entries + len(a) * more))
+    means = [sum(column[i] for column in columns) / len(a) for i in range(more)]  # None of them is learned.
+    before = (transfer(a) or 0.0) * (len(a[0]) - 1)
+    assert transfer(wide) == close((before + sum(means)) / (len(a[0]) - 1 + more))
+
+
+@PROPERTY
+@given(matrices())
+def test_a_prefix_of_the_rows_is_the_run_as_it_was_then(a):
+    for num_rows in range(1, len(a) + 1):
+        part = a[:num_rows]
+        assert last(part) == close(sum(part[-1]) / len(part[-1]))
+        if num_rows > 1:
+            gains = [part[-1][i] - part[i][i] for i in range(num_rows - 1)]
+            assert backward_transfer(part) == close(sum(gains) / len(gains))
+        seen = [[a[t][i] for t in range(min(i, num_rows))] for i in range(1, len(a[0]))]
+        if seen:
+            assert transfer(part) == close(sum(sum(one) / len(one) for one in seen) / len(seen))
+
+
+@PROPERTY
+@given(matrices(), st.floats(0, 0.5), st.floats(0, 50))
+def test_scores_on_another_scale_scale_the_metrics(a, factor, offset):
+    scaled = [[factor * score + offset for score in row] for row in a]
+    for metric in EVERY:
+        if (value := metric(a)) is not None:
+            assert metric(scaled) == close(factor * value + (offset if metric in EVERY[:3] else 0))
+
+
+@PROPERTY
+@given(matrices(), st.integers(0, 2**31 - 1), st.text(max_size=8))
+def test_metrics_json_comes_back_as_it_was(a, seed, name):
+    num_tasks = len(a[0]) if a else 2
+    whole = Results(
+        method="m", benchmark=name, model=name, seed=seed, tasks=[f"{name}{i}" for i in range(num_tasks)],
+        zero_shot=[50.0] * num_tasks, accuracy=a, seconds={name: 1.5}, peak_memory_mb=0.1,
+    )  # fmt: skip
+    stored = json.loads(json.dumps(whole.to_json(), allow_nan=False))
+    assert stored == whole.to_json()
+    fields = ("method", "benchmark", "model", "seed", "tasks", "zero_shot", "accuracy", "seconds", "peak_memory_mb")
+    assert Results(**{key: stored[key] for key in fields}) == whole

@@ -16,6 +16,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from keeplora.contents import read_adapter_config
 from keeplora.task import LearningError
 
 ADAPTER = "default"
@@ -64,9 +65,13 @@ class SavedAdapter:
         return SavedAdapter(self.config, {name: value.to(dtype) for name, value in self.weights.items()})
 
     @staticmethod
-    def config_from(content: bytes) -> PeftConfig:
-        """Read the configuration of a saved adapter."""
-        return PeftConfig.from_peft_type(**json.loads(content))
+    def config_from(content: bytes, path: Path = Path(CONFIG_FILE)) -> PeftConfig:
+        """Read the configuration of a saved adapter, the content of the file at a path.
+
+        Raises:
+            ValueError: If it is none that `files` could have written; the message names the path and the key.
+        """
+        return PeftConfig.from_peft_type(**read_adapter_config(content, LoraConfig().to_dict(), path))
 
 
 def linear_targets(model: nn.Module, suffixes: tuple[str, ...]) -> list[str]:
@@ -221,9 +226,13 @@ def merge_from(model: nn.Module, folder: Path) -> nn.Module:
     """Reload a saved adapter into its base model and merge it.
 
     Raises:
-        ValueError: If the folder has no adapter in safetensors; PEFT would take a pickled one instead.
+        ValueError: If it does not fit the model, or the folder has none in safetensors; PEFT would take a pickled one.
         LearningError: If a merged weight would not be finite.
     """
     if not (folder / WEIGHTS_FILE).is_file():
         raise ValueError(f"{folder} has no {WEIGHTS_FILE}; adapters are read from safetensors alone")
-    return merge(PeftModel.from_pretrained(model, folder, adapter_name=ADAPTER))
+    try:
+        adapted = PeftModel.from_pretrained(model, folder, adapter_name=ADAPTER)
+    except (RuntimeError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"the adapter {folder} does not fit the model: {error}") from error
+    return merge(adapted)

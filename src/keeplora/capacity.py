@@ -18,6 +18,8 @@ from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
+from keeplora.contents import Layer, require
+
 RECENT = 3
 """How many of the last tasks the forecast is made from."""
 
@@ -107,19 +109,36 @@ def capacity_of(tasks: Sequence[Mapping[str, Any]]) -> Capacity | None:
 
     Args:
         tasks: What `task.json` holds of each, such as `Ledger.tasks`.
+
+    Raises:
+        ValueError: If a certificate is damaged; the message names the task.
     """
-    certified = [task for task in tasks if task["certificate"].get("layers")]
+    named = [(task.get("name", ""), _layers_of(task)) for task in tasks]
+    certified = [(name, layers) for name, layers in named if layers]
     if not certified:
         return None
-    layers = [task["certificate"]["layers"] for task in certified]
+    layers = [layers for _, layers in certified]
+    widths = {key: _width(layer) for key, layer in layers[-1].items()}
+    for name, found in certified:
+        if {key: _width(layer) for key, layer in found.items()} != widths or 0 in widths.values():
+            raise ValueError(f"the certificate in task.json of task {name!r} is of other layers than the last one")
     # A rank is small where a task needs no more, or finds no room: the largest one is what updates ask for.
-    rank = max(layer["rank"] for named in layers for layer in named.values())
+    rank = max(layer.rank for found in layers for layer in found.values())
     rooms = {}
     for name, last in layers[-1].items():
-        d_in = last["residual_dims"] + last["protected_dims"]
-        left = tuple(named[name]["residual_dims"] for named in layers)
+        d_in = _width(last)
+        left = tuple(found[name].residual_dims for found in layers)
         rooms[name] = LayerRoom(d_in=d_in, left=left, rank=min(max(rank, 1), d_in))
-    return Capacity(tasks=tuple(task.get("name", "") for task in certified), layers=rooms)
+    return Capacity(tasks=tuple(name for name, _ in certified), layers=rooms)
+
+
+def _layers_of(task: Mapping[str, Any]) -> dict[str, Layer]:
+    place = f"the certificate in task.json of task {task.get('name')!r}"
+    return require(dict[str, Layer], require(dict[str, Any], task["certificate"], place).get("layers", {}), place)
+
+
+def _width(layer: Layer) -> int:
+    return layer.residual_dims + layer.protected_dims
 
 
 def forecast(capacity: Capacity) -> str:

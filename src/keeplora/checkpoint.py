@@ -57,7 +57,7 @@ def from_bytes(content: bytes) -> State:
         tensors = aligned(load(content))
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         return _fill(json.loads(header["__metadata__"]["state"]), tensors)
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"this is no state of a run: {error}") from None
 
 
@@ -110,6 +110,7 @@ def restore_order(states: list[Tensor], generators: Iterable[torch.Generator]) -
 def _strip(value: State, tensors: dict[str, Tensor]) -> State:
     """Replace every tensor by its number, and what JSON does not know by a tagged list."""
     if isinstance(value, np.ndarray):
+        assert value.dtype.kind in "iub", f"an array of {value.dtype} cannot be kept"
         whole = torch.from_numpy(value.astype(np.int64))  # numpy's generator has unsigned numbers, which torch lacks
         return {"kind": "array", "items": _strip(whole, tensors), "dtype": str(value.dtype)}
     if isinstance(value, Tensor):
@@ -133,7 +134,10 @@ def _fill(value: State, tensors: dict[str, Tensor]) -> State:
     if kind == "tensor":
         return tensors[items]
     if kind == "array":
-        return _fill(items, tensors).numpy().astype(value["dtype"])
+        whole = _fill(items, tensors)
+        if not isinstance(whole, Tensor) or np.dtype(value["dtype"]).kind not in "iub":
+            raise ValueError("an array of it is damaged")
+        return whole.numpy().astype(value["dtype"])
     if kind == "dict":
         return {_fill(key, tensors): _fill(item, tensors) for key, item in items}
     filled = [_fill(item, tensors) for item in items]

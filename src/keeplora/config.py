@@ -41,7 +41,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ValueError(f"there is no file {path}") from None
     except IsADirectoryError:
         raise ValueError(f"{path} is a folder; give a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # Numbers with too many digits, tables nested too deep.
         raise ValueError(f"{path} is not a TOML file: {error}") from None
 
 

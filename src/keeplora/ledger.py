@@ -14,6 +14,7 @@ from safetensors.torch import load, save
 
 from keeplora.adapter import CONFIG_FILE, WEIGHTS_FILE, SavedAdapter
 from keeplora.checkpoint import aligned
+from keeplora.contents import read_task, require_start
 from keeplora.measure import Phases
 from keeplora.methods import TaskRecord
 from keeplora.results import Results
@@ -32,6 +33,8 @@ class Ledger(Store):
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         super().__init__(folder, manifest)
+        if self.num_finished or "zero_shot" in manifest:
+            require_start(manifest, folder / "run.json")
         self.tasks = [self._task_json(index) for index in range(self.num_finished)]
 
     @property
@@ -135,7 +138,8 @@ class Ledger(Store):
         adapter = self.folder / folder / "adapter"
         saved = None
         if f"{folder}/adapter/{WEIGHTS_FILE}" in self.files:
-            config = SavedAdapter.config_from(self.read(f"{folder}/adapter/{CONFIG_FILE}"))
+            name = f"{folder}/adapter/{CONFIG_FILE}"
+            config = SavedAdapter.config_from(self.read(name), self.folder / name)
             saved = SavedAdapter(config, self._tensors(f"{folder}/adapter/{WEIGHTS_FILE}"))
         return TaskRecord(
             adapter=saved,
@@ -172,7 +176,8 @@ class Ledger(Store):
             raise ValueError(f"{self.folder / name} is not a safetensors file: {error}") from None
 
     def _task_json(self, index: int) -> dict[str, Any]:
-        return dict(json.loads(self.read(f"{self.task_folder(index)}/task.json")))
+        name = f"{self.task_folder(index)}/task.json"
+        return read_task(self.read(name), self.manifest["tasks"], self.folder / name)
 
 
 def task_folder(index: int, tasks: list[str]) -> str:

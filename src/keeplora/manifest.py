@@ -25,11 +25,13 @@ Count = Annotated[int, Field(ge=0)]
 class _Required(BaseModel, extra="allow", strict=True):
     """The keys that every manifest has; more may stand beside them."""
 
+    format: int
     config: dict[str, Any]
     tasks: list[str]
     tasks_finished: Count
     phase: str
     files: dict[str, str]
+    leaving: list[str] = []
 
 
 def new_manifest(config: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
@@ -58,15 +60,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(content)
         found = manifest["format"]
-        if isinstance(found, int) and found != FORMAT:
-            raise ValueError(_other_format(path, found))
-        del manifest["checksum"]
-        _Required.model_validate(manifest)
-    except (KeyError, TypeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
+        is_other = type(found) is int and found != FORMAT
+        if not is_other:
+            del manifest["checksum"]
+            _Required.model_validate(manifest)
+            is_unchanged = manifest_bytes(manifest) == content
+    except (KeyError, TypeError, RecursionError, ValueError) as error:
         raise ValueError(f"{path} is damaged or not of keeplora: {_first_line(error)}") from None
-    if manifest_bytes(manifest) != content:
+    if is_other:
+        raise ValueError(_other_format(path, found))
+    if not is_unchanged:
         raise ValueError(f"{path} is not what the run wrote: it was changed or damaged")
-    wrong = [name for name in manifest["files"] if PurePosixPath(name).is_absolute() or ".." in name.split("/")]
+    names = [*manifest["files"], *manifest.get("leaving", [])]
+    wrong = [name for name in names if PurePosixPath(name).is_absolute() or ".." in name.split("/")]
     if wrong or manifest["tasks_finished"] > len(manifest["tasks"]):
         raise ValueError(f"{path} is damaged or not of keeplora: {wrong or 'more tasks finished than there are'}")
     return dict(manifest)
@@ -122,12 +128,16 @@ def _is_at(path: Path, number: int) -> bool:
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return a phrase for every setting that differs, by its dotted name, and a single one for those of the tasks."""
-    before, now = _flat(before), _flat(now)
-    different = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-    phrases = [
-        f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in different if not key.startswith("tasks.")
+    old, new = _flat(before), _flat(now)
+    different = [
+        path for path in sorted({*old, *new}) if old.get(path) != new.get(path) or (path in old) != (path in new)
     ]
-    of_tasks = list(dict.fromkeys(key.split(".")[1] for key in different if key.startswith("tasks.")))
+    of_tasks = list(dict.fromkeys(path[1] for path in different if path[0] == "tasks" and len(path) > 1))
+    phrases = [
+        f"{'.'.join(path)} was {_shown(old, path)}, is {_shown(new, path)}"
+        for path in different
+        if path[0] != "tasks" or len(path) == 1
+    ]
     if of_tasks:
         more = f" and {len(of_tasks) - 1} more" if len(of_tasks) > 1 else ""
         phrases.append(f"the benchmark's table of task {of_tasks[0]!r}{more} was another")
@@ -147,9 +157,14 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings under dotted names."""
-    flat: dict[str, Any] = {}
+def _flat(config: dict[str, Any], above: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """Return nested settings by their path; an empty table is a value too."""
+    flat: dict[tuple[str, ...], Any] = {}
     for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        path = (*above, key)
+        flat |= _flat(value, path) if isinstance(value, dict) and value else {path: value}
     return flat
+
+
+def _shown(flat: dict[tuple[str, ...], Any], path: tuple[str, ...]) -> str:
+    return repr(flat[path]) if path in flat else "missing"

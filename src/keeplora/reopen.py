@@ -9,11 +9,13 @@ from torch import nn
 
 from keeplora.collect import Track, silent
 from keeplora.config import parse
+from keeplora.contents import require_config
 from keeplora.ledger import Ledger
 from keeplora.methods import find_method
 from keeplora.models import StreamTask
 from keeplora.opening import read_ledger
 from keeplora.stream import RunConfig, open_stream
+from keeplora.task import TaskSpec
 from keeplora.train import TrainConfig
 
 
@@ -50,10 +52,17 @@ def reopen(
 
 
 def config_of(ledger: Ledger) -> RunConfig:
-    """Return the configuration that a run was started with."""
+    """Return the configuration that a run was started with.
+
+    Raises:
+        ValueError: If `run.json` holds none, or one that is no longer possible; the message names the key.
+    """
+    path = ledger.folder / "run.json"
+    source = str(path)
+    require_config(ledger.manifest["config"], ledger.manifest["tasks"], path)
     values = json.loads(json.dumps(ledger.manifest["config"]))
-    del values["tasks"]
-    source = str(ledger.folder / "run.json")
+    for name, table in values.pop("tasks").items():
+        parse(TaskSpec, table, source=f"{source}: task {name!r}")
     options = parse(find_method(values["method"])[0].Config, values.pop("options"), source=source)
     train = parse(TrainConfig, values.pop("train"), source=source)
     return parse(RunConfig, {**values, "output": ledger.folder, "train": train, "options": options}, source=source)

@@ -23,7 +23,9 @@ def run_defaults(benchmark: str, method: str, values: dict[str, Any], source: st
     options: dict[str, Any] = {}
     for table in (defaults.get(method_behind(method), {}), variant, defaults.get(method, {})):
         options |= {key: value for key, value in table.items() if key != "train"}
-        train |= table.get("train", {})
+        if not isinstance(more := table.get("train", {}), dict):
+            raise ValueError(f"benchmark {benchmark!r}: train = {more!r} in the defaults of a method must be a table")
+        train |= more
     train |= _table(values, "train", source)
     options |= _table(values, "options", source)
     parsed = parse(RunConfig, {**values, "train": train, "benchmark": benchmark, "method": method}, source=source)

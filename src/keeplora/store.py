@@ -1,7 +1,8 @@
 """A folder whose files change together or not at all, listed with their SHA-256 in its manifest.
 
-New files wait in `staged/`. The commit is the moment at which `run.json`, with their hashes, takes its place; only then
-do they take their names. After a crash before that moment they are dropped, after a crash behind it they are moved.
+New files wait in `staged/`. The commit is the moment at which `run.json`, with their hashes and the names of the files
+that leave, takes its place; only then do they take their names, and those that leave are removed. After a crash before
+that moment they are dropped, after a crash behind it they are moved, and what was to leave is removed.
 In several processes, the first one alone touches the disk.
 """
 
@@ -58,6 +59,7 @@ class Store:
         if not is_main_process():
             return
         place = self.folder / STAGED / name
+        disk.remove(place)  # What was handed in before under this name would be taken for a part of it.
         save(place)
         disk.flush(place)
         for path in sorted(place.rglob("*")):
@@ -75,11 +77,15 @@ class Store:
         """Let the manifest as it is now, and all that was handed in, take effect at once."""
         kept = {name: digest for name, digest in self.files.items() if name not in self._leaving}
         self.manifest["files"] = kept | self._waiting
+        leaving = sorted(self._leaving - set(self._waiting))
+        self.manifest.pop("leaving", None)
+        if leaving:
+            self.manifest["leaving"] = leaving
         if is_main_process():
             disk.write_atomically(self.folder / "run.json", manifest_bytes(self.manifest))
             for name in self._waiting:
                 disk.rename(self.folder / STAGED / name, self.folder / name)
-            for name in sorted(self._leaving - set(self._waiting)):
+            for name in leaving:
                 disk.remove(self.folder / name)
             disk.remove(self.folder / STAGED)
         self._waiting, self._leaving = {}, set()
@@ -97,6 +103,10 @@ class Store:
             name = path.relative_to(staged).as_posix()
             if path.is_file() and self.files.get(name) == sha256_of(path):
                 disk.rename(path, self.folder / name)
+        for name in self.manifest.get("leaving", []):
+            if name not in self.files and (self.folder / name).is_file():
+                disk.remove(self.folder / name)
+        disk.remove(self.folder / "run.json.part")
         disk.remove(staged)
         for path in sorted((self.folder / unfinished).glob("*")):
             if f"{unfinished}/{path.name}" not in self.files:

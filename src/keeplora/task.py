@@ -102,7 +102,7 @@ class TaskSpec(Config):
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name or self.name.startswith(".") or not self.name.isprintable():
             raise ValueError(f"task name {self.name!r} cannot name a folder")
-        if len(self.name.encode()) > LONGEST_NAME:
+        if len(self.name.encode(errors="replace")) > LONGEST_NAME:
             raise ValueError(f"task name {self.name[:20] + '...'!r} is too long for a folder; give a shorter one")
         if "{}" not in self.template:
             raise ValueError(f"task {self.name!r}: template {self.template!r} has no {{}} for the class name")
