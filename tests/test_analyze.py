@@ -14,7 +14,7 @@ from keeplora import analyze, cli, linalg
 from keeplora.analyze import PrincipalConfig, principal_curve, principal_directions
 from keeplora.borrow import other_weights
 from keeplora.evaluate import evaluate
-from keeplora.run import load_stream
+from keeplora.stream import load_stream
 
 LAYERS = ("fc1", "fc2", "q_proj", "v_proj")
 """Square and not: d_in < d_out, d_in > d_out, d_in == d_out."""
