@@ -159,7 +159,7 @@ def test_a_number_with_too_many_digits_is_named_even_where_all_else_is_right(fol
 
 
 def test_a_nesting_too_deep_to_be_written_again_is_refused(folder):
-    for depth in range(600, 1000):
+    for depth in range(600, 1000, 9):
         for left, right in ((b"[", b"]"), (b'{"a":', b"}")):
             nested = b'"seed": ' + left * depth + b"0" + right * depth
             refused(folder, manifest_bytes(WHOLE).replace(b'"seed": 0', nested))
