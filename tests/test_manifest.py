@@ -159,7 +159,7 @@ def test_a_number_with_too_many_digits_is_named_even_where_all_else_is_right(fol
 
 
 def test_a_nesting_too_deep_to_be_written_again_is_refused(folder):
-    for depth in range(600, 1000):
+    for depth in range(600, 1000, 9):
         for left, right in ((b"[", b"]"), (b'{"a":', b"}")):
             nested = b'"seed": ' + left * depth + b"0" + right * depth
             refused(folder, manifest_bytes(WHOLE).replace(b'"seed": 0', nested))
@@ -239,6 +239,12 @@ def test_differences_are_none_only_between_equal_values_and_name_every_key(befor
     old, new = leaves(before), leaves(now)
     missing = object()
     changed = [path for path in {*old, *new} if path and old.get(path, missing) != new.get(path, missing)]
+    emptied = {path for path in changed if {} in (old.get(path), new.get(path))}
+    changed = [
+        path
+        for path in changed
+        if not (path in emptied and any(other[: len(path)] == path != other for other in changed))
+    ]
     of_tasks = {path[1] for path in changed if path[0] == "tasks" and len(path) > 1}
     for path in changed:
         if path[0] != "tasks" or len(path) == 1:
@@ -262,6 +268,7 @@ def test_one_changed_key_is_the_only_difference(config, key, value):
 def test_a_difference_of_nothing_and_a_missing_key_says_which_is_missing():
     assert differences({"a": None}, {}) == ["a was None, is missing"]
     assert differences({}, {"a": {}}) == ["a was missing, is {}"]
+    assert differences({"a": {"b": 1}}, {"a": {}}) == ["a.b was 1, is missing"]
 
 
 def test_the_path_is_part_of_every_message(tmp_path):

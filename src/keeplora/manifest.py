@@ -132,6 +132,10 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     different = [
         path for path in sorted({*old, *new}) if old.get(path) != new.get(path) or (path in old) != (path in new)
     ]
+    above = {path[:length] for path in different for length in range(len(path))}
+    different = [  # A table that is empty on one side is named by what the other has in it.
+        path for path in different if path not in above or {} not in (old.get(path), new.get(path))
+    ]
     of_tasks = list(dict.fromkeys(path[1] for path in different if path[0] == "tasks" and len(path) > 1))
     phrases = [
         f"{'.'.join(path)} was {_shown(old, path)}, is {_shown(new, path)}"
