@@ -97,7 +97,7 @@ def one_round(
     return records
 
 
-def phase_config(config: PhasesConfig, system: SystemName, phase: Any, folder: Path) -> PhaseConfig:
+def phase_config(config: PhasesConfig, system: SystemName, phase: Any, folder: Path | None) -> PhaseConfig:
     """Return what one measurement is told."""
     shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(WorkloadConfig)}
     shared |= {"sample_layers": config.sample_layers, "naive_features": config.naive_features}
