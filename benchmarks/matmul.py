@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,10 +27,14 @@ from keeplora import collect, linalg
 from keeplora.adapter import linear_targets
 from keeplora.methods import KeepLoRA, LoRAFT, Method
 from keeplora.train import TrainConfig, fit
-from phases import machine
+from phases import machine, spread
 from workloads import WorkloadConfig, load
 
 Part = Literal["rate", "grams", "eigh", "step"]
+Work = Callable[[], object]
+Row = dict[str, Any]
+
+SQUARE, LIBRARY, OURS = "square", "keeplora.linalg.spectrum", "keeplora / this"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,42 +60,49 @@ class MatmulConfig(WorkloadConfig):
 
 def main(config: tyro.conf.OmitArgPrefixes[MatmulConfig]) -> None:
     """Measure, write the results as JSON, and print them as Markdown."""
-    results: dict[str, list[dict[str, Any]]] = {}
-    best = 0.0
-    for part in ("rate", *(part for part in config.parts if part != "rate")):
-        results[part] = PARTS[part](config, best)
-        if part == "rate":
-            best = max(row["gflops"] for row in results[part])
-        print(f"{part}\n\n{table(results[part])}\n", flush=True)
+    results: dict[str, list[Row]] = {}
     config.output.parent.mkdir(parents=True, exist_ok=True)
-    config.output.write_text(json.dumps({"machine": machine(), "results": results}, indent=1))
+    for part in config.parts:
+        results[part] = PARTS[part](config)
+        print(f"{part}\n\n{table(results[part])}\n", flush=True)
+        config.output.write_text(json.dumps({"machine": machine(), "results": results}, indent=1))
 
 
-def rates(config: MatmulConfig, best: float) -> list[dict[str, Any]]:
+def rates(config: MatmulConfig) -> list[Row]:
     """Measure square matrix products."""
-    rows = []
-    for side in config.sides:
-        x, y, out = torch.randn(side, side), torch.randn(side, side), torch.empty(side, side)
-        seconds = _seconds(lambda x=x, y=y, out=out: torch.mm(x, y, out=out), config.repeats)
-        rows.append({"product": f"square {side}"} | _rate(2 * side**3, seconds))
-    return rows
+    works = {f"square {side}": square(side) for side in config.sides}
+    found = in_turns(works, config.repeats)
+    flops = [2 * side**3 for side in config.sides]
+    return [
+        {"product": name} | _rate(count, seconds) for (name, seconds), count in zip(found.items(), flops, strict=True)
+    ]
 
 
-def grams(config: MatmulConfig, best: float) -> list[dict[str, Any]]:
+def square(side: int) -> Work:
+    """Return the product of two square matrices."""
+    x, y, out = torch.randn(side, side), torch.randn(side, side), torch.empty(side, side)
+    return lambda: torch.mm(x, y, out=out)
+
+
+def grams(config: MatmulConfig) -> list[Row]:
     """Measure what `input_grams` does with the rows of a batch, and plain products of the same shape.
 
     Products are counted as 2 * rows * d_in ** 2, though a gram is symmetric: `syrk`, which computes one half only,
     may so pass the machine's rate.
     """
     found = []
+    side = max(config.sides)
     for width in (width for width in config.widths if width >= 768):
-        for name, (count, work) in accumulations(config.rows, width).items():
-            rate = _rate(2 * count * width**2, _seconds(work, config.repeats))
-            found.append({"d_in": width, "what": name} | rate | {"share": round(rate["gflops"] / best, 3)})
+        ways = accumulations(config.rows, width)
+        times = in_turns({name: work for name, (_, work) in ways.items()} | {SQUARE: square(side)}, config.repeats)
+        for name, (count, _) in ways.items():
+            flops = 2 * count * width**2
+            share = _share(flops, times[name], 2 * side**3, times[SQUARE])
+            found.append({"d_in": width, "what": name} | _rate(flops, times[name]) | share)
     return found
 
 
-def accumulations(num_rows: int, width: int) -> dict[str, tuple[int, Callable[[], object]]]:
+def accumulations(num_rows: int, width: int) -> dict[str, tuple[int, Work]]:
     """Return ways to add rows to a gram by name: how many rows it counts, and the work."""
     rows, total = torch.randn(num_rows, width), torch.zeros(width, width)
     inputs = rows.unsqueeze(0)
@@ -107,60 +119,71 @@ def accumulations(num_rows: int, width: int) -> dict[str, tuple[int, Callable[[]
     }
 
 
-def eigensolvers(config: MatmulConfig, best: float) -> list[dict[str, Any]]:
+def eigensolvers(config: MatmulConfig) -> list[Row]:
     """Measure all eigenvalues and eigenvectors of the same float32 gram by every solver."""
-    found: list[dict[str, Any]] = []
+    found: list[Row] = []
     last: dict[str, tuple[int, float]] = {}
     for width in config.widths:
         rows = torch.randn(2 * width, width) * 0.99 ** torch.arange(width)
-        gram = rows.T @ rows
-        for name, solve in solvers(gram).items():
-            if name in last and last[name][1] * (width / last[name][0]) ** 3 > config.limit:
-                found.append({"d_in": width, "solver": name, "seconds": "left out", "range": ""})
+        works = solvers(rows.T @ rows)
+        slow = [name for name, (n, seconds) in last.items() if seconds * (width / n) ** 3 > config.limit]
+        times = in_turns({name: work for name, work in works.items() if name not in slow}, config.repeats)
+        for name in works:
+            if name in slow:
+                found.append({"d_in": width, "solver": name, "seconds": "left out", "range": "", OURS: ""})
                 continue
-            seconds = _seconds(solve, config.repeats)
-            last[name] = (width, statistics.median(seconds))
-            found.append({"d_in": width, "solver": name} | _median(seconds))
+            last[name] = (width, statistics.median(times[name]))
+            ratio = [own / other for own, other in zip(times[LIBRARY], times[name], strict=True)]
+            found.append({"d_in": width, "solver": name} | _median(times[name]) | {OURS: spread(ratio)})
     return found
 
 
-def solvers(gram: Tensor) -> dict[str, Callable[[], object]]:
+def solvers(gram: Tensor) -> dict[str, Work]:
     """Return the eigensolvers by name."""
     array = gram.numpy()
     width = len(array)
-    found: dict[str, Callable[[], object]] = {
-        "keeplora.linalg.spectrum": lambda: linalg.spectrum(gram),
+    found: dict[str, Work] = {
+        LIBRARY: lambda: linalg.spectrum(gram),
         "torch.linalg.eigh": lambda: torch.linalg.eigh(gram),
         "numpy.linalg.eigh": lambda: np.linalg.eigh(array),
     }
     for driver in ("ev", "evd", "evr", "evx"):
-        found[f"scipy {driver}"] = lambda driver=driver: scipy.linalg.eigh(array, driver=driver, check_finite=False)
+        found[f"scipy {driver}"] = partial(scipy.linalg.eigh, array, driver=driver, check_finite=False)
     top = [width - width // 4, width - 1]
     found["scipy evr, top quarter"] = lambda: scipy.linalg.eigh(array, driver="evr", subset_by_index=top)
     return found
 
 
-def steps(config: MatmulConfig, best: float) -> list[dict[str, Any]]:
+def steps(config: MatmulConfig) -> list[Row]:
     """Measure a training step; its products are counted as those that torch's own operations stand for."""
+    side = max(config.sides)
+    product = square(side)
     found = []
-    for name in ("lora_ft", "keeplora"):
-        seconds = []
-        for _ in range(config.repeats):
-            workload = load(config)
-            adapted = _method(name, workload.options).before_task(workload.model, workload.task)
-            number = sum(1 for _ in workload.task.batches())
-            if not seconds:
-                batch = next(iter(workload.task.batches()))
-                with FlopCounterMode(display=False) as counter:
-                    workload.task.loss(adapted, batch).backward()
-                adapted.zero_grad()
-            since = time.perf_counter()
-            fit(adapted, workload.task, TrainConfig(epochs=1, batch_size=config.batch_size))
-            seconds.append((time.perf_counter() - since) / number)
-        rate = _rate(counter.get_total_flops(), seconds)
-        gflop = round(counter.get_total_flops() / 1e9, 1)
-        found.append({"step of": name, "GFLOP": gflop} | rate | {"share": round(rate["gflops"] / best, 3)})
+    times: dict[str, list[float]] = {"lora_ft": [], "keeplora": []}
+    squares: dict[str, list[float]] = {"lora_ft": [], "keeplora": []}
+    flops = {}
+    for repeat in range(config.repeats):
+        for name in times if repeat % 2 == 0 else reversed(times):
+            squares[name] += in_turns({SQUARE: product}, 1)[SQUARE]
+            seconds, flops[name] = one_step(config, name)
+            times[name].append(seconds)
+    for name, count in flops.items():
+        share = _share(count, times[name], 2 * side**3, squares[name])
+        found.append({"step of": name, "GFLOP": round(count / 1e9, 1)} | _rate(count, times[name]) | share)
     return found
+
+
+def one_step(config: MatmulConfig, name: str) -> tuple[float, int]:
+    """Train for an epoch; return the seconds of a step and the operations of its products."""
+    workload = load(config)
+    adapted = _method(name, workload.options).before_task(workload.model, workload.task)
+    batches = list(workload.task.batches())
+    with FlopCounterMode(display=False) as counter:
+        workload.task.loss(adapted, batches[0]).backward()
+    adapted.zero_grad()
+    since = time.perf_counter()
+    fit(adapted, workload.task, TrainConfig(epochs=1, batch_size=config.batch_size))
+    return (time.perf_counter() - since) / len(batches), counter.get_total_flops()
 
 
 def _method(name: str, options: Any) -> Method:
@@ -182,33 +205,40 @@ class _Unprotected(KeepLoRA):
         self.once = lambda name, compute: random if name == "gradient" else compute()
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Row]) -> str:
     """Return rows as a Markdown table."""
     head = list(rows[0])
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     return "\n".join([*lines, *("| " + " | ".join(str(row[key]) for key in head) + " |" for row in rows)])
 
 
-def _seconds(work: Callable[[], object], repeats: int) -> list[float]:
-    """Return the seconds of each repeat, after one that does not count."""
-    work()
-    found = []
-    for _ in range(repeats):
-        since = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - since)
+def in_turns(works: dict[str, Work], repeats: int) -> dict[str, list[float]]:
+    """Return the seconds of every repeat of each work; they take turns, after a round that does not count."""
+    found: dict[str, list[float]] = {name: [] for name in works}
+    for repeat in range(repeats + 1):
+        for name, work in works.items():
+            since = time.perf_counter()
+            work()
+            if repeat > 0:
+                found[name].append(time.perf_counter() - since)
     return found
 
 
-def _median(seconds: list[float]) -> dict[str, Any]:
+def _share(flops: float, seconds: list[float], flops_of_square: float, squares: list[float]) -> Row:
+    """Return which share of the rate of the square product next to it each repeat reached."""
+    pairs = zip(seconds, squares, strict=True)
+    return {"share of the machine's rate": spread([flops / own * square / flops_of_square for own, square in pairs])}
+
+
+def _median(seconds: list[float]) -> Row:
     return {"seconds": f"{statistics.median(seconds):.4g}", "range": f"{min(seconds):.4g} to {max(seconds):.4g}"}
 
 
-def _rate(flops: float, seconds: list[float]) -> dict[str, Any]:
+def _rate(flops: float, seconds: list[float]) -> Row:
     return _median(seconds) | {"gflops": round(flops / statistics.median(seconds) / 1e9, 1)}
 
 
-PARTS: dict[str, Callable[[MatmulConfig, float], list[dict[str, Any]]]] = {
+PARTS: dict[Part, Callable[[MatmulConfig], list[Row]]] = {
     "rate": rates,
     "grams": grams,
     "eigh": eigensolvers,

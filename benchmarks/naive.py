@@ -43,7 +43,7 @@ def mean_gradients(model: nn.Module, task: Task, targets: list[str]) -> dict[str
     count = 0
     for batch in task.batches():
         model.zero_grad()
-        task.loss(model, batch).backward()  # type: ignore[no-untyped-call]
+        task.loss(model, batch).backward()
         n = task.num_examples(batch)
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
@@ -104,7 +104,7 @@ def fit(model: nn.Module, task: Task, *, epochs: int, learning_rate: float = 1e-
         for batch in task.batches():
             loss = task.loss(model, batch)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             if scheduler is not None:
                 scheduler.step()

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -355,11 +355,12 @@ def _rows_of(given: Given, name: str) -> Tensor:
     batches = 1 if config.naive_features == "batch_mean" else -(-config.images // config.batch_size)
     generator = torch.Generator().manual_seed(config.seed)
     rows = torch.randn(batches * workload.rows(name), len(energies), generator=generator)
-    return (rows * energies.clamp_min(0).sqrt()) @ directions.T
+    shaped: Tensor = (rows * energies.clamp_min(0).sqrt()) @ directions.T
+    return shaped
 
 
 def _by_layers(given: Given, work: Callable[[list[str]], object]) -> list[Part]:
-    return [(count, lambda names=names: work(names)) for count, names in given.groups(given.config.sample_layers)]
+    return [(count, partial(work, names)) for count, names in given.groups(given.config.sample_layers)]
 
 
 def _of(values: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:

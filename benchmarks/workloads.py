@@ -187,9 +187,9 @@ def llama_block(config: WorkloadConfig) -> Workload:
         )
     ).eval()  # fmt: skip
     options = KeepLoRAConfig(rank=64, alpha=128.0, targets=LLAMA_TARGETS, weight_energy=0.6)
-    tasks = [TokenTask(config, vocabulary, padding_counts=counts) for counts in (False, True)]
+    task, padded = (TokenTask(config, vocabulary, padding_counts=counts) for counts in (False, True))
     rows = min(config.batch_size, config.images) * config.length
-    return Workload(config, model, *tasks, options, lambda name: rows)
+    return Workload(config, model, task, padded, options, lambda name: rows)
 
 
 WORKLOADS: dict[str, Callable[[WorkloadConfig], Workload]] = {
