@@ -92,6 +92,10 @@ class Given:
         few = Few(self.workload.task, 8)
         return self._kept("grams", lambda: collect.input_grams(self.workload.model, few, self.workload.targets))
 
+    def forget_gradients(self) -> None:
+        """Let go of what a run would no longer hold once the adapted model is made."""
+        self.__dict__.pop("gradients", None)
+
     def groups(self, sample: int | None) -> list[tuple[float, list[str]]]:
         """Return layers of equal work, as many of each kind as the sample says, and how many times they count."""
         kinds: dict[object, list[str]] = {}
@@ -250,9 +254,11 @@ def library_step(make: Callable[[Given], Method]) -> Callable[[Given], list[Part
     """Return the phase that trains for one epoch by the library."""
 
     def phase(given: Given) -> list[Part]:
-        adapted = make(given).before_task(given.workload.model, given.workload.task)
+        method = make(given)
+        adapted = method.before_task(given.workload.model, given.workload.task)
+        _let_go(method, given)
         config = TrainConfig(epochs=1, batch_size=given.config.batch_size)
-        return [(1, lambda: fit(adapted, given.workload.task, config))]
+        return [(1, lambda: fit(adapted, given.workload.task, config, penalty=method.penalty))]
 
     return phase
 
@@ -269,6 +275,7 @@ def library_merge(make: Callable[[Given], Method]) -> Callable[[Given], list[Par
     def phase(given: Given) -> list[Part]:
         method = make(given)
         adapted = method.before_task(given.workload.model, given.workload.task)
+        _let_go(method, given)
         return [(1, lambda: method.after_task(adapted, given.workload.task))]
 
     return phase
@@ -325,6 +332,7 @@ def naive_factors(given: Given) -> dict[str, tuple[Tensor, Tensor]]:
     factors = {name: (adapted.get_parameter(f"base_model.model.{name}.lora_A.default.weight"),
                       adapted.get_parameter(f"base_model.model.{name}.lora_B.default.weight"))
                for name in given.workload.targets}  # fmt: skip
+    given.forget_gradients()
     return {name: (a.detach(), b.detach()) for name, (a, b) in factors.items()}
 
 
@@ -341,6 +349,13 @@ def _keeplora(given: Given) -> KeepLoRA:
     found = {"gradient": given.gradients, "features": none}
     method.once = lambda name, compute: found[name] if name in found else compute()
     return method
+
+
+def _let_go(method: Method, given: Given) -> None:
+    """Forget the gradients, as a run has; what `once` still gives is that the features add no direction."""
+    given.forget_gradients()
+    none = {name: basis[:, :0] for name, basis in given.bases.items()} if isinstance(method, KeepLoRA) else {}
+    method.once = lambda name, compute: none if name == "features" else compute()
 
 
 def _lora_ft(given: Given) -> LoRAFT:
