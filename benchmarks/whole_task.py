@@ -62,8 +62,8 @@ def report(result: dict[str, Any], config: TaskConfig) -> str:
             time = spread([a / b for a, b in zip(totals[above], totals[below], strict=True)])
             memory = spread([a / b for a, b in zip(peaks[above], peaks[below], strict=True)])
             lines.append(f"- {above} / {below}: {config.key} {time}, peak memory {memory}")
-    lines += ["", f"Composed, not run: {config.images} images, {config.epochs} epochs, {config.evaluations} tasks"
-              f" evaluated, from {len(next(iter(totals.values())))} repeats."]  # fmt: skip
+    lines += ["", f"Composed, not run: {config.images} images, {config.epochs} epochs, evaluations: {config.evaluations}."
+              f" From {len(next(iter(totals.values())))} repeats."]  # fmt: skip
     missing = {name: [p for p in counts if not seconds_of(records, name, p)] for name in systems}
     for system, phases in missing.items():
         if phases:
