@@ -62,8 +62,9 @@ def report(result: dict[str, Any], config: TaskConfig) -> str:
             time = spread([a / b for a, b in zip(totals[above], totals[below], strict=True)])
             memory = spread([a / b for a, b in zip(peaks[above], peaks[below], strict=True)])
             lines.append(f"- {above} / {below}: {config.key} {time}, peak memory {memory}")
-    lines += ["", f"Composed, not run: {config.images} images, {config.epochs} epochs, evaluations: {config.evaluations}."
-              f" From {len(next(iter(totals.values())))} repeats."]  # fmt: skip
+    repeats = len(next(iter(totals.values())))
+    task = f"{config.images} images, {config.epochs} epochs, evaluations: {config.evaluations}"
+    lines += ["", f"Composed, not run: {task}. From {repeats} repeats."]
     missing = {name: [p for p in counts if not seconds_of(records, name, p)] for name in systems}
     for system, phases in missing.items():
         if phases:
