@@ -34,6 +34,9 @@ Part = Literal["rate", "grams", "eigh", "step"]
 Work = Callable[[], object]
 Row = dict[str, Any]
 
+PAUSE = 0.2
+"""Seconds."""
+
 SQUARE, LIBRARY, OURS = "square", "keeplora.linalg.spectrum", "keeplora / this"
 
 
@@ -213,12 +216,19 @@ def table(rows: list[Row]) -> str:
 
 
 def in_turns(works: dict[str, Work], repeats: int) -> dict[str, list[float]]:
-    """Return the seconds of every repeat of each work; they take turns, after a round that does not count."""
+    """Return the seconds of every repeat of each work; they take turns, after a round that does not count.
+
+    Each round starts with another one, and a pause stands before each: the threads of one library go on spinning for a
+    while when they are done, and would slow down the next library's.
+    """
     found: dict[str, list[float]] = {name: [] for name in works}
+    names = list(works)
     for repeat in range(repeats + 1):
-        for name, work in works.items():
+        first = repeat % len(names)
+        for name in names[first:] + names[:first]:
+            time.sleep(PAUSE)
             since = time.perf_counter()
-            work()
+            works[name]()
             if repeat > 0:
                 found[name].append(time.perf_counter() - since)
     return found
