@@ -177,7 +177,12 @@ def test_nothing_prints_but_the_command_line(name):
 
 PROJECT = ROOT.parents[1]
 
-OF_THE_PROJECT = sorted([*ROOT.rglob("*.py"), *(PROJECT / "tools").rglob("*.py"), *(PROJECT / "tests").rglob("*.py")])
+OF_THE_PROJECT = sorted(
+    [
+        *ROOT.rglob("*.py"),
+        *(path for part in ("tools", "tests", "benchmarks") for path in (PROJECT / part).rglob("*.py")),
+    ]
+)
 
 
 @pytest.mark.parametrize("path", OF_THE_PROJECT, ids=lambda path: path.relative_to(PROJECT).as_posix())

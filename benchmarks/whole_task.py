@@ -1,0 +1,105 @@
+"""Compose the cost of a whole task from the phases that `phases.py` measured.
+
+No task of this length was run: seconds per example and per step are multiplied by how many there are. The principal
+bases, found once for a stream, are listed apart; writing the run directory is left out.
+
+    python benchmarks/whole_task.py runs/benchmarks/vit_b16.json --images 128 --epochs 10
+"""
+
+import json
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from phases import PAIRS, Record, seconds_of, spread
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """How long the task is."""
+
+    results: Annotated[Path, tyro.conf.Positional]
+    """What phases.py wrote."""
+    images: int = 128
+    """Training examples."""
+    test_images: int = 128
+    """Held-out examples."""
+    epochs: int = 10
+    """Passes over the training examples."""
+    evaluations: int = 1
+    """How many tasks of this size are evaluated after it."""
+    key: str = "seconds"
+    """seconds, or cpu_seconds of all threads together."""
+
+
+def main(config: tyro.conf.OmitArgPrefixes[TaskConfig]) -> None:
+    """Print the cost of a task by system, and the ratios."""
+    result = json.loads(config.results.read_text())
+    print(report(result, config))
+
+
+def report(result: dict[str, Any], config: TaskConfig) -> str:
+    """Return a Markdown table of the composed seconds of each phase, the totals, their ratios and the peaks."""
+    records: list[Record] = result["records"]
+    counts = counts_of(config, result["config"]["batch_size"])
+    systems = list(dict.fromkeys(record["system"] for record in records))
+    totals = {system: totals_of(records, system, counts, config.key) for system in systems}
+    peaks = {system: peaks_of(records, system) for system in systems}
+    lines = ["| phase | " + " | ".join(systems) + " |", "|" + " --- |" * (1 + len(systems))]
+    for phase in counts:
+        values = [seconds_of(records, system, phase, config.key) for system in systems]
+        row = [f"{counts[phase] * statistics.median(value):.4g}" if value else "" for value in values]
+        lines.append(f"| {phase} | " + " | ".join(row) + " |")
+    lines.append("| **total** | " + " | ".join(f"{statistics.median(totals[name]):.4g}" for name in systems) + " |")
+    lines.append("| peak MiB | " + " | ".join(f"{statistics.median(peaks[name]):.0f}" for name in systems) + " |")
+    lines.append("")
+    for above, below in PAIRS:
+        if above in totals and below in totals:
+            time = spread([a / b for a, b in zip(totals[above], totals[below], strict=True)])
+            memory = spread([a / b for a, b in zip(peaks[above], peaks[below], strict=True)])
+            lines.append(f"- {above} / {below}: {config.key} {time}, peak memory {memory}")
+    repeats = len(next(iter(totals.values())))
+    task = f"{config.images} images, {config.epochs} epochs, evaluations: {config.evaluations}"
+    lines += ["", f"Composed, not run: {task}. From {repeats} repeats."]
+    missing = {name: [p for p in counts if not seconds_of(records, name, p)] for name in systems}
+    for system, phases in missing.items():
+        if phases:
+            lines.append(f"{system} has no figure for {', '.join(phases)}: not part of it, or not measured.")
+    return "\n".join(lines)
+
+
+def counts_of(config: TaskConfig, batch_size: int) -> dict[str, int]:
+    """Return how many units of each phase a task takes."""
+    return {
+        "gradient": config.images,
+        "initialise": 1,
+        "step": config.epochs * math.ceil(config.images / batch_size),
+        "merge": 1,
+        "features": config.images,
+        "update": 1,
+        "evaluate": config.evaluations * config.test_images,
+    }
+
+
+def totals_of(records: list[Record], system: str, counts: dict[str, int], key: str) -> list[float]:
+    """Return by repeat the seconds of a whole task."""
+    by_phase = {phase: seconds_of(records, system, phase, key) for phase in counts}
+    repeats = max(map(len, by_phase.values()))
+    return [
+        sum(counts[phase] * values[repeat] for phase, values in by_phase.items() if values) for repeat in range(repeats)
+    ]
+
+
+def peaks_of(records: list[Record], system: str) -> list[float]:
+    """Return by repeat the highest peak of all phases."""
+    own = [record for record in records if record["system"] == system]
+    repeats = sorted({record["repeat"] for record in own})
+    return [max(record["peak_memory_mb"] for record in own if record["repeat"] == repeat) for repeat in repeats]
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)

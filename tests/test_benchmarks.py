@@ -1,0 +1,157 @@
+"""The benchmarks run, and what they compare is the same mathematics: the naive way finds what the library finds."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import naive
+import phases
+import whole_task
+from keeplora import adapter, collect, linalg, subspace
+from keeplora.evaluate import evaluate
+from keeplora.methods import KeepLoRA
+from keeplora.towers import tower_share
+from workloads import Workload, WorkloadConfig, load, prompts_of
+
+BENCHMARKS = Path(phases.__file__).parent
+SCRIPTS = ("workloads", "one_phase", "phases", "whole_task", "matmul")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", params=["mini", "llama_block"])
+def workload(request) -> Workload:
+    return load(
+        WorkloadConfig(
+            workload=request.param, images=24, test_images=16, batch_size=8, hidden=128, intermediate=192, length=12
+        )
+    )
+
+
+@pytest.fixture
+def bases(workload):
+    return subspace.principal_bases(weights_of(workload), shares_of(workload))
+
+
+def weights_of(workload):
+    return {name: workload.model.get_parameter(f"{name}.weight").detach() for name in workload.targets}
+
+
+def shares_of(workload):
+    return {name: tower_share(name, workload.options.weight_energy) for name in workload.targets}
+
+
+def angle(basis: torch.Tensor, other: torch.Tensor) -> float:
+    """Return the largest principal angle between two spans of equal dimension, by its sine: exact for small ones."""
+    assert basis.shape == other.shape
+    return float(torch.linalg.matrix_norm(linalg.project_out(basis.T.double(), other.double()), ord=2).clamp(max=1))
+
+
+def test_naive_finds_the_principal_subspaces_of_the_library(workload, bases):
+    found = naive.principal_bases(weights_of(workload), shares_of(workload))
+    assert max(angle(bases[name], found[name]) for name in bases) < 1e-3
+
+
+def test_naive_finds_the_gradients_of_the_library(workload):
+    exact = collect.mean_gradients(workload.model, workload.task, workload.targets)
+    found = naive.mean_gradients(workload.model, workload.padded, workload.targets)
+    for name, gradient in exact.items():
+        assert (found[name] - gradient).norm() < 1e-4 * gradient.norm()
+
+
+def test_naive_starts_in_the_span_of_the_librarys_start(workload, bases):
+    gradients = collect.mean_gradients(workload.model, workload.task, workload.targets)
+    found = naive.start(gradients, bases, 4)
+    for name, gradient in gradients.items():
+        _, s, vh = linalg.low_rank(linalg.project_out(gradient, bases[name]), 5)
+        if s[4] < 0.99 * s[3] and s[3] > 1e-3 * gradient.norm():  # otherwise the span is not determined
+            assert angle(vh[:4].T, found[name][0].T) < 1e-3
+
+
+def test_naive_protects_the_subspaces_of_the_library_where_both_read_the_same_rows(workload, bases):
+    grams = collect.input_grams(workload.model, workload.task, workload.targets)
+    exact = subspace.new_directions(bases, grams, 0.9)
+    matrices = naive.token_matrices(workload.model, workload.task, workload.targets, features="rows")
+    found = naive.new_directions(bases, matrices, 0.9)
+    assert sum(directions.shape[1] for directions in exact.values()) > 0
+    assert max(angle(exact[name], found[name]) for name in bases if exact[name].shape[1]) < 1e-3
+
+
+def test_cut_and_padded_tasks_have_the_same_logits_and_scores(workload):
+    batch = next(iter(workload.task.batches()))
+    with torch.no_grad():
+        outputs = [task.outputs(workload.model, batch) for task in (workload.task, workload.padded)]
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+    assert evaluate(workload.model, [workload.task]) == [pytest.approx(naive.evaluate(workload.model, workload.padded))]
+
+
+def test_naive_starts_and_merges_without_changing_what_it_should_not(workload, bases):
+    model = load(workload.config).model
+    batch = next(iter(workload.task.batches()))
+    with torch.no_grad():
+        before = workload.task.outputs(model, batch)
+    factors = naive.start(collect.mean_gradients(model, workload.task, workload.targets), bases, 4)
+    adapted = naive.attach(model, factors, 0.25)
+    with torch.no_grad():
+        torch.testing.assert_close(workload.task.outputs(adapted, batch), before, rtol=1e-3, atol=1e-3)
+    losses = naive.fit(adapted, workload.padded, epochs=2)
+    adapted.eval()
+    with torch.no_grad():
+        trained = workload.task.outputs(adapted, batch)
+        merged = naive.merge(adapted)
+        torch.testing.assert_close(workload.task.outputs(merged, batch), trained, rtol=1e-3, atol=1e-3)
+    assert len(losses) == 2
+    assert not torch.allclose(trained, before)
+    assert adapter.linear_targets(merged, workload.options.targets) == workload.targets
+
+
+def test_the_library_runs_on_every_workload(workload):
+    model = load(workload.config).model
+    method = KeepLoRA(workload.options)
+    adapted = method.before_task(model, workload.task)
+    method.after_task(adapted, workload.task)
+    assert method.record.directions
+
+
+def test_the_prompts_differ_and_have_equal_ends():
+    prompts = prompts_of(1000)
+    ids = prompts["input_ids"]
+    assert len(ids.unique(dim=0)) == 1000
+    assert (ids.gather(1, prompts["attention_mask"].sum(1, keepdim=True) - 1) == ids.max()).all()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_explains_itself(script):
+    done = run(f"{script}.py", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout
+
+
+def test_the_phases_are_measured_and_composed(tmp_path):
+    phases.main(phases.PhasesConfig(quick=True, output=tmp_path))
+    records = json.loads((tmp_path / "mini-quick.json").read_text())["records"]
+    measured = {(record["system"], record["phase"]) for record in records}
+    assert {("keeplora", "gradient"), ("lora_ft", "step"), ("naive", "update")} <= measured
+    assert "| gradient (per example) |" in (tmp_path / "mini-quick.md").read_text()
+    result = json.loads((tmp_path / "mini-quick.json").read_text())
+    text = whole_task.report(result, whole_task.TaskConfig(results=tmp_path / "mini-quick.json"))
+    assert "keeplora / lora_ft" in text
+    assert "Composed, not run: 128 images, 10 epochs" in text
+
+
+def test_a_phase_is_measured_in_a_process_of_its_own():
+    config = phases.PhasesConfig(images=8, batch_size=8)
+    measured = phases.in_a_process(phases.phase_config(config, "lora_ft", "merge", None))
+    assert measured["seconds"] > 0
+    assert measured["peak_memory_mb"] > 0
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, str(BENCHMARKS / arguments[0]), *arguments[1:]]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
