@@ -62,20 +62,20 @@ def mean_over_examples(
     sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
     count = 0
     with only_these_require_grad(model, list(weights.values())), evaluation_mode(model):
-        for batch in _batches(model, task, share, track, "gradient"):
+        for batch in batches_of(model, task, share, track, "gradient"):
             loss = task.loss(model, batch)
-            _require_finite(loss, f"task {task.name!r}: the loss of a batch is {loss.item()} in the gradient pass")
+            require_finite(loss, f"task {task.name!r}: the loss of a batch is {loss.item()} in the gradient pass")
             gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
             num_examples = task.num_examples(batch)
             for name, gradient in zip(weights, gradients, strict=True):
                 if gradient is not None:
                     sums[name].add_(statistic(gradient, num_examples), alpha=num_examples)
             count += num_examples
-    count = _sum_over_processes(sums, count)
+    count = sum_over_processes(sums, count)
     if count == 0:
         raise ValueError(f"task {task.name!r} gave no batch to take a gradient from")
     for name, total in sums.items():
-        _require_finite(total, f"task {task.name!r}: the gradient of layer {name!r} is not finite; is the learning rate"
+        require_finite(total, f"task {task.name!r}: the gradient of layer {name!r} is not finite; is the learning rate"
                                " of an earlier task too high, or the precision too low?")  # fmt: skip
         total.div_(count)
     return sums
@@ -111,7 +111,7 @@ def input_grams(
             hook = collector.hook(name)
             handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
         with torch.no_grad(), evaluation_mode(model), task.frozen(model):
-            for batch in _batches(model, task, 1.0, track, "features"):
+            for batch in batches_of(model, task, 1.0, track, "features"):
                 collector.batch = batch
                 task.loss(model, batch)
                 collector.seen.clear()
@@ -119,12 +119,12 @@ def input_grams(
         for handle in handles:
             handle.remove()
     grams = {leader: statistic.gram() for leader, statistic in collector.statistics.items()}
-    _sum_over_processes(grams, 0)
+    sum_over_processes(grams, 0)
     for name in targets:
         if name not in collector.leaders:
             raise ValueError(f"task {task.name!r} never ran layer {name!r}; leave it out of the targets")
     for leader, gram in grams.items():
-        _require_finite(gram, f"task {task.name!r}: the inputs of layer {leader!r} are not finite")
+        require_finite(gram, f"task {task.name!r}: the inputs of layer {leader!r} are not finite")
     return {name: grams[collector.leaders[name]] for name in targets}
 
 
@@ -208,7 +208,7 @@ class _GramCollector:
         return None if real is None else real.to(inputs.device, torch.bool)
 
 
-def _batches(model: nn.Module, task: Task, share: float, track: Track, what: str) -> Iterator[Batch]:
+def batches_of(model: nn.Module, task: Task, share: float, track: Track, what: str) -> Iterator[Batch]:
     """Yield this process's part of a share of the batches, on the model's device."""
     batches: Iterable[Batch] = task.batches()
     total = len(batches) if isinstance(batches, Sized) else None
@@ -232,7 +232,7 @@ def _batches(model: nn.Module, task: Task, share: float, track: Track, what: str
         yield to_device(batch, device_of(model))
 
 
-def _sum_over_processes(tensors: dict[str, Tensor], count: int) -> int:
+def sum_over_processes(tensors: dict[str, Tensor], count: int) -> int:
     """Add tensors up over all processes, in place, and a count."""
     if not dist.is_initialized():
         return count
@@ -243,6 +243,7 @@ def _sum_over_processes(tensors: dict[str, Tensor], count: int) -> int:
     return int(total)
 
 
-def _require_finite(tensor: Tensor, message: str) -> None:
+def require_finite(tensor: Tensor, message: str) -> None:
+    """Raise a `LearningError` with this message unless every entry of a tensor is a finite number."""
     if not torch.isfinite(tensor).all():
         raise LearningError(message)

@@ -20,6 +20,7 @@ from keeplora.methods.base import HEAD, Method, MethodConfig
 from keeplora.methods.keeplora_config import KeepLoRAConfig
 from keeplora.methods.record import TaskRecord
 from keeplora.methods.room import alphas_for, warn_of_small_ranks
+from keeplora.residual import RESIDUALS
 from keeplora.subspace import LEAK_ALLOWED
 from keeplora.task import LearningError, Task
 from keeplora.towers import layer_scales, tower_share
@@ -144,24 +145,20 @@ class KeepLoRA(Method):
 
         Layers without room have no `.a`; the others' spans the top of the residual gradient.
         """
-        targets, share = list(self.bases), self.config.gradient_share
-        gradients = self.once(
-            "gradient", lambda: collect.mean_gradients(model, task, targets, share=share, track=self.track)
-        )
+        rank, share, residuals = self.config.rank, self.config.gradient_share, RESIDUALS[self.config.gradient]
+        gradients = self.once("gradient", lambda: residuals(model, task, self.bases, rank, share, self.track))
         generator = torch.Generator().manual_seed(self.seed + 1000 * self._num_learned)
         start = {}
-        for name, gradient in gradients.items():
-            basis = self.bases[name]
-            residual = linalg.project_out(gradient, basis)
-            survives = subspace.surviving_share(gradient, basis)
-            start[f"{name}.survives"] = torch.tensor(survives, dtype=torch.float64)
-            a = _leading_rows(residual, basis, self.config.rank, float(gradient.norm()), self.seed)
+        for name, basis in self.bases.items():
+            residual, norm = gradients[f"{name}.residual"], float(gradients[f"{name}.norm"])
+            start[f"{name}.survives"] = gradients[f"{name}.survives"]
+            a = _leading_rows(residual, basis, self.config.rank, norm, self.seed)
             if self.config.a_start == "random":
                 a = linalg.orthonormal_rows(_random_rows(a, generator), basis)
             if len(a) > 0:
-                from_gradient = self.config.b_start == "gradient"
+                d_out, from_gradient = len(model.get_parameter(f"{name}.weight")), self.config.b_start == "gradient"
                 start[f"{name}.a"] = a
-                start[f"{name}.b"] = residual @ a.T if from_gradient else residual.new_zeros(len(residual), len(a))
+                start[f"{name}.b"] = residual @ a.T if from_gradient else residual.new_zeros(d_out, len(a))
         return start
 
     def _unpack(self, start: dict[str, Tensor], task: Task) -> dict[str, tuple[Tensor, Tensor]]:

@@ -18,6 +18,9 @@ class KeepLoRAConfig(MethodConfig):
     """Share of each layer's input energy on a task that is protected after it (eps_f)."""
     gradient_share: float = 1.0
     """Share of the training batches that the gradient is taken from."""
+    gradient: Literal["exact", "sketch"] = "exact"
+    """`sketch` takes the leading directions of the gradient from two small random pictures of it, in place of the
+    gradient itself: less memory where layers are wide."""
     b_start: Literal["zero", "gradient"] = "zero"
     """Start of B: zero with the weight untouched, or the residual gradient's factor with the weight reduced by it."""
     features: Literal["second_moment", "batch_mean"] = "second_moment"
@@ -49,5 +52,7 @@ class KeepLoRAConfig(MethodConfig):
                 raise ValueError(f"{name} = {getattr(self, name)} is a share; give a number from 0 to 1")
         if not 0 < self.gradient_share <= 1:
             raise ValueError(f"gradient_share = {self.gradient_share} is a share; give a number above 0, at most 1")
+        if self.gradient == "sketch" and self.b_start == "gradient":
+            raise ValueError("b_start = 'gradient' needs the gradient itself; set gradient = 'exact'")
         if self.a_start == "random" and self.b_start == "gradient":
             raise ValueError("b_start = 'gradient' needs a_start = 'gradient'; set one of the two otherwise")
