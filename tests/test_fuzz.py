@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -177,7 +178,7 @@ def linked(source, target):
     if source.endswith((".json", ".html")):
         shutil.copyfile(source, target)
     else:
-        Path(target).symlink_to(source)
+        os.link(source, target)
 
 
 COMMANDS = {
@@ -344,7 +345,7 @@ def test_a_task_name_that_no_folder_can_have_is_refused_before_anything_is_learn
     Path("fuzzed.toml").write_text(f"tasks = {toml_of(tasks)}\n", encoding="utf-8")
     code, said = outcome(capsys, "run", "--benchmark", "fuzzed.toml", "--output", "out")
     assert code == 1
-    assert "cannot name a folder" in said
+    assert "cannot name a folder" in said or "is too long for a folder" in said
     assert not Path("out").exists()
 
 
