@@ -29,6 +29,7 @@ from keeplora.evaluate import evaluate
 from keeplora.measure import Phases, measured
 from keeplora.methods import KeepLoRA, LoRAFT, Method
 from keeplora.methods.base import MethodConfig
+from keeplora.residual import residuals_of
 from keeplora.task import Task
 from keeplora.towers import tower_share
 from keeplora.train import TrainConfig, fit
@@ -351,8 +352,8 @@ def _keeplora(given: Given) -> KeepLoRA:
     method = KeepLoRA(given.workload.options)
     method.bases = dict(given.bases)
     none = {name: basis[:, :0] for name, basis in method.bases.items()}
-    found = {"gradient": given.gradients, "features": none}
-    method.once = lambda name, compute: found[name] if name in found else compute()
+    found = {"gradient": lambda: residuals_of(dict(given.gradients), method.bases), "features": lambda: none}
+    method.once = lambda name, compute: found.get(name, compute)()
     return method
 
 

@@ -23,8 +23,12 @@ def exact_residuals(
     model: nn.Module, task: Task, bases: dict[str, Tensor], rank: int, share: float, track: Track
 ) -> dict[str, Tensor]:
     """Average the gradient of every layer and project its basis out; `.residual` is `[d_out, d_in]`."""
+    return residuals_of(collect.mean_gradients(model, task, list(bases), share=share, track=track), bases)
+
+
+def residuals_of(gradients: dict[str, Tensor], bases: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Project the basis out of each layer's gradient `[d_out, d_in]`; the dictionary of gradients is emptied."""
     found = {}
-    gradients = collect.mean_gradients(model, task, list(bases), share=share, track=track)
     for name, basis in bases.items():
         gradient = gradients.pop(name)  # Given free at once, so that not all of them are there twice.
         found[f"{name}.residual"] = linalg.project_out(gradient, basis)
