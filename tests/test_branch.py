@@ -12,14 +12,12 @@ import tiny
 from keeplora import cli
 from keeplora.branch import continued, fork, undo, with_more
 from keeplora.certify import certify
-from keeplora.config import parse
 from keeplora.evaluate import evaluate
 from keeplora.manifest import read_manifest
-from keeplora.methods import METHODS, KeepLoRA, KeepLoRAConfig, LoRAFT, MethodConfig, find_method
+from keeplora.methods import METHODS, KeepLoRA, KeepLoRAConfig, LoRAFT, MethodConfig
 from keeplora.opening import read_ledger
 from keeplora.reopen import reopen
 from keeplora.run import run
-from keeplora.stream import RunConfig
 from keeplora.train import TrainConfig
 
 NUM_TASKS = 4
@@ -40,16 +38,7 @@ def place(tmp_path_factory):
 
 
 def config_of(place, output, name="keeplora", **changes):
-    kind, variant = find_method(name)
-    options = {"rank": 2, **({"feature_energy": 0.6, "weight_energy": 0.3} if name.startswith("keeplora") else {})}
-    values = {
-        "benchmark": str(place / "colors.toml"),
-        "model": str(place / "model"),
-        "method": name,
-        "train": TrainConfig(epochs=1, batch_size=5, learning_rate=0.05),
-        "options": parse(kind.Config, {**options, **variant}, source=name),
-    }
-    return RunConfig(**values | {"output": output} | changes)
+    return tiny.run_config(place, output, name, feature_energy=0.6, **changes)
 
 
 def updates_of(folder, places):

@@ -14,15 +14,12 @@ import tiny
 from keeplora import cli
 from keeplora.capacity import forecast
 from keeplora.certify import certify
-from keeplora.config import parse
 from keeplora.disk import write_atomically
 from keeplora.manifest import manifest_bytes, read_manifest
-from keeplora.methods import find_method, known_methods
+from keeplora.methods import known_methods
 from keeplora.opening import open_ledger
 from keeplora.run import run
 from keeplora.store import Store
-from keeplora.stream import RunConfig
-from keeplora.train import TrainConfig
 
 FIRST, SECOND = "tasks/01-task0", "tasks/02-task1"
 WEIGHTS = "adapter/adapter_model.safetensors"
@@ -44,17 +41,7 @@ def place(tmp_path_factory):
 
 
 def config_of(place, output, name="keeplora", **changes):
-    kind, variant = find_method(name)
-    options = {"rank": 2, **({"feature_energy": 0.7, "weight_energy": 0.3} if name.startswith("keeplora") else {})}
-    values = {
-        "benchmark": str(place / "colors.toml"),
-        "model": str(place / "model"),
-        "method": name,
-        "output": output,
-        "train": TrainConfig(epochs=1, batch_size=5, learning_rate=0.05),
-        "options": parse(kind.Config, {**options, **variant}, source=name),
-    }
-    return RunConfig(**values | changes)
+    return tiny.run_config(place, output, name, feature_energy=0.7, **changes)
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,12 @@ import random
 import pytest
 
 import tiny
-from keeplora.config import parse
 from keeplora.evaluate import evaluate
-from keeplora.methods import find_method, known_methods
+from keeplora.methods import known_methods
 from keeplora.reopen import reopen
 from keeplora.run import run
 from keeplora.stream import RunConfig, stream_of
 from keeplora.task import read_benchmark
-from keeplora.train import TrainConfig
 
 
 class CutOff(Exception):
@@ -28,16 +26,7 @@ def place(tmp_path_factory):
 
 
 def config_of(place, output, name="keeplora", **changes):
-    kind, variant = find_method(name)
-    options = {"rank": 2, **({"feature_energy": 0.8, "weight_energy": 0.3} if name.startswith("keeplora") else {})}
-    values = {
-        "benchmark": str(place / "colors.toml"),
-        "model": str(place / "model"),
-        "method": name,
-        "train": TrainConfig(epochs=1, batch_size=5, learning_rate=0.05),
-        "options": parse(kind.Config, {**options, **variant}, source=name),
-    }
-    return RunConfig(**values | {"output": output} | changes)
+    return tiny.run_config(place, output, name, feature_energy=0.8, **changes)
 
 
 @pytest.mark.parametrize("name", known_methods())

@@ -22,9 +22,13 @@ from transformers import (
 )
 
 from keeplora.adapter import SavedAdapter
+from keeplora.config import parse
+from keeplora.methods import find_method
 from keeplora.models.dual_encoder import ClassificationTask, tokenise
 from keeplora.models.pixels import Pixels
+from keeplora.stream import RunConfig
 from keeplora.task import Task, to_device
+from keeplora.train import TrainConfig
 
 SIZE = 16
 WORDS = ["a", "drawing", "of", "photo", ".", "red", "green", "blue", "dark", "big", "square", "thing"]
@@ -273,3 +277,17 @@ def write_adapter(folder: Path, saved: SavedAdapter) -> Path:
     for name, content in saved.files().items():
         (folder / name).write_bytes(content)
     return folder
+
+
+def run_config(place: Path, output: Path, name: str, *, feature_energy: float, **changes) -> RunConfig:
+    """Return a short run of a method or variant on the stream and the model in a folder."""
+    kind, variant = find_method(name)
+    protects = {"feature_energy": feature_energy, "weight_energy": 0.3} if name.startswith("keeplora") else {}
+    values = {
+        "benchmark": str(place / "colors.toml"),
+        "model": str(place / "model"),
+        "method": name,
+        "train": TrainConfig(epochs=1, batch_size=5, learning_rate=0.05),
+        "options": parse(kind.Config, {"rank": 2, **protects, **variant}, source=name),
+    }
+    return RunConfig(**values | {"output": output} | changes)
