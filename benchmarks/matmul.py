@@ -23,7 +23,7 @@ import tyro
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from keeplora import collect, linalg
+from keeplora import linalg, moments
 from keeplora.adapter import linear_targets
 from keeplora.methods import KeepLoRA, LoRAFT, Method
 from keeplora.train import TrainConfig, fit
@@ -37,7 +37,7 @@ Row = dict[str, Any]
 PAUSE = 0.2
 """Seconds."""
 
-SQUARE, LIBRARY, OURS = "square", "keeplora.linalg.spectrum", "keeplora / this"
+SQUARE, LIBRARY, OURS = "square", "keeplora.linalg.top_directions", "keeplora / this"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ def accumulations(num_rows: int, width: int) -> dict[str, tuple[int, Work]]:
     inputs = rows.unsqueeze(0)
     real = torch.rand(inputs.shape[:-1]) < 0.9
     halves, in_numpy = inputs.bfloat16(), rows.numpy().T
-    whole, masked, half = (collect.STATISTICS["second_moment"]() for _ in range(3))
+    whole, masked, half = (moments.STATISTICS["second_moment"]() for _ in range(3))
     return {
         "mm": (num_rows, lambda: torch.mm(rows.T, rows, out=total)),
         "addmm_ in place": (num_rows, lambda: total.addmm_(rows.T, rows)),
@@ -146,7 +146,7 @@ def solvers(gram: Tensor) -> dict[str, Work]:
     array = gram.numpy()
     width = len(array)
     found: dict[str, Work] = {
-        LIBRARY: lambda: linalg.spectrum(gram),
+        LIBRARY: lambda: linalg.top_directions(gram, 1.0),
         "torch.linalg.eigh": lambda: torch.linalg.eigh(gram),
         "numpy.linalg.eigh": lambda: np.linalg.eigh(array),
     }

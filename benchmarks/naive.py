@@ -4,7 +4,8 @@ Each function takes and returns what the library's own phase does. What is slow 
 
 - the gradient pass differentiates with respect to every parameter of the encoders and copies all gradients out;
 - the principal subspace, and the start of A and B, come from the full singular value decomposition (SVD);
-- features are kept as a matrix of tokens for each target layer, one for each of q, k and v, and decomposed by SVD;
+- features are kept as a matrix of tokens for each target layer, one for each of q, k and v, and decomposed by SVD, with a
+  token in each column, as the equations have them;
 - LoRA is a plain module around a linear layer; A is frozen, B starts at the gradient's factor and the weight is
   reduced by the start (Eq. 6 of arXiv 2601.19659).
 
@@ -126,7 +127,7 @@ def merge(model: nn.Module) -> nn.Module:
 def token_matrices(
     model: nn.Module, task: Task, targets: list[str], *, features: Features = "batch_mean"
 ) -> dict[str, Tensor]:
-    """Collect the input rows `[n, d_in]` of every target layer over a task's examples (X of Eq. 8)."""
+    """Collect the inputs `[d_in, n]` of every target layer over a task's examples (X of Eq. 8)."""
     kept: dict[str, list[Tensor]] = {name: [] for name in targets}
     counts = dict.fromkeys(targets, 0)
 
@@ -154,19 +155,21 @@ def token_matrices(
             task.loss(model, batch)
     for handle in handles:
         handle.remove()
-    return {name: torch.cat(rows) if features == "rows" else rows[0] / counts[name] for name, rows in kept.items()}
+    return {
+        name: torch.cat(rows).T if features == "rows" else (rows[0] / counts[name]).T for name, rows in kept.items()
+    }
 
 
 def new_directions(bases: dict[str, Tensor], matrices: dict[str, Tensor], share: float) -> dict[str, Tensor]:
-    """Return the fewest directions `[d_in, m]` that bring the covered energy of the rows to a share (Eq. 8 to 10)."""
+    """Return the fewest directions `[d_in, m]` that bring the covered energy of the inputs to a share (Eq. 8 to 10)."""
     directions = {}
     for name, basis in bases.items():
-        rows = matrices[name]
-        residual = rows - rows @ basis @ basis.T
-        total = float(rows.square().sum())
+        inputs = matrices[name]
+        residual = inputs - basis @ (basis.T @ inputs)
+        total = float(inputs.square().sum())
         covered = total - float(residual.square().sum())
-        _, s, vh = torch.linalg.svd(residual, full_matrices=False)
-        directions[name] = vh[: _fewest(s.square(), share * total - covered)].T
+        u, s, _ = torch.linalg.svd(residual, full_matrices=False)
+        directions[name] = u[:, : _fewest(s.square(), share * total - covered)]
     return directions
 
 

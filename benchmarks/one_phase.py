@@ -316,7 +316,7 @@ def keeplora_update(given: Given) -> list[Part]:
 def naive_update(given: Given) -> list[Part]:
     """Find the directions to protect by SVD of token matrices, made with the second moment of real ones."""
     groups = given.groups(given.config.sample_layers)
-    matrices = {name: _rows_of(given, name) for _, names in groups for name in names}
+    matrices = {name: _rows_of(given, name).T for _, names in groups for name in names}
     bases, share = given.bases, given.workload.options.feature_energy
     return _by_layers(given, lambda names: naive.new_directions(_of(bases, names), matrices, share))
 

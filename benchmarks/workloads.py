@@ -28,7 +28,7 @@ from keeplora.models import StreamTask
 from keeplora.models.dual_encoder import ClassificationTask
 from keeplora.models.pixels import Pixels
 from keeplora.stream import load_stream
-from keeplora.task import Batch
+from keeplora.task import Batch, StandIn
 
 WORDS = (
     "red blue green old new small large wild long short dark pale north south river stone wood glass iron silk "
@@ -87,9 +87,9 @@ class PaddedClassification(ClassificationTask):
     """Classification by prompts of full length, which are encoded again for every batch, and padding that counts."""
 
     @contextmanager
-    def frozen(self, model: nn.Module) -> Iterator[None]:
+    def frozen(self, model: nn.Module) -> Iterator[list[StandIn]]:
         """Keep nothing."""
-        yield
+        yield []
 
     def real_rows(self, layer: str, batch: Batch) -> Tensor | None:
         """Count every row."""

@@ -14,8 +14,10 @@ ROOT = Path(keeplora.__file__).parent
 LAYERS = [
     {"config", "borrow", "disk", "manifest", "towers", "checkpoint", "examples", "measure", "comparison", "contents"}
     | {"capacity", "hashes", "forecast"},
-    {"linalg", "results", "metrics", "task", "sketch"},
-    {"collect", "fisher", "subspace", "adapter", "datasets", "report", "store", "places", "updates", "card"}
+    {"linalg", "results", "metrics", "task", "sketch", "moments"},
+    {"adapter"},
+    {"fused"},
+    {"collect", "fisher", "subspace", "datasets", "report", "store", "places", "updates", "card"}
     | {"one_pass", "residual"},
     {"methods", "models", "train"},
     {"ledger", "evaluate"},

@@ -7,11 +7,11 @@ import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeAlias, TypeVar, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import Linear
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 PREFIX = "base_model.model."
 N = TypeVar("N", int, float)
+LoraLinear: TypeAlias = Linear
+"""A linear layer that PEFT adapted."""
+
 A_KEY, B_KEY = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -43,12 +46,12 @@ class SavedAdapter:
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the factors `(a, scaling * b)` of every layer, in float32; their product is the update."""
-        lora = cast(LoraConfig, self.config)
+        config = cast(LoraConfig, self.config)
         factors = {}
         for key, a in self.weights.items():
             if key.endswith(A_KEY):
                 name = key.removeprefix(PREFIX).removesuffix(A_KEY)
-                alpha = lora.alpha_pattern.get(name, lora.lora_alpha)
+                alpha = config.alpha_pattern.get(name, config.lora_alpha)
                 b = self.weights[key.removesuffix(A_KEY) + B_KEY]
                 factors[name] = (a.float(), b.float() * (alpha / a.shape[0]))
         return factors
@@ -153,7 +156,7 @@ def _namesakes(model: nn.Module, targets: set[str]) -> list[str]:
 
 def lora_layers(adapted: nn.Module) -> dict[str, LoraLinear]:
     """Return the adapted layers by their name in the base model."""
-    found = {name: module for name, module in adapted.named_modules() if isinstance(module, LoraLinear)}
+    found = {name: module for name, module in adapted.named_modules() if isinstance(module, Linear)}
     return {name.removeprefix(PREFIX): module for name, module in found.items()}
 
 

@@ -7,20 +7,22 @@ when a batch raises. Several processes each take their share of the batches and 
 import itertools
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from keeplora import moments
 from keeplora.borrow import device_of, evaluation_mode, only_these_require_grad
+from keeplora.fused import fused_layers
 from keeplora.task import Batch, LearningError, Task, to_device
 
 Track = Callable[[Iterable[Batch], str, int | None], Iterable[Batch]]
 """Wraps an iterable of batches to show progress, given what is being done and how many batches there are, if known."""
 
 Statistic = Callable[[Tensor, int], Tensor]
-"""Makes a statistic `[d_out, d_in]` of the gradient of a batch's mean loss and the number of its examples."""
+"""Makes a statistic `[d_out, d_in]` of the gradient of a mean loss and the number of examples it is the mean of."""
 
 
 def silent(batches: Iterable[Batch], description: str, total: int | None = None) -> Iterable[Batch]:
@@ -56,21 +58,33 @@ def mean_over_examples(
 ) -> dict[str, Tensor]:
     """Average a statistic of each batch's gradient over a task's examples, as `mean_gradients` does the gradient.
 
-    Takes, returns and raises what `mean_gradients` does; `statistic` is asked once for every batch and target.
+    Takes, returns and raises what `mean_gradients` does; `statistic` is asked for every part of a batch and target. One
+    that is not linear in the gradient needs a task that cuts batches as it means to, and keeps nothing frozen.
     """
     weights = {name: model.get_parameter(f"{name}.weight") for name in targets}
     sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
     count = 0
-    with only_these_require_grad(model, list(weights.values())), evaluation_mode(model):
+
+    def add(gradients: Sequence[Tensor | None], num_examples: int, weight: float) -> None:
+        for total, gradient in zip(sums.values(), gradients, strict=True):
+            if gradient is not None:
+                total.add_(statistic(gradient, num_examples), alpha=weight)
+
+    flags = only_these_require_grad(model, list(weights.values()))
+    with flags, evaluation_mode(model), fused_layers(model), task.frozen(model) as stand_ins:
         for batch in batches_of(model, task, share, track, "gradient"):
-            loss = task.loss(model, batch)
-            require_finite(loss, f"task {task.name!r}: the loss of a batch is {loss.item()} in the gradient pass")
-            gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-            num_examples = task.num_examples(batch)
-            for name, gradient in zip(weights, gradients, strict=True):
-                if gradient is not None:
-                    sums[name].add_(statistic(gradient, num_examples), alpha=num_examples)
-            count += num_examples
+            for part in task.parts(batch):
+                loss = task.loss(model, part)
+                require_finite(loss, f"task {task.name!r}: the loss of a batch is {loss.item()} in the gradient pass")
+                leaves = [stand_in.leaf for stand_in in stand_ins]
+                gradients = torch.autograd.grad(loss, [*weights.values(), *leaves], allow_unused=True)
+                num_examples = task.num_examples(part)
+                add(gradients[: len(weights)], num_examples, num_examples)
+                for stand_in, gradient in zip(stand_ins, gradients[len(weights) :], strict=True):
+                    stand_in.add(gradient, num_examples)
+                count += num_examples
+        for stand_in in stand_ins:
+            add(stand_in.gradients(list(weights.values())), count, 1.0)
     count = sum_over_processes(sums, count)
     if count == 0:
         raise ValueError(f"task {task.name!r} gave no batch to take a gradient from")
@@ -104,17 +118,18 @@ def input_grams(
         ValueError: If a layer was never reached, if its input is not finite, or if it shares its input with another
             layer in one batch and not in the next.
     """
-    collector = _GramCollector(task, STATISTICS[features])
+    collector = _GramCollector(task, moments.STATISTICS[features])
     handles = []
     try:
         for name in targets:
             hook = collector.hook(name)
             handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
-        with torch.no_grad(), evaluation_mode(model), task.frozen(model):
+        with torch.no_grad(), evaluation_mode(model), fused_layers(model), task.frozen(model):
             for batch in batches_of(model, task, 1.0, track, "features"):
-                collector.batch = batch
-                task.loss(model, batch)
-                collector.seen.clear()
+                for part in task.parts(batch) if collector.kind.takes_parts else [batch]:
+                    collector.batch = part
+                    task.loss(model, part)
+                    collector.seen.clear()
     finally:
         for handle in handles:
             handle.remove()
@@ -128,59 +143,15 @@ def input_grams(
     return {name: grams[collector.leaders[name]] for name in targets}
 
 
-class _SecondMoment:
-    """Sum of outer products of all rows."""
-
-    def __init__(self) -> None:
-        self.total: Tensor | None = None
-
-    def add(self, inputs: Tensor, real: Tensor | None) -> None:
-        rows = (inputs.reshape(-1, inputs.shape[-1]) if real is None else inputs[real]).float()
-        if self.total is None:
-            self.total = rows.new_zeros(rows.shape[1], rows.shape[1])
-        self.total.addmm_(rows.T, rows)
-
-    def gram(self) -> Tensor:
-        assert self.total is not None
-        return self.total
-
-
-class _BatchMean:
-    """Inputs averaged over batches by their place in the batch, as the released code does; then outer products."""
-
-    def __init__(self) -> None:
-        self.total: Tensor | None = None
-        self.num_batches = 0
-
-    def add(self, inputs: Tensor, real: Tensor | None) -> None:
-        inputs = inputs.float() if real is None else inputs.float() * real.unsqueeze(-1)
-        if self.total is None:
-            self.total = torch.zeros_like(inputs)
-        if inputs.shape == self.total.shape:
-            self.total += inputs
-            self.num_batches += 1
-
-    def gram(self) -> Tensor:
-        assert self.total is not None
-        rows = self.total.reshape(-1, self.total.shape[-1]) / self.num_batches
-        return rows.T @ rows
-
-
-STATISTICS: dict[str, type[_SecondMoment] | type[_BatchMean]] = {
-    "second_moment": _SecondMoment,
-    "batch_mean": _BatchMean,
-}
-
-
 class _GramCollector:
     """What the hooks share during one pass."""
 
-    def __init__(self, task: Task, kind: type[_SecondMoment] | type[_BatchMean]) -> None:
+    def __init__(self, task: Task, kind: type[moments.Statistic]) -> None:
         self.task = task
         self.kind = kind
         self.batch: Batch = None
         self.leaders: dict[str, str] = {}
-        self.statistics: dict[str, _SecondMoment | _BatchMean] = {}
+        self.statistics: dict[str, moments.Statistic] = {}
         self.seen: list[tuple[weakref.ref[Tensor], str]] = []
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

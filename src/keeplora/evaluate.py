@@ -7,6 +7,7 @@ from torch import nn
 
 from keeplora.borrow import device_of, evaluation_mode
 from keeplora.collect import Track, silent
+from keeplora.fused import fused_layers
 from keeplora.metrics import METRICS
 from keeplora.models import StreamTask
 from keeplora.task import to_device
@@ -21,9 +22,9 @@ def _score(model: nn.Module, task: StreamTask, track: Track) -> float:
     predictions, references = [], []
     batches = task.test_batches()
     total = len(batches) if isinstance(batches, Sized) else None
-    with torch.no_grad(), evaluation_mode(model), task.frozen(model):
+    with torch.inference_mode(), evaluation_mode(model), fused_layers(model), task.frozen(model):
         for batch in track(batches, f"{task.name}: evaluating", total):
-            batch = to_device(batch, device_of(model))
-            predictions.append(task.predict(model, batch).cpu())
-            references.append(task.references(batch).cpu())
+            for part in task.parts(to_device(batch, device_of(model))):
+                predictions.append(task.predict(model, part).cpu())
+                references.append(task.references(part).cpu())
     return METRICS[task.metric](torch.cat(predictions), torch.cat(references))

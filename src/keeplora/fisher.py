@@ -1,6 +1,6 @@
 """The diagonal of the Fisher information of a model's weights on a task: how much each weight matters to it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
@@ -34,23 +34,24 @@ def fisher_diagonals(
         LearningError: If a loss or a gradient is not finite.
         ValueError: If there is no batch.
     """
-    source = task if batch_size is None else _Cut(task, batch_size)
-    return mean_over_examples(model, source, targets, _squared, track=track)
+    return mean_over_examples(model, _Cut(task, batch_size), targets, _squared, track=track)
 
 
 class _Cut(Task):
-    """A task in smaller batches."""
+    """A task whose batches are read by as many examples, or whole; nothing is kept from one to the next."""
 
-    def __init__(self, task: Task, batch_size: int) -> None:
+    def __init__(self, task: Task, batch_size: int | None) -> None:
         self.name = task.name
         self.task = task
         self.batch_size = batch_size
 
-    def batches(self) -> Iterator[Batch]:
-        for batch in self.task.batches():
-            count = self.task.num_examples(batch)
-            for start in range(0, count, self.batch_size):
-                yield _part(batch, count, slice(start, start + self.batch_size))
+    def batches(self) -> Iterable[Batch]:
+        return self.task.batches()
+
+    def parts(self, batch: Batch) -> Iterable[Batch]:
+        count = self.task.num_examples(batch)
+        size = self.batch_size or count
+        return [_part(batch, count, slice(start, start + size)) for start in range(0, count, size)]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return self.task.loss(model, batch)

@@ -4,7 +4,7 @@ Subclass `Task`, or hand any object with the same attributes: nothing in it is a
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +21,27 @@ BENCHMARKS = Path(__file__).parent / "benchmarks"
 
 LONGEST_NAME = 200
 """Bytes of a task's name; file systems end at 255, and other names are made of it."""
+
+
+class StandIn:
+    """What a task computed once for many batches, and the leaf that takes its place in their losses.
+
+    Gradients with respect to the leaf add up, so that what lies behind it is differentiated once for all batches.
+    """
+
+    def __init__(self, made: Tensor) -> None:
+        self.made = made
+        self.leaf = made.detach().requires_grad_()
+        self.gradient = torch.zeros_like(self.leaf)
+
+    def add(self, gradient: Tensor | None, weight: float) -> None:
+        """Add the gradient of a loss with respect to the leaf."""
+        if gradient is not None:
+            self.gradient.add_(gradient, alpha=weight)
+
+    def gradients(self, parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """Return what was added as the gradients with respect to parameters."""
+        return torch.autograd.grad(self.made, parameters, self.gradient, allow_unused=True)
 
 
 class LearningError(ValueError):
@@ -70,10 +91,20 @@ class Task:
         """Return what the order of the batches is drawn from, other than torch's own generator."""
         return ()
 
+    def parts(self, batch: Batch) -> Iterable[Batch]:
+        """Return the batches that one may be cut into, so that its loss is the mean of theirs by `num_examples`.
+
+        Statistics and evaluation read a batch by its parts, which need less memory; training does not.
+        """
+        return [batch]
+
     @contextmanager
-    def frozen(self, model: nn.Module) -> Iterator[None]:
-        """Promise that the weights stay as they are inside: a task may keep what depends on them alone."""
-        yield
+    def frozen(self, model: nn.Module) -> Iterator[Sequence[StandIn]]:
+        """Promise that the weights stay as they are inside: a task may keep what depends on them alone.
+
+        What it keeps with a gradient it hands out, at any time inside, as a stand-in, and uses its leaf.
+        """
+        yield ()
 
 
 @dataclass(frozen=True, kw_only=True)

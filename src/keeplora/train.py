@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from keeplora.checkpoint import NO_CHECKPOINTS, Checkpoints
 from keeplora.collect import Track, silent
 from keeplora.config import Config
+from keeplora.fused import fused_layers
 from keeplora.places import Places
 from keeplora.task import LearningError, Task, to_device
 
@@ -102,7 +103,7 @@ def fit(
     steps = config.epochs * math.ceil(len(batches) / config.accumulation)
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     scheduler = _schedule(optimizer, config, steps)
-    with _prepared(accelerator, model) as prepared:
+    with fused_layers(model), _prepared(accelerator, model) as prepared:
         optimizer = accelerator.prepare(optimizer)
         places = Places(
             checkpoints, model, {"optimizer": optimizer, "scheduler": scheduler}, accelerator.scaler, config.epochs

@@ -198,7 +198,7 @@ class Method:
             ValueError: If a weight of the base model was trained, or the merge changed the outputs.
         """
         self._require_untouched(model, task)
-        batch = to_device(next(iter(task.batches())), device_of(model))
+        batch = next(iter(task.parts(to_device(next(iter(task.batches())), device_of(model)))))
         # The base model with its adapter inside: a trainer may have left a wrapper of other precision around it.
         before = _outputs(adapter.inner(model), task, batch)
         dtype = next(model.parameters()).dtype

@@ -21,7 +21,10 @@ from keeplora.collect import Track
 from keeplora.datasets import read_splits
 from keeplora.models.base import StreamTask
 from keeplora.models.pixels import Pixels, PixelStore
-from keeplora.task import Batch, TaskSpec, to_device
+from keeplora.task import Batch, StandIn, TaskSpec, to_device
+
+PIXELS_AT_ONCE = 1_250_000
+"""Values of the images that a CPU reads at once: 8 of 224 x 224, where it is fastest (benchmarks/README.md)."""
 
 
 class CosineHead(nn.Module):
@@ -50,6 +53,7 @@ class ClassificationTask(StreamTask):
         self._train = DataLoader(train, batch_size, shuffle=True, generator=self._order, collate_fn=train.collate)
         self._test = DataLoader(test, batch_size, collate_fn=test.collate)
         self._text_features: Tensor | None = None
+        self._stand_ins: list[StandIn] = []
         self._is_frozen = False
 
     def batches(self) -> Iterable[Batch]:
@@ -97,11 +101,10 @@ class ClassificationTask(StreamTask):
         num_classes = len(self.prompts["input_ids"])
         sums: Tensor | None = None
         with torch.no_grad(), evaluation_mode(model):
-            for batch in self.batches():
-                batch = to_device(batch, device_of(model))
-                features = F.normalize(_image_features(model, batch).float(), dim=-1)
+            for part in (part for batch in self.batches() for part in self.parts(to_device(batch, device_of(model)))):
+                features = F.normalize(_image_features(model, part).float(), dim=-1)
                 sums = features.new_zeros(num_classes, features.shape[1]) if sums is None else sums
-                sums.index_add_(0, batch["labels"], features)
+                sums.index_add_(0, part["labels"], features)
         assert sums is not None
         self.head = CosineHead(F.normalize(sums, dim=-1))
         return self.head
@@ -115,22 +118,33 @@ class ClassificationTask(StreamTask):
         """Return the generator of the order of the training batches."""
         return (self._order,)
 
+    def parts(self, batch: Batch) -> Iterable[Batch]:
+        """Cut a batch of images on a CPU, so that what the layers make of it is small enough to use memory again."""
+        pixels, labels = batch["pixel_values"], batch["labels"]
+        n = max(1, PIXELS_AT_ONCE // pixels[0].numel()) if pixels.device.type == "cpu" else len(pixels)
+        cut = zip(pixels.split(n), labels.split(n), strict=True)
+        return [{"pixel_values": images, "labels": classes} for images, classes in cut]
+
     @contextmanager
-    def frozen(self, model: nn.Module) -> Iterator[None]:
+    def frozen(self, model: nn.Module) -> Iterator[list[StandIn]]:
         """Encode the prompts once for all batches inside."""
-        self._is_frozen, self._text_features = True, None
+        self._is_frozen, self._text_features, self._stand_ins = True, None, []
         try:
-            yield
+            yield self._stand_ins
         finally:
-            self._is_frozen, self._text_features = False, None
+            self._is_frozen, self._text_features, self._stand_ins = False, None, []
 
     def _text_of(self, model: nn.Module) -> Tensor:
         if self._text_features is not None:
             return self._text_features
         prompts = to_device(self.prompts, device_of(model))
         features = F.normalize(_pooled(cast(Any, model).get_text_features(**prompts)), dim=-1)
-        if self._is_frozen:
-            self._text_features = features
+        if not self._is_frozen:
+            return features
+        if features.requires_grad:
+            self._stand_ins.append(StandIn(features))
+            features = self._stand_ins[-1].leaf
+        self._text_features = features
         return features
 
 

@@ -1,0 +1,130 @@
+"""Layers lent a faster forward pass while a model is trained or read: the same function, less memory, fewer passes.
+
+A frozen `a` is what makes LoRA cheap. With `W' = W + b @ a`, which costs little where rows are many, the forward pass
+is one product with `W'` and so is the gradient at the inputs; the gradient of `b` needs `x @ a.T` alone, and neither
+the inputs nor a second output are kept. Quick GELU, as transformers writes it, makes three tensors as large as its
+input and keeps two; here it makes one and keeps its input. Nothing of the model itself changes: the modules have their
+own forward pass again afterwards.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.activations import QuickGELUActivation
+
+from keeplora import adapter
+
+QUICK = 1.702
+"""Quick GELU is `x * sigmoid(QUICK * x)` (Hendrycks and Gimpel, arXiv 1606.08415)."""
+
+
+@contextmanager
+def fused_layers(model: nn.Module) -> Iterator[None]:
+    """Lend a faster forward pass to the layers of a model that have one: quick GELU, and LoRA with a frozen `a`."""
+    lent: list[nn.Module] = []
+    faster: dict[nn.Module, Callable[[Tensor], Tensor]] = {
+        module: quick_gelu for module in model.modules() if type(module) is QuickGELUActivation
+    }
+    faster |= {layer: _lora_forward(layer) for layer in adapter.lora_layers(model).values() if _is_plain(layer)}
+    try:
+        for module, forward in faster.items():
+            if "forward" not in vars(module):
+                module.forward = forward
+                lent.append(module)
+        yield
+    finally:
+        for module in lent:
+            del module.forward
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """Return `x * sigmoid(1.702 x)`."""
+    return cast(Tensor, _QuickGELU.apply(x))
+
+
+def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """Return `x @ (weight + b @ a).T + bias`; only `x` and `b` get a gradient.
+
+    Args:
+        x: `[..., d_in]`.
+        weight: `[d_out, d_in]`.
+        bias: `[d_out]`.
+        a: `[r, d_in]`.
+        b: `[d_out, r]`, its scaling included.
+
+    Returns:
+        `[..., d_out]`.
+    """
+    return cast(Tensor, _LoRALinear.apply(x, weight, bias, a, b))
+
+
+class _QuickGELU(torch.autograd.Function):
+    """`x * sigmoid(1.702 x) = silu(1.702 x) / 1.702`, and torch has both directions of SiLU in one pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return F.silu(x * QUICK, inplace=True).div_(QUICK)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        scaled = x * QUICK
+        return cast(Tensor, torch.ops.aten.silu_backward.grad_input(gradient, scaled, grad_input=scaled))
+
+
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        inner = x.reshape(-1, x.shape[-1]) @ a.T if ctx.needs_input_grad[4] else None
+        ctx.save_for_backward(weight, a, b, inner)
+        return F.linear(x, torch.addmm(weight, b, a), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        weight, a, b, inner = ctx.saved_tensors
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        of_x = of_b = None
+        if ctx.needs_input_grad[0]:
+            # Made again rather than kept: that costs as much as the update of a few rows.
+            of_x = (rows @ torch.addmm(weight, b, a)).view(*gradient.shape[:-1], weight.shape[1])
+        if ctx.needs_input_grad[4]:
+            of_b = rows.T @ inner
+        return of_x, None, None, None, of_b
+
+
+def _is_plain(layer: adapter.LoraLinear) -> bool:
+    """Say whether a layer computes what `lora_linear` does."""
+    base, name = layer.get_base_layer(), adapter.ADAPTER
+    return (
+        type(layer) is adapter.LoraLinear
+        and type(base) is nn.Linear
+        and layer.active_adapters == [name]
+        and not (layer.merged or layer.disable_adapters or layer.lora_variant or layer.lora_bias[name])
+        and isinstance(layer.lora_dropout[name], nn.Identity)
+        and not base.weight.requires_grad
+        and not (base.bias is not None and base.bias.requires_grad)
+        and not layer.lora_A[name].weight.requires_grad
+    )
+
+
+def _lora_forward(layer: adapter.LoraLinear) -> Callable[[Tensor], Tensor]:
+    return partial(_forward, layer, type(layer).forward)
+
+
+def _forward(layer: adapter.LoraLinear, stock: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Take the faster way where it is one and rounds no more than the stock one does."""
+    base = layer.get_base_layer()
+    a, b = layer.lora_A[adapter.ADAPTER].weight, layer.lora_B[adapter.ADAPTER].weight
+    weight = cast(Tensor, base.weight)
+    d_out, d_in = weight.shape
+    exact = x.dtype == weight.dtype == a.dtype == b.dtype and x.dtype in (torch.float32, torch.float64)
+    many_rows = x.numel() // d_in * (d_in + d_out) > d_in * d_out
+    if args or kwargs or not exact or not many_rows or torch.is_autocast_enabled(x.device.type):
+        return stock(layer, x, *args, **kwargs)
+    return lora_linear(x, weight, base.bias, a, layer.scaling[adapter.ADAPTER] * b)
