@@ -4,8 +4,8 @@ Each function takes and returns what the library's own phase does. What is slow 
 
 - the gradient pass differentiates with respect to every parameter of the encoders and copies all gradients out;
 - the principal subspace, and the start of A and B, come from the full singular value decomposition (SVD);
-- features are kept as a matrix of tokens for each target layer, one for each of q, k and v, and decomposed by SVD, with a
-  token in each column, as the equations have them;
+- features are kept as a matrix of tokens for each target layer, one for each of q, k and v, with a token in each column
+  as in the equations, and decomposed by SVD;
 - LoRA is a plain module around a linear layer; A is frozen, B starts at the gradient's factor and the weight is
   reduced by the start (Eq. 6 of arXiv 2601.19659).
 
@@ -21,8 +21,9 @@ from torch.optim.lr_scheduler import OneCycleLR
 from keeplora.models import StreamTask
 from keeplora.task import Task
 
-Features = Literal["batch_mean", "rows"]
-"""How token matrices are kept: averaged over batches by position, as published code does, or stacked."""
+Features = Literal["rows", "batch_mean"]
+"""How token matrices are kept: all tokens, as the equations say, or averaged over batches by position, as published
+code does."""
 
 
 def principal_bases(weights: dict[str, Tensor], shares: dict[str, float]) -> dict[str, Tensor]:
@@ -125,7 +126,7 @@ def merge(model: nn.Module) -> nn.Module:
 
 
 def token_matrices(
-    model: nn.Module, task: Task, targets: list[str], *, features: Features = "batch_mean"
+    model: nn.Module, task: Task, targets: list[str], *, features: Features = "rows"
 ) -> dict[str, Tensor]:
     """Collect the inputs `[d_in, n]` of every target layer over a task's examples (X of Eq. 8)."""
     kept: dict[str, list[Tensor]] = {name: [] for name in targets}

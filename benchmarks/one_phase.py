@@ -51,7 +51,7 @@ class PhaseConfig(WorkloadConfig):
     """What to time; prepare only makes what the others need."""
     sample_layers: int | None = None
     """Run bases, update and naive's initialise on so many layers of each shape, and scale up to all of them."""
-    naive_features: naive.Features = "batch_mean"
+    naive_features: naive.Features = "rows"
     """How naive keeps its token matrices."""
     prepared: Path | None = None
     """Folder for what the phases need from earlier ones."""

@@ -12,6 +12,8 @@ Shapes, everywhere in this project (weights are stored as `nn.Linear` stores the
 All computations are in float32 or float64, whichever the caller hands in; half precision is refused.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -59,7 +61,7 @@ def top_directions(gram: Tensor, share: float, *, covered: float = 0.0, total: f
     _require_full_precision(gram)
     eigenvalues, eigenvectors = torch.linalg.eigh(gram)
     m = energy_rank(eigenvalues.flip(0), share, covered=covered, total=total)
-    return eigenvectors[:, len(gram) - m :].flip(1)
+    return cast(Tensor, eigenvectors[:, len(gram) - m :].flip(1))
 
 
 def spectrum(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,13 +105,13 @@ def _orthonormalised(rows: Tensor) -> Tensor:
     """Turn rows of at most unit length into orthonormal ones that span what they do."""
     triangle, failure = torch.linalg.cholesky_ex(rows @ rows.T)
     if not failure and (triangle.diagonal() > NEARLY_ORTHONORMAL).all():
-        return torch.linalg.solve_triangular(triangle, rows, upper=False)
+        return cast(Tensor, torch.linalg.solve_triangular(triangle, rows, upper=False))
     q, triangle = torch.linalg.qr(rows.T)
     if (triangle.diagonal().abs() > NOTHING_LEFT).all():
-        return q.T
+        return cast(Tensor, q.T)
     # QR gives a row with nothing left a random direction, and takes that out of the rows after it.
     _, s, vh = torch.linalg.svd(rows, full_matrices=False)
-    return vh[s > NOTHING_LEFT]
+    return cast(Tensor, vh[s > NOTHING_LEFT])
 
 
 def extend(basis: Tensor, directions: Tensor) -> Tensor:
