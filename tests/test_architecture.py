@@ -14,11 +14,12 @@ ROOT = Path(keeplora.__file__).parent
 LAYERS = [
     {"config", "borrow", "disk", "manifest", "towers", "checkpoint", "examples", "measure", "comparison", "contents"}
     | {"capacity", "hashes", "forecast"},
-    {"linalg", "results", "metrics", "task", "sketch", "moments"},
-    {"adapter"},
+    {"linalg", "results", "metrics", "task", "sketch"},
+    {"adapter", "moments"},
     {"fused"},
     {"collect", "fisher", "subspace", "datasets", "report", "store", "places", "updates", "card"}
     | {"one_pass", "residual"},
+    {"last_epoch"},
     {"methods", "models", "train"},
     {"ledger", "evaluate"},
     {"unfinished", "stream", "opening"},

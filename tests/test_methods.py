@@ -524,7 +524,7 @@ def test_batch_mean_features_protect_other_directions():
         ({"gradient_share": 0.0}, "gradient_share = 0.0"),
         ({"gradient_share": 1.2}, "gradient_share = 1.2"),
         ({"b_start": "random"}, "b_start = 'random' is unknown; choose from zero, gradient"),
-        ({"features": "mean"}, "features = 'mean' is unknown; choose from second_moment, batch_mean"),
+        ({"features": "mean"}, "features = 'mean' is unknown; choose from second_moment, last_epoch, batch_mean"),
         ({"classifier": "linear"}, "classifier = 'linear' is unknown; choose from none, cosine"),
     ],
 )

@@ -52,21 +52,22 @@ def run_in_two(config, port, checkpoints_before_the_end=None):
 
 OPTIONS = {
     "keeplora": KeepLoRAConfig(rank=2, weight_energy=0.3, feature_energy=0.8),
+    "last_epoch": KeepLoRAConfig(rank=2, weight_energy=0.3, feature_energy=0.8, features="last_epoch"),
     "cl_moe": CLMoE.Config(rank=2, num_experts=3),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "port"), [("keeplora", 29511), ("cl_moe", 29521)])
-def test_a_run_in_two_processes_that_is_cut_off_ends_as_one_that_was_not(tmp_path, method, port):
+@pytest.mark.parametrize(("name", "port"), [("keeplora", 29511), ("last_epoch", 29516), ("cl_moe", 29521)])
+def test_a_run_in_two_processes_that_is_cut_off_ends_as_one_that_was_not(tmp_path, name, port):
     benchmark = tiny.write_benchmark(tmp_path, tasks=2, per_class=4)
     config = RunConfig(
         benchmark=str(benchmark),
         model=str(tiny.save_dual_encoder(tmp_path / "model")),
         output=tmp_path / "whole",
         train=TrainConfig(epochs=2, batch_size=3, learning_rate=0.05),
-        method=method,
-        options=OPTIONS[method],
+        method="cl_moe" if name == "cl_moe" else "keeplora",
+        options=OPTIONS[name],
         checkpoint_steps=1,
     )
     cut = replace(config, output=tmp_path / "cut")

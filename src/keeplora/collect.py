@@ -6,16 +6,15 @@ when a batch raises. Several processes each take their share of the batches and 
 
 import itertools
 import math
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from keeplora import moments
 from keeplora.borrow import device_of, evaluation_mode, only_these_require_grad
 from keeplora.fused import fused_layers
+from keeplora.moments import STATISTICS, InputMoments
 from keeplora.task import Batch, LearningError, Task, to_device
 
 Track = Callable[[Iterable[Batch], str, int | None], Iterable[Batch]]
@@ -118,65 +117,26 @@ def input_grams(
         ValueError: If a layer was never reached, if its input is not finite, or if it shares its input with another
             layer in one batch and not in the next.
     """
-    collector = _GramCollector(task, moments.STATISTICS[features])
-    handles = []
-    try:
-        for name in targets:
-            hook = collector.hook(name)
-            handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
-        with torch.no_grad(), evaluation_mode(model), fused_layers(model), task.frozen(model):
-            for batch in batches_of(model, task, 1.0, track, "features"):
-                for part in task.parts(batch) if collector.kind.takes_parts else [batch]:
-                    collector.batch = part
-                    task.loss(model, part)
-                    collector.seen.clear()
-    finally:
-        for handle in handles:
-            handle.remove()
-    grams = {leader: statistic.gram() for leader, statistic in collector.statistics.items()}
+    inputs = InputMoments(task, STATISTICS[features])
+    watching = inputs.watching({name: model.get_submodule(name) for name in targets})
+    with torch.no_grad(), evaluation_mode(model), fused_layers(model), task.frozen(model), watching:
+        for batch in batches_of(model, task, 1.0, track, "features"):
+            for part in task.parts(batch) if inputs.kind.takes_parts else [batch]:
+                inputs.next_batch(part)
+                task.loss(model, part)
+    return summed_grams(inputs, targets)
+
+
+def summed_grams(inputs: InputMoments, targets: list[str]) -> dict[str, Tensor]:
+    """Add up over all processes what was seen of the targets' inputs; return what `input_grams` does, or raise it."""
+    grams = {leader: statistic.gram() for leader, statistic in inputs.statistics.items()}
     sum_over_processes(grams, 0)
     for name in targets:
-        if name not in collector.leaders:
-            raise ValueError(f"task {task.name!r} never ran layer {name!r}; leave it out of the targets")
+        if name not in inputs.leaders:
+            raise ValueError(f"task {inputs.task.name!r} never ran layer {name!r}; leave it out of the targets")
     for leader, gram in grams.items():
-        require_finite(gram, f"task {task.name!r}: the inputs of layer {leader!r} are not finite")
-    return {name: grams[collector.leaders[name]] for name in targets}
-
-
-class _GramCollector:
-    """What the hooks share during one pass."""
-
-    def __init__(self, task: Task, kind: type[moments.Statistic]) -> None:
-        self.task = task
-        self.kind = kind
-        self.batch: Batch = None
-        self.leaders: dict[str, str] = {}
-        self.statistics: dict[str, moments.Statistic] = {}
-        self.seen: list[tuple[weakref.ref[Tensor], str]] = []
-
-    def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def add_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs = args[0]
-            leader = next((other for ref, other in reversed(self.seen) if ref() is inputs), name)
-            if self.leaders.setdefault(name, leader) != leader:
-                raise ValueError(
-                    f"layer {name!r} shared its input with {self.leaders[name]!r} in one batch and with {leader!r} in"
-                    " another; a model that routes its inputs by their content cannot have these layers as targets"
-                )
-            if leader == name:
-                self.seen.append((weakref.ref(inputs), name))
-                self.statistics.setdefault(name, self.kind()).add(inputs, self._real_rows(name, inputs))
-
-        return add_input
-
-    def _real_rows(self, name: str, inputs: Tensor) -> Tensor | None:
-        real = self.task.real_rows(name, self.batch)
-        if real is not None and real.shape != inputs.shape[:-1]:
-            raise ValueError(
-                f"task {self.task.name!r}: real_rows({name!r}) has shape {tuple(real.shape)}, the layer's input has"
-                f" {tuple(inputs.shape)}; return one flag for each row, or None"
-            )
-        return None if real is None else real.to(inputs.device, torch.bool)
+        require_finite(gram, f"task {inputs.task.name!r}: the inputs of layer {leader!r} are not finite")
+    return {name: grams[inputs.leaders[name]] for name in targets}
 
 
 def batches_of(model: nn.Module, task: Task, share: float, track: Track, what: str) -> Iterator[Batch]:

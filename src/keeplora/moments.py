@@ -1,9 +1,14 @@
-"""What the rows that reach a layer add up to: their second moment, one way or the other."""
+"""What the rows that reach layers add up to: their second moment, one way or the other."""
 
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from keeplora.task import Batch, Task
 
 
 class SecondMoment:
@@ -59,3 +64,59 @@ STATISTICS: dict[str, type[Statistic]] = {
     "second_moment": SecondMoment,
     "batch_mean": BatchMean,
 }
+
+
+class InputMoments:
+    """Collects a statistic of the inputs of layers while a model runs.
+
+    `leaders` names for each layer the first one that gets the very same tensor; `statistics` has one for each leader.
+    """
+
+    def __init__(self, task: Task, kind: type[Statistic] = SecondMoment) -> None:
+        self.task = task
+        self.kind = kind
+        self.leaders: dict[str, str] = {}
+        self.statistics: dict[str, Statistic] = {}
+        self._batch: Batch = None
+        self._seen: list[tuple[weakref.ref[Tensor], str]] = []
+
+    @contextmanager
+    def watching(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Watch layers by their names; stop when the block ends."""
+        handles = [layer.register_forward_pre_hook(self._hook(name)) for name, layer in layers.items()]
+        try:
+            yield
+        finally:
+            self._seen.clear()
+            for handle in handles:
+                handle.remove()
+
+    def next_batch(self, batch: Batch) -> None:
+        """Say which batch the model is about to see: the task tells its padding."""
+        self._batch = batch
+        self._seen.clear()
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        @torch.no_grad()
+        def add_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs = args[0]
+            leader = next((other for ref, other in reversed(self._seen) if ref() is inputs), name)
+            if self.leaders.setdefault(name, leader) != leader:
+                raise ValueError(
+                    f"layer {name!r} shared its input with {self.leaders[name]!r} in one batch and with {leader!r} in"
+                    " another; a model that routes its inputs by their content cannot have these layers as targets"
+                )
+            if leader == name:
+                self._seen.append((weakref.ref(inputs), name))
+                self.statistics.setdefault(name, self.kind()).add(inputs, self._real_rows(name, inputs))
+
+        return add_input
+
+    def _real_rows(self, name: str, inputs: Tensor) -> Tensor | None:
+        real = self.task.real_rows(name, self._batch)
+        if real is not None and real.shape != inputs.shape[:-1]:
+            raise ValueError(
+                f"task {self.task.name!r}: real_rows({name!r}) has shape {tuple(real.shape)}, the layer's input has"
+                f" {tuple(inputs.shape)}; return one flag for each row, or None"
+            )
+        return None if real is None else real.to(inputs.device, torch.bool)

@@ -84,7 +84,8 @@ def learn(config: RunConfig, ledger: Ledger, track: Track, watch: Watch) -> None
             places = now.checkpoints(config.checkpoint_steps, 60 * config.checkpoint_minutes)
             settings = dataclasses.replace(config.train, epochs=task.epochs or config.train.epochs)
             with now.clock.phase("train"):
-                losses = fit(adapted, lesson, settings, penalty=method.penalty, track=track, checkpoints=places)
+                watched = method.lesson(adapted, lesson, settings.epochs)
+                losses = fit(adapted, watched, settings, penalty=method.penalty, track=track, checkpoints=places)
             with now.clock.phase("merge"):
                 model = method.after_task(adapted, lesson)
             scores = evaluate_once(model, tasks, method, ledger, now, track)

@@ -188,7 +188,7 @@ def _learn(model: nn.Module, task: StreamTask, lesson: Task, rest: tuple[Method,
         with _phase(found, "gradient", clock) as gradient:
             adapted = method.before_task(model, lesson)
         with _phase(found, "train", clock) as training:
-            fit(adapted, lesson, train, penalty=method.penalty)
+            fit(adapted, method.lesson(adapted, lesson, epochs=1), train, penalty=method.penalty)
         with _phase(found, "merge", clock) as merging:
             model = method.after_task(adapted, lesson)
     with clocked(task, "test_batches", BATCHES) as clock, _phase(found, "evaluate", clock) as evaluating:

@@ -99,6 +99,10 @@ class Method:
             model, dict.fromkeys(targets, self.config.rank), dict.fromkeys(targets, self.config.alpha)
         )
 
+    def lesson(self, model: nn.Module, task: Task, epochs: int) -> Task:
+        """Return what to train the adapted model on, for so many epochs: the task, here as it is."""
+        return task
+
     def penalty(self, model: nn.Module) -> Tensor | None:
         """Return what to add to the loss of every batch, or None for nothing."""
         return None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from keeplora import adapter, collect, linalg, subspace
 from keeplora.collect import Track, silent
+from keeplora.last_epoch import SEEN, SeenInputs, Watched
 from keeplora.methods.base import HEAD, Method, MethodConfig
 from keeplora.methods.keeplora_config import KeepLoRAConfig
 from keeplora.methods.record import TaskRecord
@@ -68,6 +69,15 @@ class KeepLoRA(Method):
             adapted.add_module(HEAD, head)
         return adapted
 
+    def lesson(self, model: nn.Module, task: Task, epochs: int) -> Task:
+        """Return the task; with `features="last_epoch"` one that looks at the layers' inputs in the last epoch."""
+        if self.config.features != "last_epoch":
+            return task
+        seen = SeenInputs(task, {name: len(basis) for name, basis in self.bases.items()})
+        model.add_module(SEEN, seen)
+        layers = {name: adapter.inner(model).get_submodule(name) for name in self.bases}
+        return Watched(task, seen, layers, epochs)
+
     def after_task(self, model: nn.Module, task: Task) -> nn.Module:
         """Merge the update, protect the task's dominant input directions (Eq. 8 to 10), and certify that none leaked.
 
@@ -79,8 +89,9 @@ class KeepLoRA(Method):
         subspace.require_no_leak(updates, self.bases, task.name, allowed=self.leak_allowed)
         saved = adapter.detach(model)
         head = {name: value.detach().cpu().clone() for name, value in _head_state(model).items()}
+        seen = getattr(model, SEEN, None)
         merged, error = self.merge_checked(model, task)
-        directions = self.once("features", lambda: self._new_directions(merged, task))
+        directions = self.once("features", lambda: self._new_directions(merged, task, seen))
         record = TaskRecord(
             adapter=saved,
             directions=directions,
@@ -174,9 +185,17 @@ class KeepLoRA(Method):
         warn_of_small_ranks(ranks, self.config.rank, task.name)
         return factors
 
-    def _new_directions(self, merged: nn.Module, task: Task) -> dict[str, Tensor]:
+    def _new_directions(self, merged: nn.Module, task: Task, seen: SeenInputs | None) -> dict[str, Tensor]:
         """Return the dominant directions of the task's inputs that no basis covers yet (Eq. 8 to 10)."""
-        grams = collect.input_grams(merged, task, list(self.bases), features=self.config.features, track=self.track)
+        if self.config.features != "last_epoch":
+            grams = collect.input_grams(merged, task, list(self.bases), features=self.config.features, track=self.track)
+        elif seen is None:
+            raise ValueError(
+                f"task {task.name!r}: features = 'last_epoch' needs the model to be trained on what"
+                " method.lesson(model, task, epochs) returns; do so, or set features = 'second_moment'"
+            )
+        else:
+            grams = seen.grams()
         directions = subspace.new_directions(self.bases, grams, self.config.feature_energy)
         is_short = self.config.energy_rule == "one_short" and self._num_learned == 0
         return subspace.without_last(directions) if is_short else directions

@@ -23,8 +23,9 @@ class KeepLoRAConfig(MethodConfig):
     gradient itself: less memory where layers are wide."""
     b_start: Literal["zero", "gradient"] = "zero"
     """Start of B: zero with the weight untouched, or the residual gradient's factor with the weight reduced by it."""
-    features: Literal["second_moment", "batch_mean"] = "second_moment"
-    """Statistic of the inputs: exact second moment, or the released code's average over batches."""
+    features: Literal["second_moment", "last_epoch", "batch_mean"] = "second_moment"
+    """Statistic of the inputs: exact second moment; the same, collected in the last epoch of training, which saves a
+    pass and is of slightly earlier weights; or the released code's average over batches."""
     weight_side: Literal["input", "output"] = "input"
     """Side of the weight whose singular vectors are its principal subspace: `output` is the released code's, for square
     layers only."""

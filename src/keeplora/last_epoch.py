@@ -1,0 +1,100 @@
+"""The inputs' second moments from the last epoch of training, in place of a pass of their own.
+
+The model still changes during that epoch, so that the statistic is one of slightly earlier weights. What was seen is
+part of the adapted model's state, so that a training that is cut off in the epoch goes on with it.
+"""
+
+import math
+from collections.abc import Iterable, Sized
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from keeplora.collect import summed_grams
+from keeplora.moments import InputMoments, SecondMoment
+from keeplora.task import Batch, Task
+
+SEEN = "task_inputs"
+"""Name under which what was seen joins the adapted model."""
+
+
+class SeenInputs(nn.Module):
+    """How many batches went by, and the second moments of what layers got in the last epoch's."""
+
+    def __init__(self, task: Task, widths: dict[str, int]) -> None:
+        """Begin with nothing.
+
+        Args:
+            task: Tells the padding.
+            widths: By the layers' names, the dimensions `d_in` of their inputs.
+        """
+        super().__init__()
+        self.widths = widths
+        self.num_batches = 0
+        self.inputs = InputMoments(task)
+
+    def grams(self) -> dict[str, Tensor]:
+        """Return the grams `[d_in, d_in]` of all layers by name, over all processes."""
+        return summed_grams(self.inputs, list(self.widths))
+
+    def get_extra_state(self) -> Tensor:
+        """Return everything as one vector: the count, each layer's leader, and the leaders' grams."""
+        names = list(self.widths)
+        leaders = [names.index(self.inputs.leaders[name]) if name in self.inputs.leaders else -1 for name in names]
+        grams = [
+            self.inputs.statistics[name].gram().flatten().cpu() for name in names if name in self.inputs.statistics
+        ]
+        return torch.cat([torch.tensor([float(self.num_batches), *map(float, leaders)]), *grams])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take up what `get_extra_state` returned."""
+        names = list(self.widths)
+        numbers, rest = state[: 1 + len(names)].int().tolist(), state[1 + len(names) :]
+        self.num_batches = numbers[0]
+        found = {name: names[index] for name, index in zip(names, numbers[1:], strict=True) if index >= 0}
+        self.inputs.leaders = found
+        for name in [name for name in names if name in found.values()]:
+            d_in = self.widths[name]
+            moment = SecondMoment()
+            moment.total, rest = rest[: d_in**2].view(d_in, d_in).clone(), rest[d_in**2 :]
+            self.inputs.statistics[name] = moment
+
+
+class Watched(Task):
+    """A task whose last epoch is watched while a model is trained on it."""
+
+    def __init__(self, task: Task, seen: SeenInputs, layers: dict[str, nn.Module], epochs: int) -> None:
+        self.name = task.name
+        self.task = task
+        self.seen = seen
+        self.layers = layers
+        self.num_unwatched = (epochs - 1) * batches_in_epoch(task)
+        self.parts = task.parts  # type: ignore[method-assign]
+        self.frozen = task.frozen  # type: ignore[method-assign]
+        self.outputs = task.outputs  # type: ignore[method-assign]
+        self.real_rows = task.real_rows  # type: ignore[method-assign]
+        self.generators = task.generators  # type: ignore[method-assign]
+        self.num_examples = task.num_examples  # type: ignore[method-assign]
+
+    def batches(self) -> Iterable[Batch]:
+        """Return the task's batches."""
+        return self.task.batches()
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the task's loss, and look at the inputs of the layers in the last epoch."""
+        self.seen.num_batches += 1
+        if self.seen.num_batches <= self.num_unwatched:
+            return self.task.loss(model, batch)
+        self.seen.inputs.next_batch(batch)
+        with self.seen.inputs.watching(self.layers):
+            return self.task.loss(model, batch)
+
+
+def batches_in_epoch(task: Task) -> int:
+    """Return how many batches of a task each process trains on in an epoch."""
+    batches = task.batches()
+    processes = dist.get_world_size() if dist.is_initialized() and isinstance(batches, DataLoader) else 1
+    return math.ceil(len(cast(Sized, batches)) / processes)
