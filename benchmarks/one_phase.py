@@ -8,6 +8,7 @@ is kept in a folder if one is given. With `--profile` torch's profiler watches, 
 """
 
 import copy
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -36,7 +37,9 @@ from keeplora.train import TrainConfig, fit
 from workloads import Workload, WorkloadConfig, load
 
 SystemName = Literal["keeplora", "lora_ft", "naive"]
-PhaseName = Literal["bases", "gradient", "initialise", "step", "merge", "features", "update", "evaluate"]
+PhaseName = Literal[
+    "bases", "gradient", "initialise", "step", "watched_step", "merge", "features", "update", "evaluate"
+]
 Part = tuple[float, Callable[[], object]]
 """How many times a part counts, and the part: a phase that is the same for many layers may be run on some of them."""
 
@@ -148,7 +151,8 @@ def measure(config: PhaseConfig) -> dict[str, float]:
     """Return the seconds and the peak memory of a phase, in how many units it works, and what stood before it.
 
     `cpu_seconds` are those of all threads together: they tell more where other processes share the machine.
-    The unit is an example for gradient, features and evaluate, a step for step, and the whole for the others.
+    The unit is an example for gradient, features and evaluate, a step for both kinds of step, and the whole for the
+    others.
     """
     torch.manual_seed(config.seed)
     if config.prepared is not None:
@@ -184,7 +188,7 @@ def measure(config: PhaseConfig) -> dict[str, float]:
 
 def _units(given: Given) -> int:
     config = given.config
-    if config.phase == "step":
+    if config.phase in ("step", "watched_step"):
         return sum(1 for _ in given.workload.task.batches())
     if config.phase in ("gradient", "features"):
         return sum(given.workload.task.num_examples(batch) for batch in given.workload.task.batches())
@@ -264,9 +268,15 @@ def library_step(make: Callable[[Given], Method]) -> Callable[[Given], list[Part
         adapted = method.before_task(given.workload.model, given.workload.task)
         _let_go(method, given)
         config = TrainConfig(epochs=1, batch_size=given.config.batch_size)
-        return [(1, lambda: fit(adapted, given.workload.task, config, penalty=method.penalty))]
+        lesson = method.lesson(adapted, given.workload.task, config.epochs)
+        return [(1, lambda: fit(adapted, lesson, config, penalty=method.penalty))]
 
     return phase
+
+
+def watching(given: Given) -> KeepLoRA:
+    """Return the method that collects its features in the last epoch of training."""
+    return _keeplora(given, features="last_epoch")
 
 
 def naive_step(given: Given) -> list[Part]:
@@ -347,9 +357,9 @@ def naive_scaling(given: Given) -> float:
     return given.workload.options.alpha / given.workload.options.rank
 
 
-def _keeplora(given: Given) -> KeepLoRA:
+def _keeplora(given: Given, **options: Any) -> KeepLoRA:
     """Return the method with what it would have found before; the features of its task add no direction."""
-    method = KeepLoRA(given.workload.options)
+    method = KeepLoRA(dataclasses.replace(given.workload.options, **options))
     method.bases = dict(given.bases)
     none = {name: basis[:, :0] for name, basis in method.bases.items()}
     found = {"gradient": lambda: residuals_of(dict(given.gradients), method.bases), "features": lambda: none}
@@ -393,6 +403,7 @@ PHASES: dict[str, dict[str, Callable[[Given], list[Part]]]] = {
     "gradient": {"keeplora": keeplora_gradient, "naive": naive_gradient},
     "initialise": {"keeplora": keeplora_initialise, "lora_ft": lora_ft_initialise, "naive": naive_initialise},
     "step": {"keeplora": library_step(_keeplora), "lora_ft": library_step(_lora_ft), "naive": naive_step},
+    "watched_step": {"keeplora": library_step(watching)},
     "merge": {"keeplora": library_merge(_keeplora), "lora_ft": library_merge(_lora_ft), "naive": naive_merge},
     "features": {"keeplora": keeplora_features, "naive": naive_features},
     "update": {"keeplora": keeplora_update, "naive": naive_update},

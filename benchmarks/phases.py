@@ -37,7 +37,7 @@ Record = dict[str, Any]
 PAIRS: tuple[tuple[SystemName, SystemName], ...] = (("keeplora", "lora_ft"), ("naive", "keeplora"))
 """Which system is divided by which."""
 
-PER = {"gradient": "example", "step": "step", "features": "example", "evaluate": "example"}
+PER = {"gradient": "example", "step": "step", "watched_step": "step", "features": "example", "evaluate": "example"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class PhasesConfig(WorkloadConfig):
     systems: tuple[SystemName, ...] = ("keeplora", "lora_ft", "naive")
     """The systems to measure."""
     phases: tuple[PhaseName, ...] = (
-        "bases", "gradient", "initialise", "step", "merge", "features", "update", "evaluate",
+        "bases", "gradient", "initialise", "step", "watched_step", "merge", "features", "update", "evaluate",
     )  # fmt: skip
     """The phases to measure."""
     repeats: int = 5

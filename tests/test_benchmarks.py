@@ -144,6 +144,31 @@ def test_the_phases_are_measured_and_composed(tmp_path):
     assert "Composed, not run: 128 images, 10 epochs" in text
 
 
+SECONDS = {"gradient": 0.5, "initialise": 3.0, "step": 2.0, "watched_step": 2.5, "features": 0.25, "evaluate": 0.125}
+
+
+@pytest.mark.parametrize(
+    ("options", "seconds"),
+    [
+        ({}, 100 * 0.5 + 3 + 12 * 2 + 100 * 0.25 + 8 * 0.125),
+        ({"gradient_share": 0.4, "features": "last_epoch"}, 64 * 0.5 + 3 + 8 * 2 + 4 * 2.5 + 8 * 0.125),
+    ],
+)
+def test_a_tasks_cost_is_the_sum_of_its_phases(options, seconds, tmp_path):
+    config = whole_task.TaskConfig(results=tmp_path, images=100, test_images=8, epochs=3, **options)
+    records = [{"system": "keeplora", "phase": phase, "repeat": 0, "units": 2, "seconds": 2 * value}
+               for phase, value in SECONDS.items()]  # fmt: skip
+    counts = {phase: n for phase, n in whole_task.counts_of(config, 32, "keeplora").items() if phase in SECONDS}
+    assert whole_task.totals_of(records, "keeplora", counts, "seconds") == [pytest.approx(seconds)]
+
+
+def test_the_options_of_keeplora_change_no_other_systems_cost(tmp_path):
+    plain, chosen = (whole_task.TaskConfig(results=tmp_path, **options)
+                     for options in ({}, {"gradient_share": 0.1, "features": "last_epoch"}))  # fmt: skip
+    for system in ("lora_ft", "naive"):
+        assert whole_task.counts_of(plain, 32, system) == whole_task.counts_of(chosen, 32, system)
+
+
 def test_a_phase_is_measured_in_a_process_of_its_own():
     config = phases.PhasesConfig(images=8, batch_size=8)
     measured = phases.in_a_process(phases.phase_config(config, "lora_ft", "merge", None))

@@ -1,6 +1,7 @@
 """Continual learning of pre-trained vision-language models by KeepLoRA."""
 
 from keeplora.evaluate import evaluate
+from keeplora.fused import fused_layers
 from keeplora.methods import METHODS, KeepLoRA, KeepLoRAConfig, LoRAFT, Method, MethodConfig, ZeroShot
 from keeplora.run import run
 from keeplora.stream import RunConfig, load_stream
@@ -20,6 +21,7 @@ __all__ = [
     "ZeroShot",
     "evaluate",
     "fit",
+    "fused_layers",
     "load_stream",
     "run",
 ]
