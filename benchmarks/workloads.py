@@ -250,14 +250,14 @@ def _first(loader: DataLoader[Any], count: int, seed: int) -> Pixels:
     """Return some images of a split, drawn at random."""
     split: Any = loader.dataset
     chosen = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:count].tolist()
-    return Pixels(tuple(split.labels[i] for i in chosen), lambda i: split.pixels_of(chosen[i]), split.normalise)
+    return Pixels(tuple(split.labels[i] for i in chosen), split.pixels[chosen], split.normalise)
 
 
 def _random_pixels(count: int, num_classes: int, seed: int) -> Pixels:
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (count, 3, 224, 224), dtype=torch.uint8, generator=generator)
     labels = torch.arange(count) % num_classes
-    return Pixels(tuple(labels.tolist()), lambda i: pixels[i], lambda batch: batch.float() / 127.5 - 1)
+    return Pixels(tuple(labels.tolist()), pixels, lambda batch: batch.float() / 127.5 - 1)
 
 
 def as_flags(config: WorkloadConfig) -> list[str]:

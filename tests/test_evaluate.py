@@ -1,12 +1,10 @@
 """Evaluation, and the dual encoders it runs on, against the plain transformers pipeline."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPImageProcessorPil, SiglipImageProcessorPil
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 import tiny
 from keeplora.collect import silent
@@ -14,7 +12,6 @@ from keeplora.datasets import read_splits
 from keeplora.evaluate import evaluate
 from keeplora.models import family_of
 from keeplora.models.dual_encoder import DualEncoder
-from keeplora.models.pixels import PixelStore, kept
 from keeplora.task import TaskSpec, read_benchmark
 
 TEMPLATES = ("a drawing of a {}.", "a photo of a big dark {} thing.")
@@ -177,38 +174,6 @@ def test_the_held_out_order_is_fixed(place):
     assert labels.tolist() == list(examples_of(place).labels)
 
 
-CROPPING = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-STRETCHING = SiglipImageProcessorPil(size={"height": 16, "width": 16})
-PLAIN = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=16, do_normalize=False)
-
-
-@pytest.mark.parametrize("processor", [CROPPING, STRETCHING, PLAIN], ids=["clip", "siglip", "no_normalise"])
-@pytest.mark.parametrize("limit", [10**9, 0, 5 * 3 * 16 * 16], ids=["kept", "decoded_again", "limit_within"])
-def test_pixels_are_those_of_the_full_image_processor(place, processor, limit):
-    examples = examples_of(place)
-    images = [examples.image(i) for i in range(len(examples))]
-    expected = processor(images, return_tensors="pt")["pixel_values"]
-    pixels = PixelStore(processor, memory_limit=limit).read(examples, silent, "reading")
-    batch = pixels.collate([pixels[i] for i in range(len(pixels))])
-    torch.testing.assert_close(batch["pixel_values"], expected, rtol=1e-5, atol=1e-5)
-    assert batch["labels"].tolist() == list(examples.labels)
-    assert pixels[0][0].dtype == torch.uint8
-
-
-def test_images_beyond_the_memory_limit_are_decoded_again_and_others_are_not(place):
-    examples = examples_of(place)
-    decoded = []
-    counting = type(examples)(
-        examples.class_names, examples.labels, lambda i: decoded.append(i) or examples.load(i), examples.origin
-    )
-    store = PixelStore(CROPPING, memory_limit=len(examples) * 3 * 16 * 16)
-    other = replace(counting, origin=lambda i: f"another {examples.origin(i)}")
-    first, again = store.read(counting, silent, "first"), store.read(other, silent, "second")
-    decoded.clear()
-    assert torch.equal(first[3][0], again[3][0])
-    assert decoded == [3]
-
-
 def test_a_model_of_another_family_lists_the_known_types(tmp_path):
     tiny.llama_model().config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is of type 'llama'; known types: clip, siglip"):
@@ -232,26 +197,3 @@ def test_a_saved_model_gives_the_same_answers(place, tmp_path):
     with torch.no_grad():
         assert np.array_equal(task.outputs(model, batch), task.outputs(again, batch))
     assert {path.suffix for path in (tmp_path / "saved").iterdir()} <= {".json", ".safetensors", ".txt", ".jinja"}
-
-
-def test_inside_kept_a_second_run_on_the_same_images_decodes_nothing_again(place, monkeypatch):
-    decoded = []
-    whole = PixelStore._resized
-    monkeypatch.setattr(PixelStore, "_resized", lambda self, images: decoded.append(len(images)) or whole(self, images))
-    with kept():
-        first = tasks_of(place, "clip")
-        assert decoded
-        decoded.clear()
-        second = tasks_of(place, "clip")
-        assert not decoded
-    assert first[0].train[0][0].equal(second[0].train[0][0])
-    tasks_of(place, "clip")
-    assert decoded, "nothing is kept after the block"
-
-
-def test_the_limit_of_kept_holds_for_the_stores_inside(place):
-    examples = examples_of(place)
-    with kept(memory_limit=0):
-        store = PixelStore(CROPPING)
-        store.read(examples, silent, "reading")
-    assert not store.kept

@@ -233,7 +233,7 @@ def classification_task(
     colors = torch.tensor(list(COLORS.values()), dtype=torch.float32)[list(labels), :, None, None]
     noise = 60 * torch.randn(len(labels), 3, SIZE, SIZE, generator=generator)
     images = (colors + noise).clamp(0, 255).to(torch.uint8)
-    pixels = Pixels(labels, lambda i: images[i], lambda batch: batch.float() / 127.5 - 1)
+    pixels = Pixels(labels, images, lambda batch: batch.float() / 127.5 - 1)
     template = ["a drawing of a {}.", "a photo of a {} thing."][seed % 2]
     prompts = tokenise(tokenizer(masked=kind == "clip"), [template.format(label) for label in CLASSES], name)
     return ClassificationTask(name, pixels, pixels, prompts, batch_size=batch_size, seed=seed)

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -11,22 +13,38 @@ from torch.utils.data import Dataset
 
 from keeplora.collect import Track
 from keeplora.examples import Examples
+from keeplora.models.mapped import map_bytes
 
 Item = tuple[Tensor, int]
 
 MEMORY_LIMIT = 4 * 2**30
-"""Bytes of pixels that are kept in memory; splits beyond it are decoded again at every use."""
+"""Bytes of pixels that are kept in memory; splits beyond it are kept in a temporary file, which is mapped."""
 
 READ_AT_ONCE = 64
 
-_KEPT: list[tuple[dict[Any, Tensor], int]] = []
-"""The innermost pair is what holds the pixels that `kept` keeps, and the most bytes of them."""
+
+@dataclass(frozen=True)
+class Shelf:
+    """Where pixels are kept, by processor and origin, and how many bytes of them may be in memory."""
+
+    memory_limit: int = MEMORY_LIMIT
+    in_memory: dict[Any, Tensor] = field(default_factory=dict)
+    mapped: dict[Any, Tensor] = field(default_factory=dict)
+
+    @property
+    def left(self) -> int:
+        """The bytes that may still be put in memory."""
+        return self.memory_limit - sum(pixels.numel() for pixels in self.in_memory.values())
+
+
+_KEPT: list[Shelf] = []
+"""The innermost is where `kept` keeps what is read."""
 
 
 @contextmanager
 def kept(memory_limit: int = MEMORY_LIMIT) -> Iterator[None]:
-    """Keep the pixels that are read inside in memory, so that a second run on the same data decodes nothing again."""
-    _KEPT.append(({}, memory_limit))
+    """Keep the pixels that are read inside, so that a second run on the same data decodes nothing again."""
+    _KEPT.append(Shelf(memory_limit))
     try:
         yield
     finally:
@@ -34,20 +52,18 @@ def kept(memory_limit: int = MEMORY_LIMIT) -> Iterator[None]:
 
 
 class Pixels(Dataset[Item]):
-    """A split as uint8 images `[3, height, width]` and labels."""
+    """A split as uint8 images `[n, 3, height, width]` and labels."""
 
-    def __init__(
-        self, labels: tuple[int, ...], pixels_of: Callable[[int], Tensor], normalise: Callable[[Tensor], Tensor]
-    ) -> None:
+    def __init__(self, labels: tuple[int, ...], pixels: Tensor, normalise: Callable[[Tensor], Tensor]) -> None:
         self.labels = labels
-        self.pixels_of = pixels_of
+        self.pixels = pixels
         self.normalise = normalise
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> Item:
-        return self.pixels_of(index), self.labels[index]
+        return self.pixels[index], self.labels[index]
 
     def collate(self, items: list[Item]) -> dict[str, Tensor]:
         """Stack items to `pixel_values [n, 3, height, width]`, float and normalised, and `labels [n]`."""
@@ -56,43 +72,54 @@ class Pixels(Dataset[Item]):
 
 
 class PixelStore:
-    """Reads splits through one image processor and keeps their pixels while memory allows."""
+    """Reads splits through one image processor and keeps their pixels: in memory while it allows, then on disk."""
 
     def __init__(self, processor: Any, memory_limit: int | None = None) -> None:
         self.processor = processor
         self.normalise = normaliser(processor)
-        self.kept, most = _KEPT[-1] if _KEPT else ({}, MEMORY_LIMIT)
-        self.left = (most if memory_limit is None else memory_limit) - sum(
-            pixels.numel() for pixels in self.kept.values()
-        )
+        shelf = _KEPT[-1] if _KEPT else Shelf()
+        self.shelf = shelf if memory_limit is None else replace(shelf, memory_limit=memory_limit)
 
     def read(self, examples: Examples, track: Track, description: str) -> Pixels:
         """Decode and resize every image once, so that an unreadable one is found now.
 
         Raises:
-            ValueError: If an image cannot be read; the message names it.
+            ValueError: If an image cannot be read; the message names it. If images come out in different sizes. If
+                neither memory nor the folder for temporary files has room for them.
         """
         key = (self.processor.to_json_string(), *(examples.origin(i) for i in range(len(examples))))
-        if key not in self.kept:
-            self._decode(examples, key, track, description)
-        if key not in self.kept:
-            return Pixels(examples.labels, lambda i: self._resized([examples.image(i)])[0], self.normalise)
-        pixels = self.kept[key]
-        return Pixels(examples.labels, lambda i: pixels[i], self.normalise)
+        if key not in self.shelf.in_memory and key not in self.shelf.mapped:
+            self._keep(key, self._chunks(examples, track, description), len(examples))
+        kept_in = self.shelf.in_memory if key in self.shelf.in_memory else self.shelf.mapped
+        return Pixels(examples.labels, kept_in[key], self.normalise)
 
-    def _decode(self, examples: Examples, key: Any, track: Track, description: str) -> None:
-        """Read every image; keep the pixels if they fit."""
-        pixels: Tensor | None = None
+    def _keep(self, key: Any, chunks: Iterator[Tensor], num_images: int) -> None:
+        """Put the pixels in memory if they fit, otherwise in a file; nothing is kept of a split that fails."""
+        first = next(chunks)
+        shape = (num_images, *first.shape[1:])
+        if first[0].numel() * num_images > self.shelf.left:
+            self.shelf.mapped[key] = map_bytes(chain([first], chunks), shape)
+            return
+        pixels, start = first.new_empty(shape), 0
+        for chunk in chain([first], chunks):
+            pixels[start : start + len(chunk)] = chunk
+            start += len(chunk)
+        self.shelf.in_memory[key] = pixels
+
+    def _chunks(self, examples: Examples, track: Track, description: str) -> Iterator[Tensor]:
+        """Decode and resize the images in their order, some at a time."""
         starts = range(0, len(examples), READ_AT_ONCE)
+        size: torch.Size | None = None
         for start in track(starts, description, len(starts)):
             chunk = self._resized([examples.image(i) for i in range(start, min(start + READ_AT_ONCE, len(examples)))])
-            if start == 0 and chunk[0].numel() * len(examples) <= self.left:
-                pixels = chunk.new_empty(len(examples), *chunk.shape[1:])
-                self.left -= pixels.numel()
-            if pixels is not None:
-                pixels[start : start + len(chunk)] = chunk
-        if pixels is not None:
-            self.kept[key] = pixels
+            size = size or chunk.shape[-2:]
+            if chunk.shape[-2:] != size:
+                sizes = " and ".join(" x ".join(map(str, one)) for one in (size, chunk.shape[-2:]))
+                raise ValueError(
+                    f"{description}: the model's image processor makes images of different sizes, {sizes}; let it crop"
+                    " them (do_center_crop) or give both height and width in its preprocessor_config.json"
+                )
+            yield chunk
 
     def _resized(self, images: list[Any]) -> Tensor:
         values = self.processor(images, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
