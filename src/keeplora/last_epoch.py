@@ -72,12 +72,6 @@ class Watched(Task):
         self.seen = seen
         self.layers = layers
         self.num_unwatched = (epochs - 1) * batches_in_epoch(task)
-        self.parts = task.parts  # type: ignore[method-assign]
-        self.frozen = task.frozen  # type: ignore[method-assign]
-        self.outputs = task.outputs  # type: ignore[method-assign]
-        self.real_rows = task.real_rows  # type: ignore[method-assign]
-        self.generators = task.generators  # type: ignore[method-assign]
-        self.num_examples = task.num_examples  # type: ignore[method-assign]
 
     def batches(self) -> Iterable[Batch]:
         """Return the task's batches."""
