@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from keeplora import linalg, moments
 from keeplora.adapter import linear_targets
 from keeplora.methods import KeepLoRA, LoRAFT, Method
+from keeplora.residual import residuals_of
 from keeplora.train import TrainConfig, fit
 from phases import machine, spread
 from workloads import WorkloadConfig, load
@@ -179,7 +180,7 @@ def steps(config: MatmulConfig) -> list[Row]:
 def one_step(config: MatmulConfig, name: str) -> tuple[float, int]:
     """Train for an epoch; return the seconds of a step and the operations of its products."""
     workload = load(config)
-    adapted = _method(name, workload.options).before_task(workload.model, workload.task)
+    adapted = one_method(name, workload.options).before_task(workload.model, workload.task)
     batches = list(workload.task.batches())
     with FlopCounterMode(display=False) as counter:
         workload.task.loss(adapted, batches[0]).backward()
@@ -189,7 +190,7 @@ def one_step(config: MatmulConfig, name: str) -> tuple[float, int]:
     return (time.perf_counter() - since) / len(batches), counter.get_total_flops()
 
 
-def _method(name: str, options: Any) -> Method:
+def one_method(name: str, options: Any) -> Method:
     """Return the method; keeplora's protects nothing here and starts from a random gradient, as quick to train."""
     if name == "lora_ft":
         return LoRAFT(LoRAFT.Config(rank=options.rank, alpha=options.alpha, targets=options.targets))
@@ -204,7 +205,7 @@ class _Unprotected(KeepLoRA):
         names = linear_targets(model, self.config.targets)
         weights = {name: model.get_parameter(f"{name}.weight") for name in names}
         self.bases = {name: weight.new_zeros(weight.shape[1], 0) for name, weight in weights.items()}
-        random = {name: torch.randn_like(weight) for name, weight in weights.items()}
+        random = residuals_of({name: torch.randn_like(weight) for name, weight in weights.items()}, self.bases)
         self.once = lambda name, compute: random if name == "gradient" else compute()
 
 

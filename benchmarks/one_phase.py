@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import naive
-from keeplora import collect, subspace
+from keeplora import collect, linalg, subspace
 from keeplora.evaluate import evaluate
 from keeplora.measure import Phases, measured
 from keeplora.methods import KeepLoRA, LoRAFT, Method
@@ -81,8 +81,8 @@ class Given:
 
     @cached_property
     def bases(self) -> dict[str, Tensor]:
-        """The principal bases."""
-        return self._kept("bases", lambda: subspace.principal_bases(self.weights, self.shares))
+        """The principal bases, and what the tasks learned before added to them."""
+        return self._kept("bases", self._bases)
 
     @cached_property
     def gradients(self) -> dict[str, Tensor]:
@@ -108,6 +108,11 @@ class Given:
         chosen = [(names, names[:sample]) for names in kinds.values()]
         return [(len(names) / len(some), some) for names, some in chosen]
 
+    def _bases(self) -> dict[str, Tensor]:
+        principal = subspace.principal_bases(self.weights, self.shares)
+        generator = torch.Generator().manual_seed(self.config.seed)
+        return {name: _filled(basis, self.config.learned_tasks, generator) for name, basis in principal.items()}
+
     def _kept(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         folder = self.config.prepared
         if folder is None:
@@ -116,6 +121,13 @@ class Given:
         if not file.exists():
             save_file({key: value.contiguous().clone() for key, value in make().items()}, file)
         return load_file(file)
+
+
+def _filled(basis: Tensor, num_tasks: int, generator: torch.Generator) -> Tensor:
+    """Return a basis with the random directions of so many tasks, of which 16 would fill all that it leaves."""
+    d_in, k = basis.shape
+    added = torch.randn(d_in, min(16, num_tasks) * (d_in - k) // 16, generator=generator)
+    return linalg.extend(basis, nn.functional.normalize(added, dim=0))
 
 
 class Few(Task):
@@ -147,17 +159,18 @@ def main(config: tyro.conf.OmitArgPrefixes[PhaseConfig]) -> None:
     print(json.dumps(measure(config)))
 
 
-def measure(config: PhaseConfig) -> dict[str, float]:
+def measure(config: PhaseConfig, workload: Workload | None = None) -> dict[str, float]:
     """Return the seconds and the peak memory of a phase, in how many units it works, and what stood before it.
 
-    `cpu_seconds` are those of all threads together: they tell more where other processes share the machine.
+    `cpu_seconds` are those of all threads together: they tell more where other processes share the machine. The
+    workload is made if it is not given; initialise, step and merge change its model.
     The unit is an example for gradient, features and evaluate, a step for both kinds of step, and the whole for the
     others.
     """
     torch.manual_seed(config.seed)
     if config.prepared is not None:
         config.prepared.mkdir(parents=True, exist_ok=True)
-    given = Given(config, load(config))
+    given = Given(config, workload or load(config))
     if config.phase == "prepare":
         return {"layers": len(given.bases) + len(given.gradients) + len(given.grams)}
     parts = PHASES[config.phase][config.system](given)

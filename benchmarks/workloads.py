@@ -55,6 +55,13 @@ class WorkloadConfig:
     """Examples in a batch."""
     depth: int | None = None
     """Blocks of each tower; all of them, or one for llama_block, if not given."""
+    image_size: int = 224
+    """Side of the images in pixels (vit_b16)."""
+    width: int | None = None
+    """Width of both towers of vit_b16, a multiple of 64; ViT-B/16's own, 768 and 512, if not given."""
+    learned_tasks: int = 0
+    """Tasks learned before: each left 1/16 of the input dimensions that the principal subspace leaves, as random
+    directions, in every basis."""
     hidden: int = 4096
     """Width of llama_block."""
     intermediate: int = 11008
@@ -167,12 +174,17 @@ def vit_b16(config: WorkloadConfig) -> Workload:
     """Make CLIP ViT-B/16 with random weights, random images, and prompts of realistic length."""
     torch.manual_seed(config.seed)
     depth = {} if config.depth is None else {"num_hidden_layers": config.depth}
-    vision = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "image_size": 224,
-              "patch_size": 16} | depth  # fmt: skip
-    model = CLIPModel(CLIPConfig(vision_config=vision, text_config=depth)).eval()
-    train = _random_pixels(config.images, config.classes, config.seed)
-    test = _random_pixels(config.test_images, config.classes, config.seed + 1)
+    vision, text = (tower_sizes(config.width or width) | depth for width in (768, 512))
+    vision |= {"image_size": config.image_size, "patch_size": 16}
+    model = CLIPModel(CLIPConfig(vision_config=vision, text_config=text)).eval()
+    train = _random_pixels(config, config.images, config.seed)
+    test = _random_pixels(config, config.test_images, config.seed + 1)
     return _dual_encoder(config, model, (train, test), prompts_of(config.classes))
+
+
+def tower_sizes(width: int) -> dict[str, int]:
+    """Return the sizes of a tower of CLIP by its width."""
+    return {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": width // 64}
 
 
 def llama_block(config: WorkloadConfig) -> Workload:
@@ -253,10 +265,11 @@ def _first(loader: DataLoader[Any], count: int, seed: int) -> Pixels:
     return Pixels(tuple(split.labels[i] for i in chosen), split.pixels[chosen], split.normalise)
 
 
-def _random_pixels(count: int, num_classes: int, seed: int) -> Pixels:
+def _random_pixels(config: WorkloadConfig, count: int, seed: int) -> Pixels:
     generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (count, 3, 224, 224), dtype=torch.uint8, generator=generator)
-    labels = torch.arange(count) % num_classes
+    side = config.image_size
+    pixels = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(count) % config.classes
     return Pixels(tuple(labels.tolist()), pixels, lambda batch: batch.float() / 127.5 - 1)
 
 

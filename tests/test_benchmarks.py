@@ -1,16 +1,22 @@
 """The benchmarks run, and what they compare is the same mathematics: the naive way finds what the library finds."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
+import compiled
+import extrapolate
 import naive
+import one_phase
 import phases
+import scale
 import whole_task
 from keeplora import adapter, collect, linalg, subspace
 from keeplora.evaluate import evaluate
@@ -19,7 +25,7 @@ from keeplora.towers import tower_share
 from workloads import Workload, WorkloadConfig, load, prompts_of
 
 BENCHMARKS = Path(phases.__file__).parent
-SCRIPTS = ("workloads", "one_phase", "phases", "whole_task", "matmul")
+SCRIPTS = ("workloads", "one_phase", "phases", "whole_task", "matmul", "scale", "compiled", "extrapolate")
 
 pytestmark = pytest.mark.slow
 
@@ -174,6 +180,45 @@ def test_a_phase_is_measured_in_a_process_of_its_own():
     measured = phases.in_a_process(phases.phase_config(config, "lora_ft", "merge", None))
     assert measured["seconds"] > 0
     assert measured["peak_memory_mb"] > 0
+
+
+def test_the_scale_is_measured_tabulated_and_drawn(tmp_path):
+    scale.main(scale.ScaleConfig(quick=True, axes=("tasks", "depth"), output=tmp_path))
+    records = json.loads((tmp_path / "scale-quick.json").read_text())["records"]
+    assert {(record["axis"], record["value"]) for record in records} == {("tasks", 1), ("tasks", 3), ("depth", 2),
+                                                                         ("depth", 4)}  # fmt: skip
+    assert "| step of lora_ft, per step |" in (tmp_path / "scale-quick.md").read_text()
+    assert (tmp_path / "scale-quick.png").stat().st_size > 0
+
+
+def test_work_goes_to_a_process_of_its_own():
+    assert scale.in_a_process(len, []) == 0
+
+
+def test_cost_in_proportion_has_exponent_one():
+    assert scale.exponent({10: 2.0, 30: 4.5, 100: 20.0}) == pytest.approx(1)
+
+
+def test_every_task_learned_before_fills_a_sixteenth_of_what_is_free():
+    config = one_phase.PhaseConfig(images=8, batch_size=8)
+    workload = load(config)
+    principal = one_phase.Given(config, workload).bases
+    filled = one_phase.Given(dataclasses.replace(config, learned_tasks=8), workload).bases
+    for name, basis in principal.items():
+        d_in, k = basis.shape
+        assert filled[name].shape[1] == k + (d_in - k) // 2
+        assert linalg.orthonormality_error(filled[name]) < 1e-4
+
+
+def test_every_way_to_take_a_step_is_timed():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # What the compiler's tracing warns of is its own.
+        compiled.main(compiled.CompiledConfig(quick=True))
+
+
+def test_the_page_on_cost_holds_what_the_extrapolation_prints():
+    page = (BENCHMARKS.parent / "docs" / "cost.md").read_text()
+    assert extrapolate.report(extrapolate.ExtrapolateConfig()) in page
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
