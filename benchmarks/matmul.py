@@ -1,7 +1,8 @@
 """Measure how near the library comes to what the machine can do.
 
 The rate of float32 matrix products (square ones, and the tall ones of `collect`), the share of it that the accumulation
-of input grams and a training step reach, and the library's eigensolver against those of numpy and scipy.
+of input grams and a training step reach, the library's eigensolver against those of numpy and scipy, and what the SVD
+of a token matrix costs in its place.
 
     python benchmarks/matmul.py --parts rate grams eigh --widths 512 768 1024
     python benchmarks/matmul.py --parts step --workload vit_b16 --images 64
@@ -31,13 +32,14 @@ from keeplora.train import TrainConfig, fit
 from phases import machine, spread
 from workloads import WorkloadConfig, load
 
-Part = Literal["rate", "grams", "eigh", "step"]
+Part = Literal["rate", "grams", "eigh", "svd", "step"]
 Work = Callable[[], object]
 Row = dict[str, Any]
 
 PAUSE = 0.2
 """Seconds."""
 
+GRAM = "gram and its eigenvectors"
 SQUARE, LIBRARY, OURS = "square", "keeplora.linalg.top_directions", "keeplora / this"
 
 
@@ -46,8 +48,9 @@ class MatmulConfig(WorkloadConfig):
     """What to measure."""
 
     parts: tuple[Part, ...] = ("rate", "grams", "eigh")
-    """rate: matrix products; grams: the accumulation of input grams; eigh: eigensolvers; step: a training step of the
-    workload by lora_ft and by keeplora."""
+    """rate: matrix products; grams: the accumulation of input grams; eigh: eigensolvers; svd: the directions of
+    a token matrix by SVD, either way round, and by its gram; step: a training step of the workload by lora_ft and by
+    keeplora."""
     sides: tuple[int, ...] = (2048, 4096)
     """Sides of the square matrices whose product gives the machine's rate: the best one counts."""
     widths: tuple[int, ...] = (512, 768, 1024, 2048, 4096)
@@ -158,6 +161,23 @@ def solvers(gram: Tensor) -> dict[str, Work]:
     return found
 
 
+def decompositions(config: MatmulConfig) -> list[Row]:
+    """Measure ways to the directions of a batch's inputs: SVD of the tokens as columns or as rows, or their gram."""
+    found: list[Row] = []
+    for width in (width for width in config.widths if width <= 1024):
+        rows = torch.randn(config.rows, width) * 0.99 ** torch.arange(width)
+        works: dict[str, Work] = {
+            "SVD, a token in each column": lambda rows=rows: torch.linalg.svd(rows.T, full_matrices=False),
+            "SVD, a token in each row": lambda rows=rows: torch.linalg.svd(rows, full_matrices=False),
+            GRAM: lambda rows=rows: linalg.top_directions(rows.T @ rows, 0.99),
+        }
+        times = in_turns(works, config.repeats)
+        for name, seconds in times.items():
+            ratio = [slow / fast for slow, fast in zip(seconds, times[GRAM], strict=True)]
+            found.append({"d_in": width, "way": name} | _median(seconds) | {f"this / {GRAM}": spread(ratio)})
+    return found
+
+
 def steps(config: MatmulConfig) -> list[Row]:
     """Measure a training step; its products are counted as those that torch's own operations stand for."""
     side = max(config.sides)
@@ -253,6 +273,7 @@ PARTS: dict[Part, Callable[[MatmulConfig], list[Row]]] = {
     "rate": rates,
     "grams": grams,
     "eigh": eigensolvers,
+    "svd": decompositions,
     "step": steps,
 }
 

@@ -93,6 +93,16 @@ def test_quick_gelu_is_the_stock_one_and_so_is_its_gradient():
     assert torch.autograd.gradcheck(quick_gelu, (x,))
 
 
+@pytest.mark.parametrize(
+    "function", [quick_gelu, lambda x: lora_linear(x, doubles(5, 4), None, doubles(2, 4), x.T[:, :2])]
+)
+def test_a_second_derivative_is_an_error_and_not_a_wrong_number(function):
+    x = doubles(4, 5) if function is quick_gelu else doubles(5, 4)
+    (first,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 def test_quick_gelu_does_not_change_its_input():
     x = doubles(4, 5).detach()
     before = x.clone()

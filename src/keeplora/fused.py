@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.activations import QuickGELUActivation
 
@@ -72,6 +73,7 @@ class _QuickGELU(torch.autograd.Function):
         return F.silu(x * QUICK, inplace=True).div_(QUICK)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         scaled = x * QUICK
@@ -86,6 +88,7 @@ class _LoRALinear(torch.autograd.Function):
         return F.linear(x, torch.addmm(weight, b, a), bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight, a, b, inner = ctx.saved_tensors
         rows = gradient.reshape(-1, gradient.shape[-1])
