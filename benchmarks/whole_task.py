@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from keeplora.collect import share_of
 from phases import PAIRS, Record, seconds_of, spread
 
 
@@ -82,7 +83,7 @@ def counts_of(config: TaskConfig, batch_size: int, system: str) -> dict[str, int
     batches = math.ceil(config.images / batch_size)
     takes_options = system == "keeplora"
     watches = takes_options and config.features == "last_epoch"
-    seen = batch_size * math.ceil(config.gradient_share * batches)
+    seen = batch_size * share_of(batches, config.gradient_share)
     return {
         "gradient": min(config.images, seen) if takes_options else config.images,
         "initialise": 1,

@@ -210,10 +210,12 @@ def test_every_task_learned_before_fills_a_sixteenth_of_what_is_free():
         assert linalg.orthonormality_error(filled[name]) < 1e-4
 
 
-def test_every_way_to_take_a_step_is_timed():
+def test_every_way_to_take_a_step_is_timed(capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # What the compiler's tracing warns of is its own.
         compiled.main(compiled.CompiledConfig(quick=True))
+    printed = capsys.readouterr().out
+    assert all(f"| {way} |" in printed for way in compiled.WAYS)
 
 
 def test_the_page_on_cost_holds_what_the_extrapolation_prints():

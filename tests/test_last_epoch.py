@@ -4,12 +4,13 @@ from dataclasses import replace
 from itertools import count
 
 import pytest
+import torch
 
 import tiny
 from keeplora import adapter, linalg, subspace
 from keeplora.checkpoint import Checkpoints, from_bytes, to_bytes
 from keeplora.collect import input_grams
-from keeplora.last_epoch import SEEN, SeenInputs, Watched
+from keeplora.last_epoch import SEEN, SeenInputs, Watched, grams_of
 from keeplora.methods import KeepLoRA, KeepLoRAConfig
 from keeplora.run import run
 from keeplora.stream import RunConfig
@@ -86,6 +87,24 @@ def test_a_model_trained_without_the_lesson_is_an_error_that_says_the_cure():
         method.after_task(adapted, task)
 
 
+def test_a_model_whose_last_epoch_did_not_come_is_an_error_that_says_the_cure():
+    method, task = KeepLoRA(KeepLoRAConfig(features="last_epoch", **OPTIONS)), tiny.VectorTask()
+    adapted = method.before_task(tiny.MLP(), task)
+    fit(adapted, method.lesson(adapted, task, 4), STILL)
+    with pytest.raises(ValueError, match="for so many epochs"):
+        method.after_task(adapted, task)
+
+
+def test_batches_without_a_length_are_an_error_that_says_the_cure():
+    class Endless(tiny.VectorTask):
+        def batches(self):
+            yield from self.data
+
+    method, task = KeepLoRA(KeepLoRAConfig(features="last_epoch", **OPTIONS)), Endless()
+    with pytest.raises(ValueError, match="needs the number of batches; let batches"):
+        method.lesson(method.before_task(tiny.MLP(), task), task, 2)
+
+
 def test_nothing_of_it_stays_in_the_merged_model():
     _, merged = learned("last_epoch", MOVING)
     assert set(merged.state_dict()) == set(tiny.MLP().state_dict())
@@ -117,8 +136,8 @@ def test_what_was_seen_survives_being_kept_and_taken_up(num_seen):
     again.set_extra_state(state)
     train(again, num_seen, 9)
     assert again.get_extra_state().equal(whole.get_extra_state())
-    for name, gram in whole.grams().items():
-        assert again.grams()[name].equal(gram)
+    for name, gram in grams_of(whole, task, torch.device("cpu")).items():
+        assert grams_of(again, task, torch.device("cpu"))[name].equal(gram)
 
 
 def test_a_run_that_is_cut_off_at_any_checkpoint_ends_as_one_that_was_not(tmp_path, monkeypatch):

@@ -160,6 +160,29 @@ def test_low_rank_of_a_small_matrix_is_the_truncated_svd(shape):
 LARGE = (linalg.EXACT_BELOW + 40, linalg.EXACT_BELOW + 90)
 
 
+@pytest.mark.parametrize("aligned", [0.0, 0.01, 0.43])
+def test_rows_become_orthonormal_however_far_they_are_from_it(aligned):
+    """Each row at least 0.9 from the span of those before says nothing of all together."""
+    n, basis = 40, orthonormal(60, 5, 3)
+    triangle = torch.eye(n)
+    for i in range(1, n):
+        triangle[i, :i] = -aligned / i**0.5
+        triangle[i, i] = (1 - aligned**2) ** 0.5
+    rows = triangle @ linalg.orthonormal_rows(torch.randn(n, 60, generator=torch.Generator().manual_seed(0)), basis)
+    kept = linalg.orthonormal_rows(rows, basis)
+    assert len(kept) == n
+    assert linalg.orthonormality_error(torch.cat([basis, kept.T], dim=1)) < 2e-6
+    assert linalg.project_out(rows, kept.T).norm() < 1e-4 * rows.norm()
+
+
+def test_the_lower_half_of_a_gram_is_read():
+    gram = torch.randn(9, 7, generator=torch.Generator().manual_seed(0))
+    gram = gram.T @ gram
+    disturbed = gram + torch.triu(torch.ones(7, 7), 1)
+    assert linalg.top_directions(disturbed, 0.9).equal(linalg.top_directions(gram, 0.9))
+    assert linalg.top_directions(gram, 0.9).is_contiguous()
+
+
 def test_low_rank_of_a_large_matrix_spans_the_exact_top_directions():
     matrix = matrix_with_spectrum(0.9 ** np.arange(120), *LARGE)
     u, s, vh = linalg.low_rank(matrix, 8)

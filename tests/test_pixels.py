@@ -223,9 +223,10 @@ def test_an_unreadable_image_is_named_and_leaves_no_file(place, temporary, limit
 
 
 @pytest.mark.parametrize("limit", [10**6, 0], ids=["in_memory", "mapped"])
-def test_a_processor_that_leaves_images_of_different_sizes_is_refused(place, limit):
+@pytest.mark.parametrize("first", [6, 8], ids=["inside a chunk", "between two"])
+def test_a_processor_that_leaves_images_of_different_sizes_is_refused(place, limit, first):
     examples = examples_of(place)
-    turned = replace(examples, load=lambda i: examples.load(i).rotate(90 * (i >= 8), expand=True))
+    turned = replace(examples, load=lambda i: examples.load(i).rotate(90 * (i >= first), expand=True))
     with pytest.raises(ValueError, match=r"images of different sizes, 20 x 16 and 16 x 20"):
         read(turned, limit, UNCROPPED)
 

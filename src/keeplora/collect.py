@@ -83,7 +83,7 @@ def mean_over_examples(
                     stand_in.add(gradient, num_examples)
                 count += num_examples
         for stand_in in stand_ins:
-            add(stand_in.gradients(list(weights.values())), count, 1.0)
+            add(stand_in.gradients(list(weights.values())), count, stand_in.weight)
     count = sum_over_processes(sums, count)
     if count == 0:
         raise ValueError(f"task {task.name!r} gave no batch to take a gradient from")
@@ -149,7 +149,7 @@ def batches_of(model: nn.Module, task: Task, share: float, track: Track, what: s
                 f"task {task.name!r}: a share of {share} of the batches needs their number; let batches() return a"
                 " list or a DataLoader"
             )
-        total = math.ceil(round(share * total, 6))  # 0.07 * 100 is a little above 7
+        total = share_of(total, share)
         batches = itertools.islice(batches, total)
     rank, num_processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if total is not None:
@@ -161,6 +161,11 @@ def batches_of(model: nn.Module, task: Task, share: float, track: Track, what: s
     batches = track(itertools.islice(batches, rank, None, num_processes), f"{task.name}: {what}", total)
     for batch in batches:
         yield to_device(batch, device_of(model))
+
+
+def share_of(num_batches: int, share: float) -> int:
+    """Return how many batches a share of them is, rounded up."""
+    return math.ceil(round(share * num_batches, 6))  # 0.07 * 100 is a little above 7
 
 
 def sum_over_processes(tensors: dict[str, Tensor], count: int) -> int:

@@ -20,31 +20,38 @@ from transformers.activations import QuickGELUActivation
 
 from keeplora import adapter
 
+EXACT = (torch.float32, torch.float64)
+
 QUICK = 1.702
 """Quick GELU is `x * sigmoid(QUICK * x)` (Hendrycks and Gimpel, arXiv 1606.08415)."""
 
 
 @contextmanager
 def fused_layers(model: nn.Module) -> Iterator[None]:
-    """Lend a faster forward pass to the layers of a model that have one: quick GELU, and LoRA with a frozen `a`."""
-    lent: list[nn.Module] = []
-    faster: dict[nn.Module, Callable[[Tensor], Tensor]] = {
+    """Lend a faster forward pass to the layers of a model that have one: quick GELU, and LoRA with a frozen `a`.
+
+    First derivatives only: a loss that takes a second one inside is an error of torch's; train it outside.
+    """
+    lent: dict[nn.Module, Callable[..., Tensor]] = {}
+    faster: dict[nn.Module, Callable[..., Tensor]] = {
         module: quick_gelu for module in model.modules() if type(module) is QuickGELUActivation
     }
-    faster |= {layer: _lora_forward(layer) for layer in adapter.lora_layers(model).values() if _is_plain(layer)}
+    faster |= {layer: partial(_forward, layer) for layer in adapter.lora_layers(model).values() if _is_plain(layer)}
     try:
         for module, forward in faster.items():
             if "forward" not in vars(module):
-                module.forward = forward
-                lent.append(module)
+                module.forward = lent[module] = forward
         yield
     finally:
-        for module in lent:
-            del module.forward
+        for module, forward in lent.items():
+            if vars(module).get("forward") is forward:
+                del module.forward
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """Return `x * sigmoid(1.702 x)`."""
+    """Return `x * sigmoid(1.702 x)`; in half precision by the stock operations, which round and overflow elsewhere."""
+    if x.dtype not in EXACT:
+        return x * torch.sigmoid(QUICK * x)
     return cast(Tensor, _QuickGELU.apply(x))
 
 
@@ -102,8 +109,9 @@ class _LoRALinear(torch.autograd.Function):
 
 
 def _is_plain(layer: adapter.LoraLinear) -> bool:
-    """Say whether a layer computes what `lora_linear` does."""
+    """Say whether a layer computes what `lora_linear` does, and nobody watches or replaces the layers inside it."""
     base, name = layer.get_base_layer(), adapter.ADAPTER
+    inside = (base, layer.lora_A[name], layer.lora_B[name])
     return (
         type(layer) is adapter.LoraLinear
         and type(base) is nn.Linear
@@ -113,21 +121,19 @@ def _is_plain(layer: adapter.LoraLinear) -> bool:
         and not base.weight.requires_grad
         and not (base.bias is not None and base.bias.requires_grad)
         and not layer.lora_A[name].weight.requires_grad
+        and not any(one._forward_hooks or one._forward_pre_hooks or "forward" in vars(one) for one in inside)
     )
 
 
-def _lora_forward(layer: adapter.LoraLinear) -> Callable[[Tensor], Tensor]:
-    return partial(_forward, layer, type(layer).forward)
-
-
-def _forward(layer: adapter.LoraLinear, stock: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Take the faster way where it is one and rounds no more than the stock one does."""
+def _forward(layer: adapter.LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Take the faster way where it is one, rounds no more than the stock one does, and is still what the layer does."""
     base = layer.get_base_layer()
     a, b = layer.lora_A[adapter.ADAPTER].weight, layer.lora_B[adapter.ADAPTER].weight
     weight = cast(Tensor, base.weight)
     d_out, d_in = weight.shape
-    exact = x.dtype == weight.dtype == a.dtype == b.dtype and x.dtype in (torch.float32, torch.float64)
-    many_rows = x.numel() // d_in * (d_in + d_out) > d_in * d_out
-    if args or kwargs or not exact or not many_rows or torch.is_autocast_enabled(x.device.type):
-        return stock(layer, x, *args, **kwargs)
+    is_exact = x.dtype == weight.dtype == a.dtype == b.dtype and x.dtype in EXACT
+    is_exact = is_exact and not torch.is_autocast_enabled(x.device.type)
+    has_many_rows = x.numel() // d_in * (d_in + d_out) > d_in * d_out
+    if args or kwargs or not is_exact or not has_many_rows or not _is_plain(layer):
+        return cast(Tensor, type(layer).forward(layer, x, *args, **kwargs))
     return lora_linear(x, weight, base.bias, a, layer.scaling[adapter.ADAPTER] * b)

@@ -6,7 +6,6 @@ part of the adapted model's state, so that a training that is cut off in the epo
 
 import math
 from collections.abc import Iterable, Sized
-from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -36,10 +35,6 @@ class SeenInputs(nn.Module):
         self.num_batches = 0
         self.inputs = InputMoments(task)
 
-    def grams(self) -> dict[str, Tensor]:
-        """Return the grams `[d_in, d_in]` of all layers by name, over all processes."""
-        return summed_grams(self.inputs, list(self.widths))
-
     def get_extra_state(self) -> Tensor:
         """Return everything as one vector: the count, each layer's leader, and the leaders' grams."""
         names = list(self.widths)
@@ -64,7 +59,7 @@ class SeenInputs(nn.Module):
 
 
 class Watched(Task):
-    """A task whose last epoch is watched while a model is trained on it."""
+    """A task whose last epoch is watched while a model is trained on it: `loss` is called once for each batch."""
 
     def __init__(self, task: Task, seen: SeenInputs, layers: dict[str, nn.Module], epochs: int) -> None:
         self.name = task.name
@@ -87,8 +82,42 @@ class Watched(Task):
             return self.task.loss(model, batch)
 
 
+def take_out(model: nn.Module) -> SeenInputs | None:
+    """Take what was seen out of an adapted model, if it is there."""
+    seen = getattr(model, SEEN, None)
+    if seen is not None:
+        delattr(model, SEEN)
+    return seen
+
+
+def grams_of(seen: SeenInputs | None, task: Task, device: torch.device) -> dict[str, Tensor]:
+    """Return the grams `[d_in, d_in]` of all layers by name, over all processes, on a device.
+
+    Raises:
+        ValueError: If the model was not trained on a lesson, or its last epoch did not come.
+    """
+    if seen is None or not seen.inputs.statistics:
+        raise ValueError(
+            f"task {task.name!r}: features = 'last_epoch' needs the model to be trained on what"
+            " method.lesson(model, task, epochs) returns, for so many epochs; do so, or set features = 'second_moment'"
+        )
+    for moment in seen.inputs.statistics.values():
+        assert isinstance(moment, SecondMoment)
+        moment.total = moment.gram().to(device)
+    return summed_grams(seen.inputs, list(seen.widths))
+
+
 def batches_in_epoch(task: Task) -> int:
-    """Return how many batches of a task each process trains on in an epoch."""
+    """Return how many batches of a task each process trains on in an epoch.
+
+    Raises:
+        ValueError: If `batches()` has no length.
+    """
     batches = task.batches()
+    if not isinstance(batches, Sized):
+        raise ValueError(
+            f"task {task.name!r}: features = 'last_epoch' needs the number of batches; let batches() return a"
+            " DataLoader, or take another value"
+        )
     processes = dist.get_world_size() if dist.is_initialized() and isinstance(batches, DataLoader) else 1
-    return math.ceil(len(cast(Sized, batches)) / processes)
+    return math.ceil(len(batches) / processes)

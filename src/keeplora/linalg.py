@@ -25,9 +25,9 @@ POWER_ITERATIONS = 4
 NOTHING_LEFT = 1e-3
 """A unit row that keeps at most this length after a projection is inside the subspace."""
 
-NEARLY_ORTHONORMAL = 0.9
-"""Rows that are each at least so far from the span of those before take the Cholesky factor of their products in place
-of QR: twice, as always, that is as accurate for them, and several times faster."""
+NEARLY_ORTHONORMAL = 0.5
+"""Rows whose products differ from those of orthonormal ones by at most this, in the Frobenius norm, take the Cholesky
+factor of the products in place of QR: their condition number is below 2, so that twice is as accurate, and faster."""
 
 EXACT_BELOW = 512
 """Matrices whose smaller side is at most this take the exact SVD: it is as fast there."""
@@ -56,18 +56,20 @@ def energy_rank(energies: Tensor, share: float, *, covered: float = 0.0, total: 
 def top_directions(gram: Tensor, share: float, *, covered: float = 0.0, total: float | None = None) -> Tensor:
     """Return the fewest leading eigenvectors of a gram that reach a share of the energy, `[d_in, m]`.
 
-    With `gram = weight.T @ weight` these are the leading right singular vectors of the weight.
+    With `gram = weight.T @ weight` these are the leading right singular vectors of the weight. A gram is symmetric: its
+    lower half is read.
     """
     _require_full_precision(gram)
     eigenvalues, eigenvectors = torch.linalg.eigh(gram)
     m = energy_rank(eigenvalues.flip(0), share, covered=covered, total=total)
-    return cast(Tensor, eigenvectors[:, len(gram) - m :].flip(1))
+    return cast(Tensor, eigenvectors[:, len(gram) - m :].flip(1).contiguous())
 
 
 def spectrum(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Return the eigenvalues `[d_in]` of a gram, largest first, and its eigenvectors `[d_in, d_in]` in that order.
 
     With `gram = weight.T @ weight` these are the squared singular values and the right singular vectors of the weight.
+    A gram is symmetric: its lower half is read.
     """
     _require_full_precision(gram)
     eigenvalues, eigenvectors = torch.linalg.eigh(gram)
@@ -103,8 +105,9 @@ def orthonormal_rows(rows: Tensor, basis: Tensor) -> Tensor:
 
 def _orthonormalised(rows: Tensor) -> Tensor:
     """Turn rows of at most unit length into orthonormal ones that span what they do."""
-    triangle, failure = torch.linalg.cholesky_ex(rows @ rows.T)
-    if not failure and (triangle.diagonal() > NEARLY_ORTHONORMAL).all():
+    products = rows @ rows.T
+    if torch.linalg.matrix_norm(products - torch.eye(len(rows)).to(rows)) <= NEARLY_ORTHONORMAL:
+        triangle = torch.linalg.cholesky(products)
         return cast(Tensor, torch.linalg.solve_triangular(triangle, rows, upper=False))
     q, triangle = torch.linalg.qr(rows.T)
     if (triangle.diagonal().abs() > NOTHING_LEFT).all():

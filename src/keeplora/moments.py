@@ -25,6 +25,7 @@ class SecondMoment:
         rows = (inputs.reshape(-1, inputs.shape[-1]) if real is None else inputs[real]).float()
         if self.total is None:
             self.total = rows.new_zeros(rows.shape[1], rows.shape[1])
+        self.total = self.total.to(rows.device)  # It may come from a file.
         self.total.addmm_(rows.T, rows)
 
     def gram(self) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from keeplora.borrow import evaluation_mode, only_these_require_grad
 from keeplora.collect import Track, batches_of, require_finite, silent, sum_over_processes
+from keeplora.fused import fused_layers
 from keeplora.sketch import Sketch
 from keeplora.task import Task
 
@@ -33,7 +34,12 @@ def gradient_sketches(
     weights = [model.get_parameter(f"{name}.weight") for name in sketches]
     count = 0
     # The weights require a gradient so that the outputs do; autograd is asked for those of the outputs alone.
-    with only_these_require_grad(model, weights), evaluation_mode(model), _seen(model, list(sketches)) as seen:
+    with (
+        only_these_require_grad(model, weights),
+        evaluation_mode(model),
+        fused_layers(model),
+        _seen(model, list(sketches)) as seen,
+    ):
         for batch in batches_of(model, task, share, track, "gradient"):
             loss = task.loss(model, batch)
             require_finite(loss, f"task {task.name!r}: the loss of a batch is {loss.item()} in the gradient pass")

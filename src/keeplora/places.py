@@ -108,7 +108,8 @@ class Places:
             "random": capture_random(self.checkpoints.generators),
             "trained": dict(self._trained()),
             "extra": _of_all_processes(
-                {name: value for name, value in self.model.state_dict().items() if name.endswith(EXTRA)}
+                {name: value for name, value in self.model.state_dict().items() if name.endswith(EXTRA)},
+                device_of(self.model),
             ),
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
         }
@@ -140,12 +141,13 @@ class Places:
         return ((name, value) for name, value in self.model.named_parameters() if value.requires_grad)
 
 
-def _of_all_processes(extra: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+def _of_all_processes(extra: dict[str, Tensor], device: torch.device) -> list[dict[str, Tensor]]:
     """Return what the modules of every process keep beside their parameters: each counts what it has seen itself."""
     if not dist.is_initialized():
         return [extra]
     found: list[dict[str, Tensor]] = [{} for _ in range(dist.get_world_size())]
     for name, value in extra.items():
+        value = value.to(device)
         parts = [torch.empty_like(value) for _ in found]
         dist.all_gather(parts, value)
         for mine, part in zip(found, parts, strict=True):

@@ -32,16 +32,19 @@ class StandIn:
     def __init__(self, made: Tensor) -> None:
         self.made = made
         self.leaf = made.detach().requires_grad_()
-        self.gradient = torch.zeros_like(self.leaf)
+        self.weight = 0.0
+        self.gradient = torch.zeros_like(made, dtype=torch.promote_types(made.dtype, torch.float32))
 
     def add(self, gradient: Tensor | None, weight: float) -> None:
         """Add the gradient of a loss with respect to the leaf."""
         if gradient is not None:
-            self.gradient.add_(gradient, alpha=weight)
+            self.gradient.add_(gradient.to(self.gradient.dtype), alpha=weight)
+            self.weight += weight
 
     def gradients(self, parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-        """Return what was added as the gradients with respect to parameters."""
-        return torch.autograd.grad(self.made, parameters, self.gradient, allow_unused=True)
+        """Return the weighted mean of what was added as gradients with respect to parameters."""
+        mean = (self.gradient / max(self.weight, 1)).to(self.made.dtype)
+        return torch.autograd.grad(self.made, parameters, mean, allow_unused=True)
 
 
 class LearningError(ValueError):

@@ -100,7 +100,10 @@ class Method:
         )
 
     def lesson(self, model: nn.Module, task: Task, epochs: int) -> Task:
-        """Return what to train the adapted model on, for so many epochs: the task, here as it is."""
+        """Return what to train the adapted model on, for so many epochs: the task, here as it is.
+
+        Training asks it for the loss of each batch once.
+        """
         return task
 
     def penalty(self, model: nn.Module) -> Tensor | None:

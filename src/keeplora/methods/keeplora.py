@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from keeplora import adapter, collect, linalg, subspace
+from keeplora.borrow import device_of
 from keeplora.collect import Track, silent
-from keeplora.last_epoch import SEEN, SeenInputs, Watched
+from keeplora.last_epoch import SEEN, SeenInputs, Watched, grams_of, take_out
 from keeplora.methods.base import HEAD, Method, MethodConfig
 from keeplora.methods.keeplora_config import KeepLoRAConfig
 from keeplora.methods.record import TaskRecord
@@ -89,7 +90,7 @@ class KeepLoRA(Method):
         subspace.require_no_leak(updates, self.bases, task.name, allowed=self.leak_allowed)
         saved = adapter.detach(model)
         head = {name: value.detach().cpu().clone() for name, value in _head_state(model).items()}
-        seen = getattr(model, SEEN, None)
+        seen = take_out(model)
         merged, error = self.merge_checked(model, task)
         directions = self.once("features", lambda: self._new_directions(merged, task, seen))
         record = TaskRecord(
@@ -187,15 +188,10 @@ class KeepLoRA(Method):
 
     def _new_directions(self, merged: nn.Module, task: Task, seen: SeenInputs | None) -> dict[str, Tensor]:
         """Return the dominant directions of the task's inputs that no basis covers yet (Eq. 8 to 10)."""
-        if self.config.features != "last_epoch":
-            grams = collect.input_grams(merged, task, list(self.bases), features=self.config.features, track=self.track)
-        elif seen is None:
-            raise ValueError(
-                f"task {task.name!r}: features = 'last_epoch' needs the model to be trained on what"
-                " method.lesson(model, task, epochs) returns; do so, or set features = 'second_moment'"
-            )
+        if self.config.features == "last_epoch":
+            grams = grams_of(seen, task, device_of(merged))
         else:
-            grams = seen.grams()
+            grams = collect.input_grams(merged, task, list(self.bases), features=self.config.features, track=self.track)
         directions = subspace.new_directions(self.bases, grams, self.config.feature_energy)
         is_short = self.config.energy_rule == "one_short" and self._num_learned == 0
         return subspace.without_last(directions) if is_short else directions

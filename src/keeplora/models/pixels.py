@@ -109,21 +109,21 @@ class PixelStore:
     def _chunks(self, examples: Examples, track: Track, description: str) -> Iterator[Tensor]:
         """Decode and resize the images in their order, some at a time."""
         starts = range(0, len(examples), READ_AT_ONCE)
-        size: torch.Size | None = None
+        sizes: dict[tuple[int, ...], None] = {}
         for start in track(starts, description, len(starts)):
-            chunk = self._resized([examples.image(i) for i in range(start, min(start + READ_AT_ONCE, len(examples)))])
-            size = size or chunk.shape[-2:]
-            if chunk.shape[-2:] != size:
-                sizes = " and ".join(" x ".join(map(str, one)) for one in (size, chunk.shape[-2:]))
+            images = self._resized([examples.image(i) for i in range(start, min(start + READ_AT_ONCE, len(examples)))])
+            sizes |= dict.fromkeys(image.shape[-2:] for image in images)
+            if len(sizes) > 1:
+                named = " and ".join(" x ".join(map(str, size)) for size in list(sizes)[:2])
                 raise ValueError(
-                    f"{description}: the model's image processor makes images of different sizes, {sizes}; let it crop"
+                    f"{description}: the model's image processor makes images of different sizes, {named}; let it crop"
                     " them (do_center_crop) or give both height and width in its preprocessor_config.json"
                 )
-            yield chunk
+            yield torch.from_numpy(np.stack(images).astype(np.uint8, copy=False))
 
-    def _resized(self, images: list[Any]) -> Tensor:
-        values = self.processor(images, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
-        return torch.from_numpy(np.asarray(values, dtype=np.uint8))
+    def _resized(self, images: list[Any]) -> list[np.ndarray[Any, Any]]:
+        values = self.processor(images, do_rescale=False, do_normalize=False)["pixel_values"]
+        return [np.asarray(value) for value in values]
 
 
 def normaliser(processor: Any) -> Callable[[Tensor], Tensor]:
