@@ -21,6 +21,7 @@ from keeplora.collect import Track
 from keeplora.datasets import read_splits
 from keeplora.models.base import StreamTask
 from keeplora.models.pixels import Pixels, PixelStore
+from keeplora.models.pooled import only_the_pooled_row
 from keeplora.task import Batch, StandIn, TaskSpec, to_device
 
 PIXELS_AT_ONCE = 1_250_000
@@ -73,7 +74,8 @@ class ClassificationTask(StreamTask):
         if not self._is_frozen and self.head is None:
             # The model's own forward pass, which is what wraps around it (DDP, autocast) expect to be called.
             prompts = to_device(self.prompts, batch["labels"].device)
-            return cast(Tensor, model(pixel_values=batch["pixel_values"], **prompts).logits_per_image)
+            with only_the_pooled_row(model):
+                return cast(Tensor, model(pixel_values=batch["pixel_values"], **prompts).logits_per_image)
         images = _image_features(model, batch)
         text = self._text_of(model)
         scale = cast(Tensor, model.logit_scale).exp()
@@ -232,7 +234,8 @@ def tokenise(tokenizer: Any, texts: list[str], task: str) -> dict[str, Tensor]:
 
 
 def _image_features(model: nn.Module, batch: Batch) -> Tensor:
-    return _pooled(cast(Any, model).get_image_features(pixel_values=batch["pixel_values"]))
+    with only_the_pooled_row(model):
+        return _pooled(cast(Any, model).get_image_features(pixel_values=batch["pixel_values"]))
 
 
 def _pooled(output: Any) -> Tensor:
