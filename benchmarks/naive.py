@@ -21,9 +21,9 @@ from torch.optim.lr_scheduler import OneCycleLR
 from keeplora.models import StreamTask
 from keeplora.task import Task
 
-Features = Literal["rows", "batch_mean"]
-"""How token matrices are kept: all tokens, as the equations say, or averaged over batches by position, as published
-code does."""
+Features = Literal["batch_mean", "all"]
+"""How token matrices are kept: averaged over batches by position, as published code does, or all tokens, as the
+equations say."""
 
 
 def principal_bases(weights: dict[str, Tensor], shares: dict[str, float]) -> dict[str, Tensor]:
@@ -126,7 +126,7 @@ def merge(model: nn.Module) -> nn.Module:
 
 
 def token_matrices(
-    model: nn.Module, task: Task, targets: list[str], *, features: Features = "rows"
+    model: nn.Module, task: Task, targets: list[str], *, features: Features = "batch_mean"
 ) -> dict[str, Tensor]:
     """Collect the inputs `[d_in, n]` of every target layer over a task's examples (X of Eq. 8)."""
     kept: dict[str, list[Tensor]] = {name: [] for name in targets}
@@ -135,7 +135,7 @@ def token_matrices(
     def keep(name: str, inputs: Tensor, real: Tensor | None) -> None:
         rows = inputs.detach().reshape(-1, inputs.shape[-1]) if real is None else inputs.detach()[real.bool()]
         rows = rows.float().clone()
-        if features == "rows" or not kept[name]:
+        if features == "all" or not kept[name]:
             kept[name].append(rows)
             counts[name] = 1
         elif rows.shape == kept[name][0].shape:
@@ -156,9 +156,7 @@ def token_matrices(
             task.loss(model, batch)
     for handle in handles:
         handle.remove()
-    return {
-        name: torch.cat(rows).T if features == "rows" else (rows[0] / counts[name]).T for name, rows in kept.items()
-    }
+    return {name: torch.cat(rows).T if features == "all" else (rows[0] / counts[name]).T for name, rows in kept.items()}
 
 
 def new_directions(bases: dict[str, Tensor], matrices: dict[str, Tensor], share: float) -> dict[str, Tensor]:

@@ -54,7 +54,7 @@ class PhaseConfig(WorkloadConfig):
     """What to time; prepare only makes what the others need."""
     sample_layers: int | None = None
     """Run bases, update and naive's initialise on so many layers of each shape, and scale up to all of them."""
-    naive_features: naive.Features = "rows"
+    naive_features: naive.Features = "batch_mean"
     """How naive keeps its token matrices."""
     prepared: Path | None = None
     """Folder for what the phases need from earlier ones."""

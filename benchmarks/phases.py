@@ -54,7 +54,7 @@ class PhasesConfig(WorkloadConfig):
     """How often every measurement is made."""
     sample_layers: int | None = None
     """Run bases, update and naive's initialise on so many layers of each shape, and scale up to all of them."""
-    naive_features: naive.Features = "rows"
+    naive_features: naive.Features = "batch_mean"
     """How naive keeps its token matrices."""
     output: Path = Path("runs/benchmarks")
     """Folder for the results: WORKLOAD.json and WORKLOAD.md."""

@@ -82,7 +82,7 @@ def test_naive_starts_in_the_span_of_the_librarys_start(workload, bases):
 def test_naive_protects_the_subspaces_of_the_library_where_both_read_the_same_rows(workload, bases):
     grams = collect.input_grams(workload.model, workload.task, workload.targets)
     exact = subspace.new_directions(bases, grams, 0.9)
-    matrices = naive.token_matrices(workload.model, workload.task, workload.targets, features="rows")
+    matrices = naive.token_matrices(workload.model, workload.task, workload.targets, features="all")
     found = naive.new_directions(bases, matrices, 0.9)
     assert sum(directions.shape[1] for directions in exact.values()) > 0
     assert max(angle(exact[name], found[name]) for name in bases if exact[name].shape[1]) < 1e-3

@@ -42,7 +42,7 @@ def rows_in_the_mlp(model, run):
     """Return how many rows of each image reach the last layer's feed-forward part, seen from inside its activation."""
     seen, activation = [], last_layer(model).mlp.activation_fn
     original = type(activation).forward
-    activation.forward = lambda x: (seen.append(x.shape[1]), original(activation, x))[1]
+    activation.forward = lambda x: (seen.append(x.shape[1] if x.dim() == 3 else 1), original(activation, x))[1]
     try:
         run()
     finally:
@@ -78,6 +78,14 @@ def test_only_the_pooled_row_reaches_the_feed_forward_part():
     assert rows_in_the_mlp(model, lambda: evaluate(model, [task])) == {1}
     assert rows_in_the_mlp(model, lambda: mean_gradients(model, task, ["visual_projection"])) == {1}
     assert rows_in_the_mlp(model, lambda: model(pixel_values=batch["pixel_values"], **task.prompts)) == {5}
+
+
+def test_logits_do_not_depend_on_what_requires_a_gradient():
+    model, task = clip_model(), classification_task()
+    batch = next(iter(task.batches()))
+    with torch.no_grad():
+        before = task.outputs(model, batch)
+        assert task.outputs(model.requires_grad_(False), batch).equal(before)
 
 
 def test_scores_are_those_of_all_rows(all_rows):

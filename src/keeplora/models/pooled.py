@@ -60,8 +60,9 @@ def _forward(layer: Any, hidden_states: Tensor, attention_mask: Tensor | None = 
         return cast(Tensor, type(layer).forward(layer, hidden_states, attention_mask, **kwargs))
     attention = layer.self_attn
     rows = layer.layer_norm1(hidden_states)
-    inputs = (attention.q_proj(rows[:, :1]), attention.k_proj(rows), attention.v_proj(rows))
+    # As a matrix `[n, d]`: torch sums products of one row of many in another order when no weight needs a gradient.
+    inputs = (attention.q_proj(rows[:, 0]).unsqueeze(1), attention.k_proj(rows), attention.v_proj(rows))
     queries, keys, values = (x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in inputs)
     mixed = F.scaled_dot_product_attention(queries, keys, values, scale=attention.scale)
-    first = hidden_states[:, :1] + attention.out_proj(mixed.transpose(1, 2).flatten(2))
-    return cast(Tensor, first + layer.mlp(layer.layer_norm2(first)))
+    first = hidden_states[:, 0] + attention.out_proj(mixed.flatten(1))
+    return cast(Tensor, first + layer.mlp(layer.layer_norm2(first))).unsqueeze(1)
