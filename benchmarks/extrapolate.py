@@ -131,7 +131,7 @@ def work(model: Decoder, config: ExtrapolateConfig) -> dict[str, str]:
         "features: grams, beside a forward pass": grams,
         "initialise: residual gradient": model.total(lambda d_out, d_in: 8 * share * d_out * d_in**2),
         "initialise: low-rank SVD": model.total(lambda d_out, d_in: 80 * rank * d_out * d_in),
-        "update: residual grams": model.total(lambda d_out, d_in: 8 * share * d_in**3),
+        "update: residual grams": model.total(lambda d_out, d_in: 4 * share * (1 + share) * d_in**3),
         "eigh, for the bases once and for every update": eigh,
     }
     return {f"{what}, PFLOP": f"{count / 1e15:.3g}" for what, count in operations.items()} | {

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers.activations import QuickGELUActivation
 
@@ -182,6 +182,20 @@ def test_a_layer_that_computes_something_else_keeps_its_own_forward_pass(kind):
     model = never_lent()[kind]
     with fused_layers(model):
         assert lent(model) == []
+
+
+def test_adapters_of_another_name_keep_their_own_forward_pass():
+    model = get_peft_model(MLP(), LoraConfig(r=2, target_modules=["fc1"]), adapter_name="one")
+    with fused_layers(model):
+        assert lent(model) == []
+        model(rows(40))
+    named = adapted_mlp()
+    wanted = named(rows(40))
+    with fused_layers(named):
+        named.add_adapter("other", named.peft_config["default"])
+        named.set_adapter("other")
+        named.delete_adapter("default")
+        assert not torch.allclose(named(rows(40)), wanted)
 
 
 def test_other_precision_takes_the_stock_way():

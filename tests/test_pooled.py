@@ -4,11 +4,14 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch.nn import functional as F
+from transformers import CLIPModel
 
 from keeplora import adapter
 from keeplora.collect import input_grams, mean_gradients
 from keeplora.evaluate import evaluate
+from keeplora.fused import fused_layers
 from keeplora.models import dual_encoder
 from keeplora.models.pooled import only_the_pooled_row
 from keeplora.one_pass import gradient_sketches
@@ -88,6 +91,14 @@ def test_logits_do_not_depend_on_what_requires_a_gradient():
         assert task.outputs(model.requires_grad_(False), batch).equal(before)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_only_the_pooled_row_reaches_the_feed_forward_part_of_an_adapted_model(fused):
+    model, task = adapted(clip_model()).train(), classification_task()
+    batch = next(iter(task.batches()))
+    with fused_layers(model) if fused else nullcontext():
+        assert rows_in_the_mlp(model, lambda: task.loss(model, batch).backward()) == {1}
+
+
 def test_scores_are_those_of_all_rows(all_rows):
     model, task = clip_model(), classification_task()
     scores = evaluate(model, [task])
@@ -104,7 +115,7 @@ def test_gradients_of_a_task_are_those_of_all_rows(all_rows):
         torch.testing.assert_close(short[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()) + 1e-6)
 
 
-def test_statistics_of_the_last_layers_inputs_see_all_rows(all_rows):
+def test_statistics_of_the_last_layers_inputs_see_all_rows():
     model, task = clip_model(), classification_task()
     targets = [
         name for name in adapter.linear_targets(model, TARGETS) if name.startswith("vision_model.encoder.layers.1.")
@@ -125,6 +136,35 @@ def watch(model):
     last_layer(model).register_forward_hook(lambda *_: None)
 
 
+def watch_the_tower(model):
+    model.vision_model.register_forward_hook(lambda *_: None)
+
+
+def watch_the_encoder(model):
+    model.vision_model.encoder.register_forward_pre_hook(lambda *_: None)
+
+
+def watch_gradients(model):
+    last_layer(model).mlp.fc1.register_full_backward_hook(lambda *_: None)
+
+
+def attend_otherwise(model):
+    model.set_attn_implementation("eager")
+
+
+def adapt_with_dropout(model):
+    layer = last_layer(model)
+    config = LoraConfig(r=2, target_modules=["fc1"], lora_dropout=0.5)
+    inject_adapter_in_model(config, layer)
+
+
+def put_another_network_inside(model):
+    class Mixing(type(last_layer(model).mlp)):
+        """Some other feed-forward part."""
+
+    last_layer(model).mlp.__class__ = Mixing
+
+
 def recompute(model):
     model.activation_checkpointing_enable()
 
@@ -138,12 +178,38 @@ def replace_forward(model):
     layer.forward = lambda *args, **kwargs: type(layer).forward(layer, *args, **kwargs)
 
 
-@pytest.mark.parametrize("change", [watch, recompute, drop, replace_forward])
+@pytest.mark.parametrize(
+    "change",
+    [watch, watch_the_tower, watch_the_encoder, watch_gradients, attend_otherwise, adapt_with_dropout,
+     put_another_network_inside, recompute, drop, replace_forward],
+)  # fmt: skip
 def test_a_layer_that_is_not_plain_computes_all_rows(change):
     model, task = clip_model().train(), classification_task()
     change(model)
     batch = next(iter(task.batches()))
     assert rows_in_the_mlp(model, lambda: task.loss(model, batch).backward()) == {5}
+
+
+def test_a_hook_that_comes_during_the_forward_pass_sees_all_rows():
+    model, task, shapes = clip_model(), classification_task(), []
+    batch = next(iter(task.batches()))
+
+    def hook_the_last(*_):
+        last_layer(model).register_forward_hook(lambda module, args, output: shapes.append(output.shape[1]))
+
+    first = model.vision_model.encoder.layers[0].register_forward_hook(hook_the_last)
+    task.loss(model, batch)
+    first.remove()
+    assert shapes == [5]
+
+
+def test_a_clip_that_pools_in_another_way_computes_all_rows():
+    class Averaging(CLIPModel):
+        """Reads all rows."""
+
+    model, task = clip_model(), classification_task()
+    model.__class__ = Averaging
+    assert rows_in_the_mlp(model, lambda: task.loss(model, next(iter(task.batches())))) == {5}
 
 
 def test_the_layer_is_given_back_when_the_batch_raises():

@@ -47,6 +47,12 @@ def other_weights(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None
             parameter.data = own[name]
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Say whether hooks look at what goes through a module."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(map(len, hooks))
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of a model's first parameter."""
     return next(model.parameters()).device

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from transformers.activations import QuickGELUActivation
 
 from keeplora import adapter
+from keeplora.borrow import is_watched
 
 EXACT = (torch.float32, torch.float64)
 
@@ -110,30 +111,35 @@ class _LoRALinear(torch.autograd.Function):
 
 def _is_plain(layer: adapter.LoraLinear) -> bool:
     """Say whether a layer computes what `lora_linear` does, and nobody watches or replaces the layers inside it."""
-    base, name = layer.get_base_layer(), adapter.ADAPTER
+    name = adapter.ADAPTER
+    if type(layer) is not adapter.LoraLinear or layer.active_adapters != [name] or name not in layer.lora_A:
+        return False
+    base = layer.get_base_layer()
     inside = (base, layer.lora_A[name], layer.lora_B[name])
     return (
-        type(layer) is adapter.LoraLinear
-        and type(base) is nn.Linear
-        and layer.active_adapters == [name]
+        all(type(one) is nn.Linear for one in inside)
         and not (layer.merged or layer.disable_adapters or layer.lora_variant or layer.lora_bias[name])
         and isinstance(layer.lora_dropout[name], nn.Identity)
         and not base.weight.requires_grad
         and not (base.bias is not None and base.bias.requires_grad)
         and not layer.lora_A[name].weight.requires_grad
-        and not any(one._forward_hooks or one._forward_pre_hooks or "forward" in vars(one) for one in inside)
+        and not any(is_watched(one) or "forward" in vars(one) for one in inside)
     )
 
 
 def _forward(layer: adapter.LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Take the faster way where it is one, rounds no more than the stock one does, and is still what the layer does."""
-    base = layer.get_base_layer()
-    a, b = layer.lora_A[adapter.ADAPTER].weight, layer.lora_B[adapter.ADAPTER].weight
-    weight = cast(Tensor, base.weight)
-    d_out, d_in = weight.shape
-    is_exact = x.dtype == weight.dtype == a.dtype == b.dtype and x.dtype in EXACT
-    is_exact = is_exact and not torch.is_autocast_enabled(x.device.type)
-    has_many_rows = x.numel() // d_in * (d_in + d_out) > d_in * d_out
-    if args or kwargs or not is_exact or not has_many_rows or not _is_plain(layer):
+    if args or kwargs or not _is_plain(layer) or not _pays(layer, x):
         return cast(Tensor, type(layer).forward(layer, x, *args, **kwargs))
-    return lora_linear(x, weight, base.bias, a, layer.scaling[adapter.ADAPTER] * b)
+    base, name = layer.get_base_layer(), adapter.ADAPTER
+    b = layer.scaling[name] * layer.lora_B[name].weight
+    return lora_linear(x, cast(Tensor, base.weight), base.bias, layer.lora_A[name].weight, b)
+
+
+def _pays(layer: adapter.LoraLinear, x: Tensor) -> bool:
+    """Say whether the rows are many enough, and everything is in one precision that is exact."""
+    weight, name = cast(Tensor, layer.get_base_layer().weight), adapter.ADAPTER
+    d_out, d_in = weight.shape
+    dtypes = {x.dtype, weight.dtype, layer.lora_A[name].weight.dtype, layer.lora_B[name].weight.dtype}
+    is_exact = len(dtypes) == 1 and x.dtype in EXACT and not torch.is_autocast_enabled(x.device.type)
+    return is_exact and x.numel() // d_in * (d_in + d_out) > d_in * d_out

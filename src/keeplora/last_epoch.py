@@ -33,6 +33,7 @@ class SeenInputs(nn.Module):
         super().__init__()
         self.widths = widths
         self.num_batches = 0
+        self.num_wanted = 0
         self.inputs = InputMoments(task)
 
     def get_extra_state(self) -> Tensor:
@@ -67,6 +68,7 @@ class Watched(Task):
         self.seen = seen
         self.layers = layers
         self.num_unwatched = (epochs - 1) * batches_in_epoch(task)
+        seen.num_wanted = epochs * batches_in_epoch(task)
 
     def batches(self) -> Iterable[Batch]:
         """Return the task's batches."""
@@ -94,9 +96,9 @@ def grams_of(seen: SeenInputs | None, task: Task, device: torch.device) -> dict[
     """Return the grams `[d_in, d_in]` of all layers by name, over all processes, on a device.
 
     Raises:
-        ValueError: If the model was not trained on a lesson, or its last epoch did not come.
+        ValueError: If the model was not trained on a lesson, or not until the end of its last epoch.
     """
-    if seen is None or not seen.inputs.statistics:
+    if seen is None or seen.num_batches < seen.num_wanted:
         raise ValueError(
             f"task {task.name!r}: features = 'last_epoch' needs the model to be trained on what"
             " method.lesson(model, task, epochs) returns, for so many epochs; do so, or set features = 'second_moment'"

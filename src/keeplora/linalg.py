@@ -88,7 +88,10 @@ def project_out(rows: Tensor, basis: Tensor) -> Tensor:
 
 def residual_gram(gram: Tensor, basis: Tensor) -> Tensor:
     """Return the gram of the inputs after the basis was projected out of each, `[d_in, d_in]`."""
-    return project_out(project_out(gram, basis).T, basis)
+    inside = gram @ basis
+    half = torch.sub(inside, basis @ (basis.T @ inside), alpha=0.5)
+    crossing = half @ basis.T
+    return gram - crossing - crossing.T
 
 
 def orthonormal_rows(rows: Tensor, basis: Tensor) -> Tensor:
