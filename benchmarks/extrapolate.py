@@ -86,7 +86,6 @@ def sizes(model: Decoder, config: ExtrapolateConfig) -> dict[str, float]:
         "weights, bf16": BF16 * model.parameters,
         f"bases, {share:.0%} of the directions": FLOAT32 * model.total(lambda d_out, d_in: share * d_in**2),
         "gradient, exact": FLOAT32 * model.total(lambda d_out, d_in: d_out * d_in),
-        "gradients of a batch, bf16": BF16 * model.total(lambda d_out, d_in: d_out * d_in),
         "gradient, sketch": FLOAT32 * model.total(lambda d_out, d_in: sketched(d_out, d_in, r)),
         "grams": FLOAT32 * model.gram,
         "one gram of down": FLOAT32 * model.intermediate**2,
@@ -112,7 +111,7 @@ PHASES: dict[str, tuple[str, ...]] = {
     "plain LoRA, a step": ("weights", "A and B", "the same"),
     "KeepLoRA, a step": ("weights", "bases", "A and B", "gradient and"),
     "that of the last epoch with last_epoch": ("weights", "bases", "A and B", "gradient and", "grams"),
-    "gradient, exact": ("weights", "bases", "gradient, exact", "gradients of"),
+    "gradient, exact": ("weights", "bases", "gradient, exact"),
     "gradient, sketch": ("weights", "bases", "gradient, sketch"),
     "features": ("weights", "bases", "grams"),
 }

@@ -1,4 +1,5 @@
 import math
+import weakref
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch.multiprocessing
 
 from keeplora import linalg
 from keeplora.checkpoint import from_bytes, to_bytes
-from keeplora.collect import input_grams, mean_gradients
+from keeplora.collect import input_grams, mean_gradients, mean_over_examples
 from keeplora.fisher import fisher_diagonals
 from keeplora.subspace import new_directions, principal_bases
 from tiny import MLP, TokenTask, VectorTask, classification_task, clip_model, llama_model, siglip_model
@@ -48,7 +49,7 @@ def close(ours, wanted, tolerance=1e-5):
 def borrowed(model):
     """Everything that a pass may change and has to give back."""
     return (
-        [(name, p.requires_grad, p.grad is None) for name, p in model.named_parameters()],
+        [(name, p.requires_grad, p.grad is None, bool(p._backward_hooks)) for name, p in model.named_parameters()],
         [(name, module.training, len(module._forward_pre_hooks)) for name, module in model.named_modules()],
     )
 
@@ -114,6 +115,30 @@ def test_flags_modes_and_hooks_are_given_back_after_an_error(collect):
     with pytest.raises(RuntimeError, match="a user's own error"):
         collect(model, Failing(), LAYERS)
     assert borrowed(model) == before
+
+
+def test_no_two_gradients_of_a_batch_are_held_at_once():
+    alive, most = [], []
+
+    def statistic(gradient, num_examples):
+        alive.append(weakref.ref(gradient))
+        most.append(sum(reference() is not None for reference in alive))
+        return gradient
+
+    mean_over_examples(MLP(), VectorTask(), LAYERS, statistic)
+    assert len(most) == len(LAYERS) * len(VectorTask().data)
+    assert max(most) == 1
+
+
+def test_layers_that_share_a_weight_both_get_its_gradient():
+    model, task = MLP(), VectorTask()
+    model.tied = torch.nn.Linear(1, 1)
+    model.tied.weight = model.fc2.weight
+    gradients = mean_gradients(model, task, ["fc1", "fc2", "tied"])
+    alone = mean_gradients(model, task, ["fc1", "fc2"])
+    assert gradients["tied"].equal(alone["fc2"])
+    assert gradients["fc2"].equal(alone["fc2"])
+    assert gradients["fc1"].equal(alone["fc1"])
 
 
 def test_a_task_leaves_its_frozen_state_after_an_error():

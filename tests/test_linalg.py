@@ -180,7 +180,6 @@ def test_the_lower_half_of_a_gram_is_read():
     gram = gram.T @ gram
     disturbed = gram + torch.triu(torch.ones(7, 7), 1)
     assert linalg.top_directions(disturbed, 0.9).equal(linalg.top_directions(gram, 0.9))
-    assert linalg.top_directions(gram, 0.9).is_contiguous()
 
 
 def test_low_rank_of_a_large_matrix_spans_the_exact_top_directions():

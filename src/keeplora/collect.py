@@ -6,7 +6,9 @@ when a batch raises. Several processes each take their share of the batches and 
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -61,37 +63,63 @@ def mean_over_examples(
     that is not linear in the gradient needs a task that cuts batches as it means to, and keeps nothing frozen.
     """
     weights = {name: model.get_parameter(f"{name}.weight") for name in targets}
-    sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
+    sums = GradientSums(weights, statistic)
     count = 0
-
-    def add(gradients: Sequence[Tensor | None], num_examples: int, weight: float) -> None:
-        for total, gradient in zip(sums.values(), gradients, strict=True):
-            if gradient is not None:
-                total.add_(statistic(gradient, num_examples), alpha=weight)
-
     flags = only_these_require_grad(model, list(weights.values()))
-    with flags, evaluation_mode(model), fused_layers(model), task.frozen(model) as stand_ins:
+    with flags, evaluation_mode(model), fused_layers(model), sums.watching(), task.frozen(model) as stand_ins:
         for batch in batches_of(model, task, share, track, "gradient"):
             for part in task.parts(batch):
                 loss = task.loss(model, part)
                 require_finite(loss, f"task {task.name!r}: the loss of a batch is {loss.item()} in the gradient pass")
-                leaves = [stand_in.leaf for stand_in in stand_ins]
-                gradients = torch.autograd.grad(loss, [*weights.values(), *leaves], allow_unused=True)
                 num_examples = task.num_examples(part)
-                add(gradients[: len(weights)], num_examples, num_examples)
-                for stand_in, gradient in zip(stand_ins, gradients[len(weights) :], strict=True):
+                gradients = sums.add(loss, [stand_in.leaf for stand_in in stand_ins], num_examples, num_examples)
+                for stand_in, gradient in zip(stand_ins, gradients, strict=True):
                     stand_in.add(gradient, num_examples)
                 count += num_examples
         for stand_in in stand_ins:
-            add(stand_in.gradients(list(weights.values())), count, stand_in.weight)
-    count = sum_over_processes(sums, count)
+            sums.add(stand_in.surrogate(), [], count, stand_in.weight)
+    count = sum_over_processes(sums.totals, count)
     if count == 0:
         raise ValueError(f"task {task.name!r} gave no batch to take a gradient from")
-    for name, total in sums.items():
+    for name, total in sums.totals.items():
         require_finite(total, f"task {task.name!r}: the gradient of layer {name!r} is not finite; is the learning rate"
                                " of an earlier task too high, or the precision too low?")  # fmt: skip
         total.div_(count)
-    return sums
+    return sums.totals
+
+
+class GradientSums:
+    """Sums of a statistic of each weight's gradients. A gradient is let go of before the next weight's is made."""
+
+    def __init__(self, weights: dict[str, nn.Parameter], statistic: Statistic) -> None:
+        self.totals = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
+        self._sharing: dict[nn.Parameter, list[Tensor]] = {}
+        for name, weight in weights.items():
+            self._sharing.setdefault(weight, []).append(self.totals[name])
+        self._statistic = statistic
+        self._num_examples, self._weight = 0, 0.0
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Take the weights' gradients out of the backward passes inside; the weights must require a gradient."""
+        hooks = [weight.register_hook(partial(self._take, totals)) for weight, totals in self._sharing.items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def add(self, loss: Tensor, leaves: list[Tensor], num_examples: int, weight: float) -> tuple[Tensor | None, ...]:
+        """Add the statistic of the gradients of a mean over so many examples; return those of the leaves."""
+        self._num_examples, self._weight = num_examples, weight
+        gradients = torch.autograd.grad(loss, [*self._sharing, *leaves], allow_unused=True)
+        return gradients[len(self._sharing) :]
+
+    def _take(self, totals: list[Tensor], gradient: Tensor) -> Tensor:
+        found = self._statistic(gradient, self._num_examples)
+        for total in totals:
+            total.add_(found, alpha=self._weight)
+        return gradient.new_zeros(()).expand_as(gradient)  # What autograd keeps until its pass ends takes no memory.
 
 
 def input_grams(

@@ -48,7 +48,7 @@ def principal_bases(weights: dict[str, Tensor], shares: dict[str, float]) -> dic
     bases = {}
     for name, weight in weights.items():
         weight = weight.detach().float()
-        bases[name] = linalg.top_directions(weight.T @ weight, shares[name])
+        bases[name] = linalg.top_directions(weight.T @ weight, shares[name]).contiguous()
     return bases
 
 
