@@ -54,6 +54,7 @@ def updates_of(folder, places):
 
 
 @pytest.mark.parametrize("place_of_task", range(NUM_TASKS))
+@pytest.mark.slow
 def test_undoing_a_task_leaves_the_base_and_the_other_updates(place, tmp_path, place_of_task):
     others = [index for index in range(NUM_TASKS) if index != place_of_task]
     undo(place / "whole", f"task{place_of_task}", tmp_path / "undone")
@@ -67,6 +68,7 @@ def test_undoing_a_task_leaves_the_base_and_the_other_updates(place, tmp_path, p
     assert certify(tmp_path / "undone").breaches == []
 
 
+@pytest.mark.slow
 def test_without_the_last_task_all_is_as_if_it_had_never_been_learned(place, tmp_path):
     undone = undo(place / "whole", "task3", tmp_path / "undone")
     never = run(config_of(place, tmp_path / "never", first_tasks=3))
@@ -75,6 +77,7 @@ def test_without_the_last_task_all_is_as_if_it_had_never_been_learned(place, tmp
     assert tiny.tree(tmp_path / "undone").keys() == tiny.tree(tmp_path / "never").keys()
 
 
+@pytest.mark.slow
 def test_the_directions_of_an_undone_task_are_free_again_and_those_of_the_others_are_not(place, tmp_path):
     undo(place / "whole", "task1", tmp_path / "undone")
     for old, new in (("01-task0", "01-task0"), ("03-task2", "02-task2"), ("04-task3", "03-task3")):
@@ -88,6 +91,7 @@ def test_the_directions_of_an_undone_task_are_free_again_and_those_of_the_others
     assert undone["merge_error"] is None
 
 
+@pytest.mark.slow
 def test_scores_are_evaluated_anew_from_the_undone_task_on_and_kept_before_it(place, tmp_path):
     undone = undo(place / "whole", "task1", tmp_path / "undone")
     whole = read_ledger(place / "whole").results()
@@ -99,6 +103,7 @@ def test_scores_are_evaluated_anew_from_the_undone_task_on_and_kept_before_it(pl
     assert json.loads((tmp_path / "undone/metrics.json").read_text())["accuracy"] == undone.accuracy
 
 
+@pytest.mark.slow
 def test_the_directory_says_what_was_undone_and_the_old_one_is_untouched(place, tmp_path):
     before = tiny.tree(place / "whole")
     undo(place / "whole", "task1", tmp_path / "undone")
@@ -109,6 +114,7 @@ def test_the_directory_says_what_was_undone_and_the_old_one_is_untouched(place, 
     assert [path.name for path in tmp_path.iterdir()] == ["undone"]
 
 
+@pytest.mark.slow
 def test_several_tasks_are_undone_one_after_another(place, tmp_path):
     undo(place / "whole", "task1", tmp_path / "one")
     undo(tmp_path / "one", "task3", tmp_path / "two")
@@ -119,12 +125,14 @@ def test_several_tasks_are_undone_one_after_another(place, tmp_path):
     assert read_ledger(tmp_path / "two").results().accuracy == read_ledger(tmp_path / "way").results().accuracy
 
 
+@pytest.mark.slow
 def test_the_only_task_cannot_be_undone(place, tmp_path):
     run(config_of(place, tmp_path / "one", first_tasks=1, without=()))
     with pytest.raises(ValueError, match=r"is the only task of .*: without it there is only the base model"):
         undo(tmp_path / "one", "task0", tmp_path / "none")
 
 
+@pytest.mark.slow
 def test_a_run_with_an_undone_task_goes_on_learning(place, tmp_path):
     undo(place / "whole", "task3", tmp_path / "undone")
     with pytest.raises(
@@ -142,6 +150,7 @@ def test_a_run_with_an_undone_task_goes_on_learning(place, tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].one_by_one])
+@pytest.mark.slow
 def test_every_method_undoes_its_last_task_and_any_other_only_if_it_stands_alone(place, tmp_path, name):
     run(config_of(place, tmp_path / "whole", name, first_tasks=3))
     run(config_of(place, tmp_path / "never", name, first_tasks=2))
@@ -157,6 +166,7 @@ def test_every_method_undoes_its_last_task_and_any_other_only_if_it_stands_alone
         assert not (tmp_path / "first").exists()
 
 
+@pytest.mark.slow
 def test_heads_stay_with_their_tasks(place, tmp_path):
     options = KeepLoRAConfig(rank=2, weight_energy=0.3, feature_energy=0.6, classifier="cosine")
     run(config_of(place, tmp_path / "whole", options=options, first_tasks=3))
@@ -287,6 +297,7 @@ def test_joint_training_undoes_no_task(place, tmp_path):
             undo(tmp_path / "joint", task, tmp_path / "undone")
 
 
+@pytest.mark.slow
 def test_undo_wants_the_tasks_that_were_learned_and_passes_over_new_ones(place, tmp_path):
     benchmark, text = (
         tmp_path / "own.toml",
@@ -313,6 +324,7 @@ def test_an_output_inside_the_run_is_refused(place):
 # Fork
 
 
+@pytest.mark.slow
 def test_a_fork_goes_on_with_other_settings_from_the_finished_tasks(place, tmp_path):
     cut = config_of(place, tmp_path / "cut")
     run(replace(cut, first_tasks=2))
@@ -331,6 +343,7 @@ def test_a_fork_goes_on_with_other_settings_from_the_finished_tasks(place, tmp_p
     assert certify(tmp_path / "fork").breaches == []
 
 
+@pytest.mark.slow
 def test_a_fork_with_nothing_changed_ends_as_the_run(place, tmp_path):
     run(config_of(place, tmp_path / "cut", first_tasks=2))
     same = config_of(place, tmp_path / "fork")
@@ -369,6 +382,7 @@ def test_a_fork_needs_a_finished_task_and_one_to_learn(place, tmp_path):
         fork(tmp_path / "begun", config_of(place, tmp_path / "fork"))
 
 
+@pytest.mark.slow
 def test_a_fork_does_not_take_other_data_for_the_same(place, tmp_path):
     """The tasks of the two benchmarks have one name and one relative path each."""
     run(config_of(place, tmp_path / "run", first_tasks=2))
@@ -392,6 +406,7 @@ def parts(place, tmp_path):
     return first, second
 
 
+@pytest.mark.slow
 def test_adding_tasks_to_a_finished_run_equals_one_run_with_all(place, tmp_path, parts):
     first, second = parts
     run(config_of(place, tmp_path / "run", benchmark=str(first)))
@@ -404,6 +419,7 @@ def test_adding_tasks_to_a_finished_run_equals_one_run_with_all(place, tmp_path,
     assert "task3" in (tmp_path / "run/report.html").read_text()
 
 
+@pytest.mark.slow
 def test_tasks_may_be_added_one_run_at_a_time_and_to_the_same_file(place, tmp_path):
     text = (place / "colors.toml").read_text().replace('path = "', f'path = "{place}/')
     tables = text.split("[[tasks]]")[1:]
@@ -418,6 +434,7 @@ def test_tasks_may_be_added_one_run_at_a_time_and_to_the_same_file(place, tmp_pa
     assert read_ledger(tmp_path / "run").results().accuracy == read_ledger(place / "whole").results().accuracy
 
 
+@pytest.mark.slow
 def test_a_continued_run_that_is_cut_off_is_resumed_either_way(place, tmp_path, parts, capsys):
     first, second = parts
     run(config_of(place, tmp_path / "run", benchmark=str(first)))
@@ -435,6 +452,7 @@ def test_a_continued_run_that_is_cut_off_is_resumed_either_way(place, tmp_path, 
         assert tiny.lasting(tmp_path / folder)[0] == tiny.lasting(place / "whole")[0]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_before_it_has_seen_the_new_tasks_stays_as_it_was(place, tmp_path, parts, monkeypatch):
     first, second = parts
     run(config_of(place, tmp_path / "run", benchmark=str(first)))
@@ -450,6 +468,7 @@ def test_a_run_that_is_stopped_before_it_has_seen_the_new_tasks_stays_as_it_was(
     assert tiny.tree(tmp_path / "run") == before
 
 
+@pytest.mark.slow
 def test_the_same_stream_in_one_run_is_more_benchmarks(place, tmp_path, parts):
     first, second = parts
     results = run(config_of(place, tmp_path / "run", benchmark=str(first), more=(str(second),)))
@@ -468,6 +487,7 @@ def test_what_cannot_be_continued_says_why(place, tmp_path, parts):
         continued(tmp_path / "joint", str(second))
 
 
+@pytest.mark.slow
 def test_more_tasks_come_with_the_settings_of_the_run_or_not_at_all(place, tmp_path, parts):
     first, second = parts
     config = config_of(place, tmp_path / "run", benchmark=str(first))
@@ -488,6 +508,7 @@ def test_more_tasks_come_with_the_settings_of_the_run_or_not_at_all(place, tmp_p
 # The command line
 
 
+@pytest.mark.slow
 def test_the_commands_do_what_the_functions_do(place, tmp_path, parts, capsys, monkeypatch):
     first, second = parts
     monkeypatch.chdir(tmp_path)

@@ -78,6 +78,7 @@ def test_the_forecast_is_what_counting_down_gives(taken, rank):
 
 
 @given(st.integers(1, 30), st.integers(1, 9), st.integers(1, 9))
+@pytest.mark.slow
 def test_more_room_or_a_smaller_rank_never_fits_fewer_tasks(left, more, rank):
     def fits(left, rank):
         return room(left + 7, left + 4, left, rank=rank).full_rank_tasks

@@ -96,6 +96,7 @@ def unchecked(proof):
 
 
 @pytest.mark.parametrize("name", known_methods())
+@pytest.mark.slow
 def test_a_clean_run_of_every_method_passes(place, tmp_path, name):
     config = config_of(place, tmp_path / "run", name)
     run(config)
@@ -133,6 +134,7 @@ def forge_config(folder, **values):
     write_atomically(folder / "run.json", manifest_bytes(manifest))
 
 
+@pytest.mark.slow
 def test_one_flipped_byte_in_any_file_is_found_and_named(folder):
     names = list(read_manifest(folder)["files"])
     assert {name.split("/")[0] for name in names} == {"tasks", "model", "metrics.json", "report.html"}
@@ -212,6 +214,7 @@ def test_a_swapped_adapter_that_leaks_is_found_although_its_hash_is_right(place,
     assert f"1 weights are not the base model's with all updates; {LAYER}.weight differs by" in found
 
 
+@pytest.mark.slow
 def test_a_leaking_update_is_found_although_model_and_certificate_were_forged_with_it(place, folder):
     scale = config_of(place, folder).options.alpha / 2
 
@@ -395,6 +398,7 @@ def test_a_base_model_that_is_gone_or_another_one_is_named(place, folder, tmp_pa
     assert "has other weights than when" in breaches(folder)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_is_certified_as_far_as_it_came(place, tmp_path):
     def cut(results):
         if len(results.accuracy) == 2:
@@ -420,6 +424,7 @@ def test_a_run_that_has_only_begun_has_its_hashes_checked(tmp_path):
     assert "metrics.json is not what the run wrote" in breaches(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_without_a_saved_model_the_rest_is_checked(place, tmp_path):
     run(config_of(place, tmp_path / "run", save_model=False))
     proof = certify(tmp_path / "run")
@@ -428,6 +433,7 @@ def test_without_a_saved_model_the_rest_is_checked(place, tmp_path):
     assert proof.notes == ["the run has no merged model (save_model = False): there is none to compare"]
 
 
+@pytest.mark.slow
 def test_a_trained_a_may_leak_but_not_say_otherwise(place, tmp_path):
     config = config_of(place, tmp_path / "run")
     run(replace(config, options=replace(config.options, a_training="trained")))
@@ -495,6 +501,7 @@ def test_the_command_names_breaches_and_ends_with_1(folder, capsys, monkeypatch,
     assert len(json.loads((tmp_path / "proof.json").read_text())["breaches"]) == 2
 
 
+@pytest.mark.slow
 def test_the_command_says_that_a_method_protects_nothing(place, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "160")
     run(config_of(place, tmp_path / "run", "lora_ft"))
@@ -504,6 +511,7 @@ def test_the_command_says_that_a_method_protects_nothing(place, capsys, monkeypa
     assert "Room left" not in text
 
 
+@pytest.mark.slow
 def test_a_run_prints_the_room_that_is_left(place, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "160")
     cli.main(["run", "--benchmark", str(place / "colors.toml"), "--model", str(place / "model"), "--epochs", "1",

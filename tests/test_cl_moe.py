@@ -360,6 +360,7 @@ def test_a_run_keeps_the_base_model_and_evaluate_gives_the_recorded_scores(place
         assert re.findall(r"\d+\.\d", row) == [f"{score:.1f}"] * 2
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_ends_as_one_that_was_not(place, tmp_path):
     class CutOff(Exception):
         pass

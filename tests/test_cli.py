@@ -296,6 +296,7 @@ def test_without_a_terminal_a_long_loop_tells_how_far_it_is_once_a_minute(monkey
     assert capsys.readouterr().out.splitlines() == ["learning: 3/6, 1 min left"]
 
 
+@pytest.mark.slow
 def test_a_run_prints_its_matrix_and_evaluate_the_recorded_scores(capsys, tmp_path):
     cli.main(["run", "--output", "out", "--method", "keeplora"])
     shown = words_of(capsys.readouterr().out)
@@ -309,6 +310,7 @@ def test_a_run_prints_its_matrix_and_evaluate_the_recorded_scores(capsys, tmp_pa
     assert re.findall(r"\d+\.\d", row) == [score, score]
 
 
+@pytest.mark.slow
 def test_the_demo_compares_three_methods_and_writes_a_report(capsys, tmp_path):
     cli.main(["demo", "--output", "demo"])
     shown = words_of(capsys.readouterr().out)
@@ -320,6 +322,7 @@ def test_the_demo_compares_three_methods_and_writes_a_report(capsys, tmp_path):
     assert "Report: demo/report.html" in shown
 
 
+@pytest.mark.slow
 def test_a_real_process_ends_without_a_traceback(place, tmp_path):
     command = [sys.executable, "-m", "keeplora", "run", "--rank", "2",
                "--benchmark", str(benchmark_of(tmp_path, "absent")), "--model", str(place / "model")]  # fmt: skip

@@ -50,6 +50,7 @@ def compared(given, tmp_path_factory):
     return config, compare(config)
 
 
+@pytest.mark.slow
 def test_every_method_runs_with_every_seed_and_order(compared):
     config, comparison = compared
     places = {(row.method, row.seed, row.order) for row in comparison.rows}
@@ -60,6 +61,7 @@ def test_every_method_runs_with_every_seed_and_order(compared):
     assert orders[0] != orders[1]
 
 
+@pytest.mark.slow
 def test_all_methods_get_the_same_learning_rates_epochs_and_data_and_the_best_of_them(compared):
     config, comparison = compared
     for name in ("lora_ft", "keeplora"):
@@ -77,6 +79,7 @@ def test_all_methods_get_the_same_learning_rates_epochs_and_data_and_the_best_of
     assert len(searched["tasks"]) == 1
 
 
+@pytest.mark.slow
 def test_a_methods_own_setting_is_searched_at_its_best_learning_rates(compared):
     _, comparison = compared
     trials = [trial for trial in comparison.trials if trial.method == "keeplora"]
@@ -85,6 +88,7 @@ def test_a_methods_own_setting_is_searched_at_its_best_learning_rates(compared):
     assert [trial.settings for trial in own] == [{**trial.settings, "feature_energy": 0.8} for trial in leading]
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_run_directories(compared):
     config, comparison = compared
     for row in comparison.rows:
@@ -99,6 +103,7 @@ def test_scores_are_those_of_the_run_directories(compared):
         assert not (folder / "model").exists()
 
 
+@pytest.mark.slow
 def test_files_hold_the_comparison(compared):
     config, comparison = compared
     found = json.loads((config.output / "compare.json").read_text())
@@ -116,6 +121,7 @@ def test_files_hold_the_comparison(compared):
     assert (config.output / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_same_command_again_learns_nothing_and_a_method_can_be_added(compared, given, monkeypatch):
     config, comparison = compared
     before = tree(config.output / "runs/keeplora")
@@ -133,6 +139,7 @@ def test_the_same_command_again_learns_nothing_and_a_method_can_be_added(compare
     assert [row for row in added.rows if row.method == "keeplora"] == kept
 
 
+@pytest.mark.slow
 def test_several_jobs_give_the_results_of_one(compared, given, tmp_path):
     _, comparison = compared
     given = {**given, "jobs": 2}
@@ -142,6 +149,7 @@ def test_several_jobs_give_the_results_of_one(compared, given, tmp_path):
         assert row.scores == pytest.approx(wanted[row.method, row.seed])
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_listed_and_the_others_are_kept(given, tmp_path, monkeypatch):
     outcomes = iter(["the loss is nan"])
 
@@ -158,6 +166,7 @@ def test_a_run_that_diverges_is_listed_and_the_others_are_kept(given, tmp_path, 
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.slow
 def test_a_method_that_diverges_with_every_setting_is_left_out_and_listed(given, tmp_path, jobs):
     benchmark = with_budget(given, "learning_rate = [1e30, 1e31]\n")
     methods = "zero_shot,keeplora,keeplora_trained_a"
@@ -252,6 +261,7 @@ def test_more_orders_than_the_tasks_have_are_an_error(given, tmp_path):
     assert not (tmp_path / "never").exists()
 
 
+@pytest.mark.slow
 def test_the_plan_is_written_and_another_one_is_refused_before_anything_is_trained(given, compared, monkeypatch):
     config, _ = compared
     plan = json.loads((config.output / "plan.json").read_text())
@@ -271,6 +281,7 @@ def test_the_plan_is_written_and_another_one_is_refused_before_anything_is_train
     assert tree(config.output) == before
 
 
+@pytest.mark.slow
 def test_a_folder_of_other_files_is_refused_and_one_of_an_older_comparison_gets_a_plan(given, tmp_path):
     (tmp_path / "thesis.tex").touch()
     config = CompareConfig(**given, methods="zero_shot", seeds=1, output=tmp_path)
@@ -333,6 +344,7 @@ def test_wrong_settings_are_errors(given, tmp_path, options, message):
     assert not (tmp_path / "never").exists()
 
 
+@pytest.mark.slow
 def test_the_quick_comparison_of_all_methods_and_variants_ends(given, tmp_path, capsys):
     output = tmp_path / "quick"
     flags = ["--model", given["model"], "--benchmark", given["benchmark"], "--jobs", "1", "--output", str(output)]
@@ -349,6 +361,7 @@ def test_the_quick_comparison_of_all_methods_and_variants_ends(given, tmp_path, 
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="reads the process table of Linux")
+@pytest.mark.slow
 def test_processes_end_when_the_one_that_started_them_is_killed(given, tmp_path):
     flags = [
         "--model",

@@ -70,6 +70,7 @@ def test_nothing_is_written_and_no_weight_changes(stream, model, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_every_method_can_be_rehearsed(stream, model, method):
     found = examine(stream, model, method, options={"rank": 2} if METHODS[method].has_settings else {})
     assert texts(found, "problem") == []
@@ -260,6 +261,7 @@ def test_a_failing_step_is_a_problem(stream, model, monkeypatch):
     assert "lower batch_size" in [one.cure for one in found.findings]
 
 
+@pytest.mark.slow
 def test_only_some_tasks_are_read_where_time_is_short_and_all_are_forecast(stream, model, monkeypatch):
     whole = examine(stream, model).pixels_mb
     monkeypatch.setattr(doctor, "READING_SECONDS", 0.0)
@@ -274,6 +276,7 @@ def test_a_machine_with_too_little_memory_is_a_warning(stream, model, monkeypatc
     assert "MiB of memory, and this machine has 1" in only(examine(stream, model), "warning")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_there_already_is_a_note(stream, model):
     (stream.parent / "run").mkdir()
     manifest = new_manifest({}, ["a", "b"]) | {"tasks_finished": 1}
@@ -304,6 +307,7 @@ def test_a_disk_without_room_is_a_problem(stream, model, monkeypatch):
     assert "MB free" in only(examine(stream, model), "problem")
 
 
+@pytest.mark.slow
 def test_an_output_that_cannot_be_used_is_a_problem(stream, model, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "full").mkdir()
@@ -366,6 +370,7 @@ def command(capsys, *arguments):
     return code, " ".join((shown.out + shown.err).split())
 
 
+@pytest.mark.slow
 def test_the_command_shows_a_page_and_ends_with_the_verdict(stream, model, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)

@@ -241,6 +241,7 @@ def cut_off(config, output, monkeypatch):
     return config
 
 
+@pytest.mark.slow
 def test_a_flipped_byte_in_any_file_is_found_when_the_run_goes_on_and_the_file_is_named(config, tmp_path, monkeypatch):
     cut = cut_off(config, tmp_path / "cut", monkeypatch)
     names = set(tiny.tree(cut.output))
@@ -257,6 +258,7 @@ def test_a_flipped_byte_in_any_file_is_found_when_the_run_goes_on_and_the_file_i
     run(cut)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_the_last_checkpoint_and_computes_nothing_again(config, whole, tmp_path, monkeypatch):
     cut = cut_off(config, tmp_path / "cut", monkeypatch)
     now = read_manifest(cut.output)["now"]
@@ -281,6 +283,7 @@ def test_training_goes_on_from_the_last_checkpoint_and_computes_nothing_again(co
     assert tiny.lasting(cut.output) == whole
 
 
+@pytest.mark.slow
 def test_the_checkpoints_are_no_more_than_the_given_time_apart(config, tmp_path, monkeypatch):
     kept = []
     keep = Unfinished._keep
@@ -290,12 +293,14 @@ def test_the_checkpoints_are_no_more_than_the_given_time_apart(config, tmp_path,
     assert kept == [1, 2, 0, 1, 2, 0]
 
 
+@pytest.mark.slow
 def test_a_run_may_go_on_with_other_checkpoints(config, whole, tmp_path, monkeypatch):
     cut = cut_off(config, tmp_path / "cut", monkeypatch)
     run(replace(cut, checkpoint_steps=1, checkpoint_minutes=1.0))
     assert tiny.lasting(cut.output) == whole
 
 
+@pytest.mark.slow
 def test_another_model_of_the_same_name_is_refused(config, tmp_path, monkeypatch):
     place = shutil.copytree(config.model, tmp_path / "model")
     cut = cut_off(replace(config, model=str(place)), tmp_path / "cut", monkeypatch)
@@ -318,6 +323,7 @@ def test_a_changed_setting_is_refused_while_the_first_task_is_being_learned(conf
         run(replace(cut, seed=1))
 
 
+@pytest.mark.slow
 def test_the_end_of_training_is_kept_however_rare_the_checkpoints(config, whole, tmp_path, monkeypatch):
     rare = replace(config, output=tmp_path / "rare", checkpoint_steps=1000)
 
@@ -360,6 +366,7 @@ def test_a_symbolic_link_in_a_run_is_refused_and_what_it_points_to_is_left_alone
     assert tiny.tree(victim) == {"precious": b"x"}
 
 
+@pytest.mark.slow
 def test_a_run_is_read_while_it_is_being_written(config, tmp_path, monkeypatch):
     live = replace(config, output=tmp_path / "live", first_tasks=2)
     real, seen = disk.rename, []
@@ -396,6 +403,7 @@ class GloballyShuffledTask(tiny.VectorTask):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("schedule", ["one_cycle", "cosine"])
+@pytest.mark.slow
 def test_training_resumes_from_every_checkpoint_to_the_same_weights(accumulation, schedule):
     settings = TrainConfig(epochs=3, learning_rate=0.05, schedule=schedule, accumulation=accumulation)
     task, states = GloballyShuffledTask(sizes=(4, 3, 5, 2, 4)), []

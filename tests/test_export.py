@@ -217,6 +217,7 @@ def test_the_code_of_the_card_runs_in_half_precision_too(answers, name):
 # Merged
 
 
+@pytest.mark.slow
 def test_the_merged_model_is_made_from_the_adapters_not_from_the_saved_model(place, tmp_path):
     for name in CASES:
         shutil.copytree(place / "runs" / name, tmp_path / "runs" / name)
@@ -230,6 +231,7 @@ def test_the_merged_model_is_made_from_the_adapters_not_from_the_saved_model(pla
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.slow
 def test_half_precision_is_a_single_cast_of_the_float32_result(place, tmp_path, format, dtype):
     for target in ("float32", dtype):
         exported(place, "layer_scale", tmp_path / target, format, dtype=target)
@@ -241,6 +243,7 @@ def test_half_precision_is_a_single_cast_of_the_float32_result(place, tmp_path, 
         assert set(cast) == set(exact)
 
 
+@pytest.mark.slow
 def test_a_weight_too_large_for_float16_is_an_error(place, tmp_path):
     shutil.copytree(place / "clip", tmp_path / "clip")
     weights = load_file(tmp_path / "clip" / "model.safetensors")
@@ -274,6 +277,7 @@ def ranks_of(folder):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
 def test_the_summed_adapter_is_exact_with_scaling_1_and_the_ranks_added(place, tmp_path, name):
     exported(place, name, tmp_path / "out", "adapter")
     saved = saved_in(tmp_path / "out")
@@ -286,6 +290,7 @@ def test_the_summed_adapter_is_exact_with_scaling_1_and_the_ranks_added(place, t
     assert ranks_of(tmp_path / "out") == together
 
 
+@pytest.mark.slow
 def test_the_cases_cover_what_they_are_named_for(place, tmp_path):
     first = place / "runs" / "reduced" / "tasks" / "01-task0" / "adapter"
     assert len(set(ranks_of(first).values())) > 1
@@ -299,6 +304,7 @@ def test_the_cases_cover_what_they_are_named_for(place, tmp_path):
 
 @pytest.mark.parametrize("rank", [1, 3])
 @pytest.mark.parametrize("name", ["reduced", "sd_lora"])
+@pytest.mark.slow
 def test_a_cut_adapter_and_its_stated_error_are_those_of_the_svd_of_the_full_update(place, tmp_path, name, rank):
     card = exported(place, name, tmp_path / "out", "adapter", rank=rank)
     factors, lost, total = saved_in(tmp_path / "out").factors(), 0.0, 0.0
@@ -319,6 +325,7 @@ def test_a_cut_adapter_and_its_stated_error_are_those_of_the_svd_of_the_full_upd
     assert f"{100 * card.cut.errors[card.cut.worst]:.3g} % in the worst, `{card.cut.worst}`" in text
 
 
+@pytest.mark.slow
 def test_a_rank_above_all_ranks_cuts_nothing(place, tmp_path):
     card = exported(place, "reduced", tmp_path / "cut", "adapter", rank=99)
     exported(place, "reduced", tmp_path / "exact", "adapter")
@@ -327,6 +334,7 @@ def test_a_rank_above_all_ranks_cuts_nothing(place, tmp_path):
     assert (tmp_path / "cut" / weights).read_bytes() == (tmp_path / "exact" / weights).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_adapters_are_those_that_were_recorded(place, tmp_path):
     exported(place, "reduced", tmp_path / "out", "adapters")
     for task in ("01-task0", f"02-{NASTY}"):
@@ -342,6 +350,7 @@ def test_the_adapters_are_those_that_were_recorded(place, tmp_path):
 # Heads
 
 
+@pytest.mark.slow
 def test_heads_travel_with_their_class_names_and_prompts(place, tmp_path):
     exported(place, "heads", tmp_path / "out", "adapter")
     recorded = place / "runs" / "heads" / "tasks" / "01-task0" / "head.safetensors"
@@ -353,6 +362,7 @@ def test_heads_travel_with_their_class_names_and_prompts(place, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_heads_whose_data_changed_are_an_error(place, tmp_path):
     for split in ("train", "test"):
         shutil.copytree(place / "data0" / split / "red", place / "data0" / split / "pink")
@@ -366,6 +376,7 @@ def test_heads_whose_data_changed_are_an_error(place, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_heads_whose_task_left_the_benchmark_are_an_error(place, tmp_path):
     path = place / "colors.toml"
     text = path.read_text()
@@ -380,6 +391,7 @@ def test_heads_whose_task_left_the_benchmark_are_an_error(place, tmp_path):
 # The card
 
 
+@pytest.mark.slow
 def test_the_card_tells_tasks_in_order_scores_settings_and_licences(place, tmp_path):
     card = exported(place, "layer_scale", tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text()
@@ -401,6 +413,7 @@ def test_the_card_tells_tasks_in_order_scores_settings_and_licences(place, tmp_p
     assert not (tmp_path / "out" / "NOTICE").exists()
 
 
+@pytest.mark.slow
 def test_a_model_of_the_hub_is_named_in_front_matter_and_adapter(place, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "locate", lambda name: "openai/clip-tiny")
     monkeypatch.setattr(DualEncoder, "load", lambda self, name: tiny.clip_model())
@@ -411,6 +424,7 @@ def test_a_model_of_the_hub_is_named_in_front_matter_and_adapter(place, tmp_path
     assert config["base_model_name_or_path"] == "openai/clip-tiny"
 
 
+@pytest.mark.slow
 def test_what_came_with_keeplora_takes_its_notice_along(place, tmp_path, monkeypatch):
     monkeypatch.setitem(EMBEDDED, "mini", place / "clip")
     run(config_of(place, tmp_path / "run", Case(options={"rank": 2}), model="mini"))
@@ -426,6 +440,7 @@ def test_what_came_with_keeplora_takes_its_notice_along(place, tmp_path, monkeyp
 # Other runs
 
 
+@pytest.mark.slow
 def test_a_run_that_is_not_finished_exports_what_is_and_says_so(place, tmp_path, capsys):
     def cut(results):
         if len(results.accuracy) == 1:
@@ -443,6 +458,7 @@ def test_a_run_that_is_not_finished_exports_what_is_and_says_so(place, tmp_path,
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["01-task0", "README.md"]
 
 
+@pytest.mark.slow
 def test_zero_shot_merges_to_the_base_model_and_has_no_adapter(place, tmp_path):
     run(config_of(place, tmp_path / "run", Case("zero_shot")))
     export_run(tmp_path / "run", ExportConfig(format="merged", output=tmp_path / "out"))
@@ -453,6 +469,7 @@ def test_zero_shot_merges_to_the_base_model_and_has_no_adapter(place, tmp_path):
             export_run(tmp_path / "run", ExportConfig(format=format, output=tmp_path / format))
 
 
+@pytest.mark.slow
 def test_joint_training_has_one_adapter_for_all_tasks(place, tmp_path):
     run(config_of(place, tmp_path / "run", Case("joint", options={"rank": 2})))
     card = export_run(tmp_path / "run", ExportConfig(format="adapters", output=tmp_path / "out"))
@@ -461,6 +478,7 @@ def test_joint_training_has_one_adapter_for_all_tasks(place, tmp_path):
 
 
 @pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.slow
 def test_updates_that_depend_on_the_input_are_refused(place, tmp_path, format):
     run(config_of(place, tmp_path / "run", Case("cl_moe", options={"rank": 2, "num_experts": 3}), first_tasks=1))
     with pytest.raises(ValueError, match="learned by cl_moe, whose updates depend on the input and stay beside"):
@@ -480,6 +498,7 @@ def test_wrong_settings_are_errors(tmp_path):
         ExportConfig(format="onnx", output=tmp_path)
 
 
+@pytest.mark.slow
 def test_an_output_with_other_things_is_refused(place, tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(ValueError, match="is not empty; give another --output"):
@@ -489,6 +508,7 @@ def test_an_output_with_other_things_is_refused(place, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.slow
 def test_an_empty_output_is_used(place, tmp_path, monkeypatch):
     for name in ("named", "here"):
         (tmp_path / name).mkdir()
@@ -500,6 +520,7 @@ def test_an_empty_output_is_used(place, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "named"]
 
 
+@pytest.mark.slow
 def test_what_is_no_run_or_has_no_finished_task_is_refused(place, tmp_path):
     with pytest.raises(ValueError, match="holds no run"):
         export_run(tmp_path, ExportConfig(format="merged", output=tmp_path / "out"))
@@ -515,6 +536,7 @@ def test_what_is_no_run_or_has_no_finished_task_is_refused(place, tmp_path):
 
 @pytest.mark.parametrize("damaged", ["adapter/adapter_model.safetensors", "task.json", "head.safetensors"])
 @pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.slow
 def test_a_damaged_run_is_refused(place, tmp_path, format, damaged):
     shutil.copytree(place / "runs" / "heads", tmp_path / "run")
     path = tmp_path / "run" / "tasks" / "01-task0" / damaged
@@ -528,6 +550,7 @@ def test_a_damaged_run_is_refused(place, tmp_path, format, damaged):
 
 
 @pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.slow
 def test_an_export_that_breaks_off_leaves_nothing(place, tmp_path, monkeypatch, format):
     def broken(card):
         raise CutOff
@@ -539,6 +562,7 @@ def test_an_export_that_breaks_off_leaves_nothing(place, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.slow
 def test_an_export_holds_safetensors_json_and_text_and_leaves_the_run_alone(place, tmp_path, format):
     before = tiny.tree(place / "runs" / "heads")
     exported(place, "heads", tmp_path / "out", format)
@@ -550,6 +574,7 @@ def test_an_export_holds_safetensors_json_and_text_and_leaves_the_run_alone(plac
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_equal_exports_have_equal_bytes(place, tmp_path):
     for format in FORMATS:
         for again in ("a", "b"):
@@ -557,7 +582,9 @@ def test_equal_exports_have_equal_bytes(place, tmp_path):
     assert tiny.tree(tmp_path / "a") == tiny.tree(tmp_path / "b")
 
 
-def test_the_command_says_what_a_cut_lost_and_refuses_in_one_message(place, tmp_path, capsys):
+@pytest.mark.slow
+def test_the_command_says_what_a_cut_lost_and_refuses_in_one_message(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
     arguments = ["export", str(place / "runs" / "reduced"), "--format", "adapter", "--rank", "2", "--dtype", "bfloat16"]
     cli.main([*arguments, "--output", str(tmp_path / "out")])
     shown = words(capsys.readouterr().out)

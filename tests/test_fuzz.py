@@ -211,6 +211,7 @@ def more_tasks(place):
 @pytest.mark.parametrize("name", JSONS)
 @settings(FUZZ, max_examples=3)
 @given(data=st.data())
+@pytest.mark.slow
 def test_no_json_of_a_run_ends_a_command_without_a_message(place, capsys, command, name, data):
     more_tasks(place)
     value = mutate(data, json.loads((place / "run" / name).read_text()), ODD_JSON)
@@ -332,6 +333,7 @@ def toml_case(data, place, kind):
 @pytest.mark.parametrize("kind", ["benchmark", "settings"])
 @settings(FUZZ, max_examples=40)
 @given(data=st.data())
+@pytest.mark.slow
 def test_no_toml_ends_a_command_without_a_message(place, capsys, kind, data):
     _, arguments, _ = toml_case(data, place, kind)
     outcome(capsys, *arguments)

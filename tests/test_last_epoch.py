@@ -140,6 +140,7 @@ def test_what_was_seen_survives_being_kept_and_taken_up(num_seen):
         assert grams_of(again, task, torch.device("cpu"))[name].equal(gram)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_cut_off_at_any_checkpoint_ends_as_one_that_was_not(tmp_path, monkeypatch):
     config = RunConfig(
         benchmark=str(tiny.write_benchmark(tmp_path, tasks=2, per_class=4)),

@@ -75,6 +75,7 @@ def test_any_manifest_comes_back_as_it_was(folder, manifest):
 # What was changed
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_is_noticed(folder):
     content = manifest_bytes(WHOLE)
     for place in range(len(content)):
@@ -82,6 +83,7 @@ def test_every_flipped_bit_is_noticed(folder):
             refused(folder, content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
 
 
+@pytest.mark.slow
 def test_every_truncation_and_every_deleted_or_doubled_byte_is_noticed(folder):
     content = manifest_bytes(WHOLE)
     for place in range(len(content)):
@@ -93,6 +95,7 @@ def test_every_truncation_and_every_deleted_or_doubled_byte_is_noticed(folder):
 
 @QUICK
 @given(manifest=manifests(), data=st.data())
+@pytest.mark.slow
 def test_any_changed_byte_of_any_manifest_is_noticed(folder, manifest, data):
     content = manifest_bytes(manifest)
     place = data.draw(st.integers(0, len(content) - 1))
@@ -122,6 +125,7 @@ def test_a_key_that_comes_twice_is_noticed(folder):
 
 @QUICK
 @given(value=PLAIN | st.dictionaries(st.sampled_from([*WHOLE, "checksum"]), PLAIN))
+@pytest.mark.slow
 def test_any_other_json_is_refused(folder, value):
     refused(folder, json.dumps(value).encode())
 
@@ -158,6 +162,7 @@ def test_a_number_with_too_many_digits_is_named_even_where_all_else_is_right(fol
     refused(folder, whole.replace('"seed": 0', '"seed": ' + "9" * 5000).encode())
 
 
+@pytest.mark.slow
 def test_a_nesting_too_deep_to_be_written_again_is_refused(folder):
     for depth in range(600, 1000, 9):
         for left, right in ((b"[", b"]"), (b'{"a":', b"}")):
@@ -233,6 +238,7 @@ CONFIGS = st.dictionaries(
 @example(before={"seed": None}, now={})
 @example(before={"a": {"b": 1}}, now={"a.b": 1})
 @example(before={"tasks": {"a.b": {"path": 1}}}, now={"tasks": {"a.b": {"path": 2}}})
+@pytest.mark.slow
 def test_differences_are_none_only_between_equal_values_and_name_every_key(before, now):
     found = differences(before, now)
     assert (found == []) == (before == now)

@@ -100,6 +100,7 @@ def test_before_task_does_not_change_the_function(method_name, family):
     torch.testing.assert_close(logits(adapted, make_task("task", 0)), wanted, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_after_task_the_plain_model_is_what_was_trained(method_name, family):
     build, make_task, options = family
     model, method, task = build(), method_for(method_name, options), make_task("task", 0)
@@ -116,6 +117,7 @@ def test_after_task_the_plain_model_is_what_was_trained(method_name, family):
     assert method.record.merge_error < 1e-5 * max(1, float(wanted.abs().max()))
 
 
+@pytest.mark.slow
 def test_parameters_require_a_gradient_as_they_did_before(method_name, family):
     build, make_task, options = family
     model, method = build(), method_for(method_name, options)
@@ -132,6 +134,7 @@ def test_parameters_require_a_gradient_as_they_did_before(method_name, family):
         assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
 
 
+@pytest.mark.slow
 def test_two_runs_are_identical(method_name, family):
     (first, method), (again, other) = (learn_two_tasks(method_name, family) for _ in range(2))
     for (name, value), repeated in zip(first.state_dict().items(), again.state_dict().values(), strict=True):
@@ -142,6 +145,7 @@ def test_two_runs_are_identical(method_name, family):
         assert value.equal(other.record.directions[name])
 
 
+@pytest.mark.slow
 def test_nothing_outside_the_targets_changes(method_name, family):
     build, _, options = family
     model, _ = learn_two_tasks(method_name, family)
@@ -612,6 +616,7 @@ def test_replay_reproduces_model_and_bases_from_what_was_recorded(kind, tmp_path
 # Other trainers
 
 
+@pytest.mark.slow
 def test_a_causal_language_model_is_trained_by_transformers_trainer(tmp_path):
     model, method, task = llama_model(), method_for("keeplora", {"weight_energy": 0.4}), TokenTask()
     examples = [
@@ -635,6 +640,7 @@ def test_a_causal_language_model_is_trained_by_transformers_trainer(tmp_path):
         assert basis.shape[1] < method.bases[name].shape[1]
 
 
+@pytest.mark.slow
 def test_a_dual_encoder_is_trained_by_transformers_trainer_with_the_tasks_loss(tmp_path):
     class TaskTrainer(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

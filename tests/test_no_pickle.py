@@ -57,6 +57,7 @@ def test_a_pickled_adapter_is_refused_unread(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
+@pytest.mark.slow
 def test_pickles_in_a_run_are_not_read_and_are_found(tmp_path, capsys):
     benchmark = tiny.write_benchmark(tmp_path, tasks=1, per_class=2)
     config = RunConfig(

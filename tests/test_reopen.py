@@ -30,6 +30,7 @@ def config_of(place, output, name="keeplora", **changes):
 
 
 @pytest.mark.parametrize("name", known_methods())
+@pytest.mark.slow
 def test_every_method_goes_on_after_a_cut_and_opens_again_with_the_recorded_scores(place, tmp_path, name):
     run(config_of(place, tmp_path / "whole", name))
 
@@ -45,6 +46,7 @@ def test_every_method_goes_on_after_a_cut_and_opens_again_with_the_recorded_scor
     assert evaluate(model, tasks) == ledger.results().accuracy[-1]
 
 
+@pytest.mark.slow
 def test_a_run_of_some_tasks_in_another_order_opens_with_its_own_stream(place, tmp_path):
     results = run(config_of(place, tmp_path / "run", order=2, first_tasks=2))
     assert len(results.tasks) == 2
@@ -54,6 +56,7 @@ def test_a_run_of_some_tasks_in_another_order_opens_with_its_own_stream(place, t
     assert ledger.manifest["config"]["order"] == 2
 
 
+@pytest.mark.slow
 def test_orders_follow_from_their_number_and_hold_every_task(place, tmp_path):
     names = [
         tuple(run(config_of(place, tmp_path / f"{order}", "zero_shot", order=order)).tasks) for order in (0, 1, 2, 3, 4)
@@ -82,6 +85,7 @@ def test_a_long_streams_order_is_the_shuffle_of_its_number():
     assert [spec.name for spec in stream_of(RunConfig(order=2))] == [names[place] for place in places]
 
 
+@pytest.mark.slow
 def test_without_save_model_the_scores_are_the_same_and_the_error_says_what_to_do(place, tmp_path):
     with_model = run(config_of(place, tmp_path / "with"))
     without = run(config_of(place, tmp_path / "without", save_model=False))

@@ -85,6 +85,7 @@ def test_names_are_escaped(tmp_path):
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2])
+@pytest.mark.slow
 def test_a_partial_run_has_a_page(tmp_path, rows):
     page, parsed = read(tmp_path, [results(rows=rows), results("lora_ft")])
     assert "None" not in page
@@ -97,6 +98,7 @@ def test_a_stream_of_one_task_has_a_page(tmp_path):
     assert picture_of(parsed).height > 0
 
 
+@pytest.mark.slow
 def test_the_same_runs_give_the_same_bytes():
     assert heat_maps([results()]) == heat_maps([results()])
     assert heat_maps([results()]) != heat_maps([results(rows=2)])
@@ -132,6 +134,7 @@ def test_the_page_of_a_method_that_protects_nothing_has_no_room_to_show():
     assert "Room that is left" not in page([results()])
 
 
+@pytest.mark.slow
 def test_the_picture_of_the_room_grows_with_the_layers_and_stays_bounded():
     def height(count):
         layers = {f"layer{i}": {"residual_dims": 5, "protected_dims": 5, "rank": 2} for i in range(count)}

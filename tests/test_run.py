@@ -50,6 +50,7 @@ def config_of(folder, output, **changes):
     return RunConfig(output=output, **values | changes)
 
 
+@pytest.mark.slow
 def test_two_runs_are_identical_apart_from_times(place, tmp_path):
     run(config_of(place, tmp_path / "again", **VARIANTS["keeplora"]))
     assert tiny.lasting(tmp_path / "again") == tiny.lasting(place / "keeplora")
@@ -57,6 +58,7 @@ def test_two_runs_are_identical_apart_from_times(place, tmp_path):
     assert first.split(b'"seconds"')[0] == second.split(b'"seconds"')[0]
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_model(place, tmp_path):
     run(config_of(place, tmp_path / "other", **VARIANTS["lora_ft"], seed=1))
     assert tiny.lasting(tmp_path / "other")[0] != tiny.lasting(place / "lora_ft")[0]
@@ -83,6 +85,7 @@ def cut_in_training(monkeypatch):
 
 @pytest.mark.parametrize("cut", [cut_in_watch, cut_in_training])
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_ends_as_one_that_was_not(place, tmp_path, monkeypatch, variant, cut):
     config = config_of(place, tmp_path / "cut", **VARIANTS[variant])
     with monkeypatch.context() as patch, pytest.raises(CutOff):
@@ -141,6 +144,7 @@ def test_training_changes_the_scores_of_this_stream(place):
     assert any(row != zero_shot for matrix in rows for row in matrix)
 
 
+@pytest.mark.slow
 def test_a_failure_at_the_second_task_keeps_the_first_on_disk(place, tmp_path, monkeypatch):
     def failing(model, task, *args, **options):
         if task.name == "task1":
@@ -170,6 +174,7 @@ def test_a_diverging_learning_rate_stops_with_a_clear_error(place, tmp_path, var
     assert read_manifest(tmp_path / "run")["tasks_finished"] == 0
 
 
+@pytest.mark.slow
 def test_a_task_may_have_its_own_number_of_epochs(place, tmp_path):
     lines = (place / "colors.toml").read_text().replace('name = "task1"', 'name = "task1"\nepochs = 1')
     path = place / "short.toml"

@@ -110,6 +110,7 @@ def recovered(folder):
 @example(commits=[[("write", "d/x", b"1"), ("write_folder", "d", {"w": b"2"})]])
 @example(commits=[[("write_folder", "d", {"x": b"1"}), ("write_folder", "d", {"w": b"2"})]])
 @example(commits=[[("write", "d/x", b"1")], [("remove", "d/"), ("write", "d/x", b"2"), ("remove", "d/x")]])
+@pytest.mark.slow
 def test_the_folder_holds_what_was_committed(commits):
     with tempfile.TemporaryDirectory() as place, power_for(-1):
         write_commits(Path(place), commits)
@@ -121,6 +122,7 @@ def test_the_folder_holds_what_was_committed(commits):
 @example(
     commits=[[("write", "d/x", b"1"), ("write", "top", b"2")], [("remove", "d/x"), ("remove", "top")]], last=7, again=9
 )
+@pytest.mark.slow
 def test_wherever_the_power_goes_the_folder_holds_the_last_commit(commits, last, again):
     """It goes once while the folder is written, and once more while it is put in order again."""
     with tempfile.TemporaryDirectory() as place:
