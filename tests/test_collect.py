@@ -130,15 +130,71 @@ def test_no_two_gradients_of_a_batch_are_held_at_once():
     assert max(most) == 1
 
 
-def test_layers_that_share_a_weight_both_get_its_gradient():
-    model, task = MLP(), VectorTask()
-    model.tied = torch.nn.Linear(1, 1)
-    model.tied.weight = model.fc2.weight
-    gradients = mean_gradients(model, task, ["fc1", "fc2", "tied"])
-    alone = mean_gradients(model, task, ["fc1", "fc2"])
-    assert gradients["tied"].equal(alone["fc2"])
-    assert gradients["fc2"].equal(alone["fc2"])
-    assert gradients["fc1"].equal(alone["fc1"])
+class Twice(torch.nn.Module):
+    """A model that uses one weight in two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.tied, self.out = torch.nn.Linear(11, 7), torch.nn.Linear(11, 7), torch.nn.Linear(7, 5)
+        self.tied.weight = self.fc.weight
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.fc(x)) + torch.tanh(self.tied(x.flip(1))))
+
+
+@pytest.mark.parametrize("collect", [mean_gradients, fisher_diagonals])
+def test_layers_that_share_a_weight_both_get_what_is_found_of_it(collect):
+    model, task = Twice(), VectorTask(sizes=(1, 1, 1))
+    wanted = 0.0
+    for batch in task.data:
+        (gradient,) = torch.autograd.grad(task.loss(model, batch), [model.fc.weight])
+        wanted = wanted + (gradient if collect is mean_gradients else gradient**2) / len(task.data)
+    found = collect(model, task, ["fc", "tied", "out"])
+    close(found["fc"], wanted)
+    assert found["tied"].equal(found["fc"])
+
+
+def test_a_loss_may_differentiate_with_respect_to_a_weight():
+    class Penalised(VectorTask):
+        def loss(self, model, batch):
+            value = super().loss(model, batch)
+            (gradient,) = torch.autograd.grad(value, [model.fc1.weight], create_graph=True)
+            return value + (gradient**2).sum()
+
+    model, task = MLP(), Penalised(sizes=(9, 4))
+    gradients = mean_gradients(model, task, LAYERS)
+    for name, wanted in gradients_in_batches(model, task, LAYERS).items():
+        close(gradients[name], wanted)
+
+
+def gradients_in_batches(model, task, layers):
+    """Average the gradients of the batches, as autograd returns them, over the examples."""
+    weights = [model.get_submodule(name).weight for name in layers]
+    sums, count = [0.0] * len(weights), 0
+    for batch in task.data:
+        found = torch.autograd.grad(task.loss(model, batch), weights)
+        sums = [total + len(batch[0]) * gradient for total, gradient in zip(sums, found, strict=True)]
+        count += len(batch[0])
+    return {name: total / count for name, total in zip(layers, sums, strict=True)}
+
+
+def test_a_gradient_that_a_function_of_the_users_stops_is_zero():
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, weight):
+            return weight.sum()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return None
+
+    class Stopped(VectorTask):
+        def loss(self, model, batch):
+            return super().loss(model, batch) + Stop.apply(model.spare.weight)
+
+    model = MLP()
+    model.spare = torch.nn.Linear(3, 4)
+    assert mean_gradients(model, Stopped(), ["fc2", "spare"])["spare"].equal(torch.zeros(4, 3))
 
 
 def test_a_task_leaves_its_frozen_state_after_an_error():

@@ -7,7 +7,6 @@ when a batch raises. Several processes each take their share of the batches and 
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -66,7 +65,7 @@ def mean_over_examples(
     sums = GradientSums(weights, statistic)
     count = 0
     flags = only_these_require_grad(model, list(weights.values()))
-    with flags, evaluation_mode(model), fused_layers(model), sums.watching(), task.frozen(model) as stand_ins:
+    with flags, evaluation_mode(model), fused_layers(model), task.frozen(model) as stand_ins:
         for batch in batches_of(model, task, share, track, "gradient"):
             for part in task.parts(batch):
                 loss = task.loss(model, part)
@@ -97,28 +96,24 @@ class GradientSums:
         for name, weight in weights.items():
             self._sharing.setdefault(weight, []).append(self.totals[name])
         self._statistic = statistic
-        self._num_examples, self._weight = 0, 0.0
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Take the weights' gradients out of the backward passes inside; the weights must require a gradient."""
-        hooks = [weight.register_hook(partial(self._take, totals)) for weight, totals in self._sharing.items()]
+    def add(self, loss: Tensor, leaves: list[Tensor], num_examples: int, weight: float) -> tuple[Tensor | None, ...]:
+        """Add the statistic of the gradients of a mean over so many examples; return those of the leaves."""
+        take = partial(self._take, num_examples, weight)
+        # Only now: a loss may itself differentiate with respect to a weight.
+        hooks = [shared.register_hook(partial(take, totals)) for shared, totals in self._sharing.items()]
         try:
-            yield
+            return torch.autograd.grad(loss, [*self._sharing, *leaves], allow_unused=True)[len(self._sharing) :]
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def add(self, loss: Tensor, leaves: list[Tensor], num_examples: int, weight: float) -> tuple[Tensor | None, ...]:
-        """Add the statistic of the gradients of a mean over so many examples; return those of the leaves."""
-        self._num_examples, self._weight = num_examples, weight
-        gradients = torch.autograd.grad(loss, [*self._sharing, *leaves], allow_unused=True)
-        return gradients[len(self._sharing) :]
-
-    def _take(self, totals: list[Tensor], gradient: Tensor) -> Tensor:
-        found = self._statistic(gradient, self._num_examples)
+    def _take(self, num_examples: int, weight: float, totals: list[Tensor], gradient: Tensor | None) -> Tensor | None:
+        if gradient is None:
+            return None
+        found = self._statistic(gradient, num_examples)
         for total in totals:
-            total.add_(found, alpha=self._weight)
+            total.add_(found, alpha=weight)
         return gradient.new_zeros(()).expand_as(gradient)  # What autograd keeps until its pass ends takes no memory.
 
 

@@ -102,7 +102,7 @@ class Task:
         return [batch]
 
     def sample(self, batch: Batch) -> Batch:
-        """Return a few examples of a batch: the merge check compares the model's outputs on them."""
+        """Return what of a batch the merge check compares the outputs of: its first part, unless overridden."""
         return next(iter(self.parts(batch)))
 
     @contextmanager

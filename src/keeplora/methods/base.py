@@ -199,13 +199,13 @@ class Method:
                 )
 
     def merge_checked(self, model: nn.Module, task: Task) -> tuple[nn.Module, float]:
-        """Merge the adapter; return the base model and the largest change of a few examples' outputs.
+        """Merge the adapter; return the base model and the largest change of the outputs for a sample of a batch.
 
         Raises:
             ValueError: If a weight of the base model was trained, or the merge changed the outputs.
         """
         self._require_untouched(model, task)
-        batch = to_device(task.sample(next(iter(task.batches()))), device_of(model))
+        batch = task.sample(to_device(next(iter(task.batches())), device_of(model)))
         # The base model with its adapter inside: a trainer may have left a wrapper of other precision around it.
         before = _outputs(adapter.inner(model), task, batch)
         dtype = next(model.parameters()).dtype

@@ -5,7 +5,7 @@ rank that their updates would have together; the other places learn nothing. Eve
 therefore the same model, and only Last speaks of it.
 """
 
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import ClassVar, cast
 
 import torch
@@ -94,6 +94,14 @@ class Union(Task):
     def outputs(self, model: nn.Module, batch: tuple[int, Batch]) -> Tensor:
         """Return the outputs of the task that the batch is of."""
         return self.tasks[batch[0]].outputs(model, batch[1])
+
+    def parts(self, batch: tuple[int, Batch]) -> Iterable[tuple[int, Batch]]:
+        """Return the parts that the task cuts the batch into that it is of."""
+        return [(batch[0], part) for part in self.tasks[batch[0]].parts(batch[1])]
+
+    def sample(self, batch: tuple[int, Batch]) -> tuple[int, Batch]:
+        """Return the sample of the task that the batch is of."""
+        return batch[0], self.tasks[batch[0]].sample(batch[1])
 
     def num_examples(self, batch: tuple[int, Batch]) -> int:
         """Return the number of examples in a batch."""

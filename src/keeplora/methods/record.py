@@ -18,7 +18,7 @@ class TaskRecord:
     """The directions `[d_in, k]` that the task added to each layer's protected subspace."""
     certificate: dict[str, LayerCertificate] = field(default_factory=dict)
     merge_error: float = 0.0
-    """Largest difference of a few examples' outputs before and after the merge."""
+    """Largest difference of the outputs for a sample of a batch before and after the merge."""
     head: dict[str, Tensor] = field(default_factory=dict)
     """Weights of the task's own classifier, if it has one."""
     state: dict[str, Tensor] = field(default_factory=dict)
