@@ -239,8 +239,9 @@ def table(rows: list[Row]) -> str:
 def in_turns(works: dict[str, Work], repeats: int) -> dict[str, list[float]]:
     """Return the seconds of every repeat of each work; they take turns, after a round that does not count.
 
-    Each round starts with another one, and a pause stands before each: the threads of one library go on spinning for a
-    while when they are done, and would slow down the next library's.
+    Each round starts with another one. A pause and an untimed call of the same work stand before each: the threads of
+    one library go on spinning for a while when they are done, and would slow down the next library's, and what comes
+    second of two alike would find the first one's memory warm.
     """
     found: dict[str, list[float]] = {name: [] for name in works}
     names = list(works)
@@ -248,6 +249,7 @@ def in_turns(works: dict[str, Work], repeats: int) -> dict[str, list[float]]:
         first = repeat % len(names)
         for name in names[first:] + names[:first]:
             time.sleep(PAUSE)
+            works[name]()
             since = time.perf_counter()
             works[name]()
             if repeat > 0:

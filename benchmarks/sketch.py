@@ -1,12 +1,17 @@
 """How close the one-pass sketch comes to the exact directions of the gradient: on `mini`, and on a 7B-width layer.
 
+The sketch finds what stands out. Directions whose singular values hardly differ from the next ones' are not found, nor
+are they much better than those next ones: `falls to` is the singular value of the last direction asked for, as a share
+of the first one's, and `energy` what the sketched directions hold of the gradient, as a share of what the best hold.
+
 python benchmarks/sketch.py --workload mini
 python benchmarks/sketch.py --workload llama_block
 """
 
 import math
+import statistics
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import tyro
@@ -29,11 +34,46 @@ class Config:
     """What to compare on."""
 
     workload: Literal["mini", "llama_block"] = "mini"
-    """The embedded model on its first tasks, or one block of a Llama of width 4096 with random weights."""
+    """The embedded model on its first tasks; or one block of a Llama of width 4096 with random weights, on made-up
+    questions about images with answers of one word, and on made-up text, the loss of which is of every token."""
     rank: int = 16
     """How many directions are asked for."""
     tasks: int = 3
     """How many tasks of mini."""
+
+
+class Questions(Task):
+    """One question about images of ten kinds, to be answered by one word: the loss is of the answer alone.
+
+    An image is 48 embeddings: of its kind, of the place in it, and noise. Their covariance falls off as 1 / n².
+    """
+
+    name = "questions"
+
+    def __init__(self, embedding: nn.Embedding, num_kinds: int = 10) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*sizes: int) -> torch.Tensor:
+            return torch.randn(*sizes, generator=generator)
+
+        kinds = torch.arange(64) % num_kinds
+        directions = normal(256, embedding.embedding_dim) / torch.arange(1, 257).unsqueeze(1)
+        codes = normal(num_kinds, 1, 256)[kinds] + normal(48, 256) + normal(64, 48, 256)
+        images = codes @ directions
+        words = torch.randint(num_kinds, embedding.num_embeddings, (16,), generator=generator)
+        with torch.no_grad():
+            images *= embedding.weight.std() / images.std()
+            question = embedding(words).expand(64, -1, -1)
+            self.data = list(zip(torch.cat([images, question], 1).split(8), kinds.split(8), strict=True))
+
+    def batches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return the batches: embeddings and answers."""
+        return self.data
+
+    def loss(self, model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Return the mean cross-entropy of the answers."""
+        embeddings, answers = batch
+        return F.cross_entropy(model(inputs_embeds=embeddings).logits[:, -1], answers)
 
 
 class Text(Task):
@@ -58,13 +98,27 @@ class Text(Task):
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
 
 
-def largest_angle(exact: torch.Tensor, rows: torch.Tensor, rank: int) -> tuple[float, int]:
-    """Return the largest principal angle in degrees between the significant leading directions, and their number."""
+class Found(NamedTuple):
+    """How good a layer's sketched directions are."""
+
+    angle: float
+    """The largest principal angle in degrees between the significant leading directions, exact and sketched."""
+    directions: int
+    """How many of them are significant."""
+    falls_to: float
+    """The last one's singular value, as a share of the first one's."""
+    energy: float
+    """The energy of the gradient in the sketched directions, as a share of that in the exact ones."""
+
+
+def quality(exact: torch.Tensor, rows: torch.Tensor, rank: int) -> Found:
+    """Compare the rows that a sketch found with the exact residual gradient."""
     _, s, vh = torch.linalg.svd(exact, full_matrices=False)
     n = min(rank, int((s > SIGNIFICANT * s[0]).sum()))
     approximate = torch.linalg.svd(rows, full_matrices=False)[2][:n]
     cosines = torch.linalg.svdvals(vh[:n].double() @ approximate.double().T)
-    return math.degrees(math.acos(min(1.0, float(cosines[n - 1])))), n
+    energy = float((exact @ approximate.T).square().sum() / s[:n].square().sum())
+    return Found(math.degrees(math.acos(min(1.0, float(cosines[n - 1])))), n, float(s[n - 1] / s[0]), energy)
 
 
 def compare(model: nn.Module, task: Task, config: Config, targets: tuple[str, ...]) -> None:
@@ -75,15 +129,16 @@ def compare(model: nn.Module, task: Task, config: Config, targets: tuple[str, ..
         residuals(model, task, method.bases, config.rank, 1.0, silent)
         for residuals in (exact_residuals, sketched_residuals)
     )
-    angles = {
-        name: largest_angle(exact[f"{name}.residual"], sketched[f"{name}.residual"], config.rank)
-        for name in method.bases
+    layers = {
+        name: quality(exact[f"{name}.residual"], sketched[f"{name}.residual"], config.rank) for name in method.bases
     }
-    worst = sorted(angles, key=lambda name: -angles[name][0])
-    middle = sorted(angle for angle, _ in angles.values())[len(angles) // 2]
-    print(f"{task.name}: {len(angles)} layers, median {middle:.3g} degrees; the worst:")
-    for name in worst[:3]:
-        print(f"  {angles[name][0]:8.3g} degrees, {angles[name][1]} directions  {name}")
+    median = statistics.median(found.angle for found in layers.values())
+    print(f"{task.name}: {len(layers)} layers, median {median:.3g} degrees; the worst:")
+    for name, found in sorted(layers.items(), key=lambda item: -item[1].angle)[:3]:
+        print(
+            f"  {found.angle:8.3g} degrees, {found.directions} directions, falls to {found.falls_to:.2g},"
+            f" energy {found.energy:.4f}  {name}"
+        )
 
 
 def main(config: Config) -> None:
@@ -96,7 +151,8 @@ def main(config: Config) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 1, "num_attention_heads": 32}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=512, max_position_embeddings=128, **sizes)).eval()
-    compare(model, Text(512), config, ("q_proj", "k_proj", "v_proj", "o_proj"))
+    for task in (Questions(model.get_input_embeddings()), Text(512)):
+        compare(model, task, config, ("q_proj", "k_proj", "v_proj", "o_proj"))
 
 
 if __name__ == "__main__":

@@ -46,6 +46,24 @@ def test_a_batch_has_the_loss_outputs_and_size_of_its_own_task():
         assert union.real_rows("fc1", (place, batch)) is None
 
 
+def test_a_batch_is_cut_and_sampled_as_its_own_task_does():
+    class Cut(VectorTask):
+        def parts(self, batch):
+            return [tuple(value[:3] for value in batch), tuple(value[3:] for value in batch)]
+
+        def sample(self, batch):
+            return tuple(value[:2] for value in batch)
+
+    tasks = [VectorTask("whole"), Cut("cut")]
+    union = Joint(MethodConfig()).plan(tasks)[0]
+    for number, batch in union.batches():
+        parts = list(union.parts((number, batch)))
+        sample = union.sample((number, batch))
+        assert [place for place, _ in (*parts, sample)] == [number] * (len(parts) + 1)
+        assert [len(part[0]) for _, part in parts] == ([3, len(batch[0]) - 3] if number else [len(batch[0])])
+        assert len(sample[1][0]) == (2 if number else len(batch[0]))
+
+
 def test_the_first_place_learns_all_tasks_and_the_others_nothing():
     tasks, method, model = stream(), Joint(CONFIG), MLP()
     lessons = method.plan(tasks)

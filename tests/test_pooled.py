@@ -228,3 +228,15 @@ def test_a_tower_that_pools_otherwise_is_left_alone():
     model = siglip_model()
     with only_the_pooled_row(model):
         assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_model_is_left_alone(in_place):
+    model = clip_model()
+    with only_the_pooled_row(model):
+        assert "forward" in vars(last_layer(model))
+    if in_place:
+        model.compile(backend="eager")
+    compiled = model if in_place else torch.compile(model, backend="eager")
+    with only_the_pooled_row(compiled):
+        assert "forward" not in vars(last_layer(model))

@@ -56,3 +56,8 @@ def is_watched(module: nn.Module) -> bool:
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of a model's first parameter."""
     return next(model.parameters()).device
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Say whether a module is what `torch.compile` returns, or was compiled in place."""
+    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None

@@ -16,7 +16,7 @@ from transformers import CLIPModel, CLIPVisionModel
 from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention, CLIPEncoder, CLIPEncoderLayer
 
 from keeplora import adapter
-from keeplora.borrow import is_watched
+from keeplora.borrow import is_compiled, is_watched
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def only_the_pooled_row(model: nn.Module) -> Iterator[None]:
 
     For what reads the tower's pooled features and nothing else. A tower that is watched by hooks, recomputed in the
     backward pass, or of other parts than CLIP's and LoRA's computes all rows as ever: the inputs of its projections are
-    then what a statistic expects.
+    then what a statistic expects. So does a compiled one: it would be compiled anew each time.
     """
     lent = {layer: partial(_forward, layer) for layer in _last_layers(model) if "forward" not in vars(layer)}
     for layer, forward in lent.items():
@@ -40,6 +40,8 @@ def only_the_pooled_row(model: nn.Module) -> Iterator[None]:
 
 def _last_layers(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the last vision layer of every CLIP inside a model that is as transformers made it."""
+    if any(map(is_compiled, model.modules())):
+        return
     for clip in model.modules():
         if type(clip) is not CLIPModel:
             continue
