@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from keeplora.collect import mean_gradients
 from keeplora.methods import METHODS, KeepLoRA, KeepLoRAConfig, LoRAFT, MethodConfig, ZeroShot
 from keeplora.towers import layer_scales
+from keeplora.train import TrainConfig, fit
 from tiny import (
     MLP,
     NarrowTask,
@@ -660,3 +661,21 @@ def test_a_dual_encoder_is_trained_by_transformers_trainer_with_the_tasks_loss(t
     merged = method.after_task(adapted, task)
     assert float(task.loss(merged, items[0]).detach()) < start - 0.01
     assert max(layer.leak for layer in method.record.certificate.values()) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_learns_the_same_from_batches_in_parts(name, monkeypatch):
+    learned = []
+    for images in (100, 4):
+        monkeypatch.setattr("keeplora.models.dual_encoder.PIXELS_AT_ONCE", images * 3 * 16 * 16)
+        method, model = method_for(name, {}), clip_model()
+        for task in method.plan([classification_task("first", 0), classification_task("second", 1)]):
+            adapted = method.before_task(model, task)
+            fit(adapted, task, TrainConfig(epochs=2), penalty=method.penalty)
+            model = method.after_task(adapted, task)
+        learned.append(logits(model, classification_task("second", 1)))
+    whole, cut = learned
+    if name != "zero_shot":
+        assert (whole - logits(clip_model(), classification_task("second", 1))).abs().max() > 1e-2
+    torch.testing.assert_close(cut, whole, rtol=1e-3, atol=1e-3)

@@ -12,6 +12,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader, TensorDataset
 
 import tiny
+from keeplora import adapter
+from keeplora.last_epoch import SEEN, grams_of
+from keeplora.methods import KeepLoRA, KeepLoRAConfig
+from keeplora.models.dual_encoder import ClassificationTask
+from keeplora.task import LearningError
 from keeplora.train import TrainConfig, best_device, fit, seed_everything
 
 
@@ -275,3 +280,88 @@ def test_progress_is_told_what_is_done_and_how_many_batches_there_are():
 
     fit(tiny.MLP(), tiny.VectorTask(), TrainConfig(epochs=2), track=track)
     assert seen == [("vectors: epoch 1/2", 3), ("vectors: epoch 2/2", 3)]
+
+
+# Batches in parts
+
+
+class Recorded(ClassificationTask):
+    """Notes how many images the model is shown at once."""
+
+    seen: list
+
+    def loss(self, model, batch):
+        self.seen.append(len(batch["labels"]))
+        return super().loss(model, batch)
+
+
+def trained_by_parts(monkeypatch, size, *, method=None, penalty=lambda model: None, **changes):
+    """Train an adapted CLIP on batches of 6 and a last one of 2 in parts of a size; return what was found."""
+    monkeypatch.setattr("keeplora.models.dual_encoder.PIXELS_AT_ONCE", size * 3 * tiny.SIZE**2)
+    task = tiny.classification_task()
+    task.__class__, task.seen = Recorded, []
+    method = method or KeepLoRA(KeepLoRAConfig(targets=("q_proj", "fc2"), rank=2, weight_energy=0.4))
+    adapted = method.before_task(tiny.clip_model(), task)
+    task.seen.clear()
+    config = replace(TrainConfig(epochs=2, learning_rate=1e-2), **changes)
+    losses = fit(adapted, method.lesson(adapted, task, 2), config, penalty=penalty)
+    return losses, {name: b for name, (_, b) in adapter.factors_of(adapted).items()}, task.seen
+
+
+@pytest.mark.parametrize("changes", [{}, {"accumulation": 2}], ids=["every batch", "accumulated"])
+@pytest.mark.parametrize("classifier", ["none", "cosine"])
+def test_batches_in_parts_train_as_whole_ones(monkeypatch, changes, classifier):
+    def weights(model):
+        return 0.1 * sum((p**2).sum() for p in model.parameters() if p.requires_grad)
+
+    options = KeepLoRAConfig(targets=("q_proj", "fc2"), rank=2, weight_energy=0.4, classifier=classifier)
+    whole, cut = (
+        trained_by_parts(monkeypatch, size, method=KeepLoRA(options), penalty=weights, **changes) for size in (100, 4)
+    )
+    assert set(whole[2]) == {6, 3}
+    assert set(cut[2]) == {4, 2, 3}
+    assert sum(whole[2]) == sum(cut[2])
+    assert cut[0] == pytest.approx(whole[0], rel=1e-5)
+    assert any(b.abs().max() > 1e-3 for b in whole[1].values())
+    for name, b in whole[1].items():
+        torch.testing.assert_close(cut[1][name], b, rtol=1e-3, atol=1e-4)
+
+
+def test_prompts_are_encoded_once_for_all_parts_of_a_batch(monkeypatch):
+    monkeypatch.setattr("keeplora.models.dual_encoder.PIXELS_AT_ONCE", 2 * 3 * tiny.SIZE**2)
+    model, task, calls = tiny.clip_model(), tiny.classification_task(), []
+    task.__class__, task.seen = Recorded, []
+    model.text_model.register_forward_hook(lambda *args: calls.append(1))
+    fit(model, task, TrainConfig(epochs=1))
+    assert sorted(task.seen) == [1, 2, 2, 2, 2, 2, 2, 2]
+    assert len(calls) == len(list(task.batches())) == 3
+
+
+def test_the_last_epoch_is_watched_by_parts_too(monkeypatch):
+    def found(size):
+        options = KeepLoRAConfig(targets=("q_proj", "fc2"), rank=2, weight_energy=0.4, features="last_epoch")
+        monkeypatch.setattr("keeplora.models.dual_encoder.PIXELS_AT_ONCE", size * 3 * tiny.SIZE**2)
+        method, task = KeepLoRA(options), tiny.classification_task()
+        adapted = method.before_task(tiny.clip_model(), task)
+        lesson = method.lesson(adapted, task, 2)
+        fit(adapted, lesson, TrainConfig(epochs=2, learning_rate=1e-9))
+        return grams_of(getattr(adapted, SEEN), task, torch.device("cpu"))
+
+    whole, cut = found(100), found(4)
+    for name, gram in whole.items():
+        torch.testing.assert_close(cut[name], gram, rtol=1e-4, atol=1e-5 * float(gram.abs().max()))
+
+
+def test_a_part_whose_loss_is_no_number_names_the_batch(monkeypatch):
+    class Broken(Recorded):
+        def loss(self, model, batch):
+            value = super().loss(model, batch)
+            return value * math.nan if len(self.seen) == 4 else value
+
+    monkeypatch.setattr("keeplora.models.dual_encoder.PIXELS_AT_ONCE", 4 * 3 * tiny.SIZE**2)
+    task = tiny.classification_task()
+    task.__class__, task.seen = Broken, []
+    model = tiny.clip_model()
+    with pytest.raises(LearningError, match="epoch 1/2, batch 2: the loss is nan"):
+        fit(model, task, TrainConfig(epochs=2))
+    assert not task._is_frozen

@@ -5,7 +5,9 @@ part of the adapted model's state, so that a training that is cut off in the epo
 """
 
 import math
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from keeplora.collect import summed_grams
 from keeplora.moments import InputMoments, SecondMoment
-from keeplora.task import Batch, Task
+from keeplora.task import Batch, StandIn, Task
 
 SEEN = "task_inputs"
 """Name under which what was seen joins the adapted model."""
@@ -59,8 +61,18 @@ class SeenInputs(nn.Module):
             self.inputs.statistics[name] = moment
 
 
+class Part(NamedTuple):
+    """A part of a batch of a watched task."""
+
+    batch: Batch
+    is_last: bool
+
+
 class Watched(Task):
-    """A task whose last epoch is watched while a model is trained on it: `loss` is called once for each batch."""
+    """A task whose last epoch is watched while a model is trained on it.
+
+    `loss` is called once for each batch, or for all of its `parts`.
+    """
 
     def __init__(self, task: Task, seen: SeenInputs, layers: dict[str, nn.Module], epochs: int) -> None:
         self.name = task.name
@@ -74,14 +86,31 @@ class Watched(Task):
         """Return the task's batches."""
         return self.task.batches()
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def parts(self, batch: Batch) -> list[Part]:
+        """Cut a batch as the task does."""
+        parts = list(self.task.parts(batch))
+        return [Part(part, number == len(parts)) for number, part in enumerate(parts, start=1)]
+
+    @contextmanager
+    def frozen(self, model: nn.Module) -> Iterator[Sequence[StandIn]]:
+        """Let the task keep what depends on the weights alone."""
+        with self.task.frozen(model) as stand_ins:
+            yield stand_ins
+
+    def num_examples(self, batch: Batch | Part) -> int:
+        """Return the number of examples in a batch or a part."""
+        return self.task.num_examples(batch.batch if isinstance(batch, Part) else batch)
+
+    def loss(self, model: nn.Module, batch: Batch | Part) -> Tensor:
         """Return the task's loss, and look at the inputs of the layers in the last epoch."""
-        self.seen.num_batches += 1
-        if self.seen.num_batches <= self.num_unwatched:
-            return self.task.loss(model, batch)
-        self.seen.inputs.next_batch(batch)
+        part = batch if isinstance(batch, Part) else Part(batch, is_last=True)
+        is_watched = self.seen.num_batches >= self.num_unwatched
+        self.seen.num_batches += part.is_last
+        if not is_watched:
+            return self.task.loss(model, part.batch)
+        self.seen.inputs.next_batch(part.batch)
         with self.seen.inputs.watching(self.layers):
-            return self.task.loss(model, batch)
+            return self.task.loss(model, part.batch)
 
 
 def take_out(model: nn.Module) -> SeenInputs | None:

@@ -97,7 +97,7 @@ class Task:
     def parts(self, batch: Batch) -> Iterable[Batch]:
         """Return the batches that one may be cut into, so that its loss is the mean of theirs by `num_examples`.
 
-        Statistics and evaluation read a batch by its parts, which need less memory; training does not.
+        Everything reads a batch by its parts, which need less memory; only training in several processes does not.
         """
         return [batch]
 

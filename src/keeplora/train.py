@@ -152,17 +152,40 @@ class _Step:
 
     def _backward(self, batch: Any, place: str, group: int) -> float:
         """Add a batch's share of the gradient of the mean over its group; return the batch's loss."""
+        parts = [batch] if self.accelerator.num_processes > 1 else list(self.task.parts(batch))
+        if len(parts) > 1:
+            return self._backward_by_parts(parts, place, group)
         with self.accelerator.autocast():
-            loss = self.task.loss(self.model, batch)
+            loss = self.task.loss(self.model, parts[0])
             extra = self.penalty(self.model)
-            loss = loss if extra is None else loss + extra
+        return self._add(loss if extra is None else loss + extra, place, group)
+
+    def _backward_by_parts(self, parts: list[Any], place: str, group: int) -> float:
+        """Do the same part after part, so that what is kept for the backward pass is that of one part."""
+        counts = [self.task.num_examples(part) for part in parts]
+        value = 0.0
+        with self.task.frozen(self.model) as stand_ins:
+            for part, count in zip(parts, counts, strict=True):
+                with self.accelerator.autocast():
+                    loss = self.task.loss(self.model, part)
+                share = count / sum(counts)
+                value += share * self._add(loss, place, group / share)
+            for stand_in in stand_ins:
+                if stand_in.leaf.grad is not None:  # It has the losses' weights, and the scaler's scale, in it.
+                    torch.autograd.backward(stand_in.made, stand_in.leaf.grad)
+        with self.accelerator.autocast():
+            extra = self.penalty(self.model)
+        return value if extra is None else value + self._add(extra, place, group)
+
+    def _add(self, loss: Tensor, place: str, divisor: float) -> float:
+        """Add the gradient of a loss by a divisor; return the loss."""
         value = float(loss.detach())
         if not math.isfinite(value):
             raise LearningError(
                 f"{place}: the loss is {value}. Lower learning_rate, or set mixed_precision to no;"
                 " finished tasks are kept"
             )
-        self.accelerator.backward(loss / group)
+        self.accelerator.backward(loss / divisor)
         return value
 
     def _update(self, place: str) -> None:
