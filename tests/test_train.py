@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import tiny
 from keeplora import adapter
 from keeplora.last_epoch import SEEN, grams_of
-from keeplora.methods import KeepLoRA, KeepLoRAConfig
+from keeplora.methods import Joint, KeepLoRA, KeepLoRAConfig, MethodConfig
 from keeplora.models.dual_encoder import ClassificationTask
 from keeplora.task import LearningError
 from keeplora.train import TrainConfig, best_device, fit, seed_everything
@@ -365,3 +365,39 @@ def test_a_part_whose_loss_is_no_number_names_the_batch(monkeypatch):
     with pytest.raises(LearningError, match="epoch 1/2, batch 2: the loss is nan"):
         fit(model, task, TrainConfig(epochs=2))
     assert not task._is_frozen
+
+
+def test_joint_training_encodes_the_prompts_of_a_batch_once(monkeypatch):
+    monkeypatch.setattr("keeplora.models.dual_encoder.PIXELS_AT_ONCE", 2 * 3 * tiny.SIZE**2)
+    union = Joint(MethodConfig()).plan([tiny.classification_task("first", 0), tiny.classification_task("second", 1)])[0]
+    model, calls = tiny.clip_model(), []
+    model.text_model.register_forward_hook(lambda *args: calls.append(1))
+    fit(model, union, TrainConfig(epochs=1))
+    assert len(calls) == len(union.batches()) == 6
+
+
+@pytest.mark.parametrize("penalty", [lambda model: torch.zeros(()), lambda model: None])
+def test_a_penalty_without_a_gradient_changes_no_weight(monkeypatch, penalty):
+    wanted = trained_by_parts(monkeypatch, 4)
+    found = trained_by_parts(monkeypatch, 4, penalty=penalty)
+    assert found[0] == wanted[0]
+    assert all(b.equal(wanted[1][name]) for name, b in found[1].items())
+
+
+def test_parts_without_examples_are_passed_over():
+    class Cut(tiny.VectorTask):
+        def parts(self, batch):
+            x, y = batch
+            return [(x[:0], y[:0]), (x[:3], y[:3]), (x[3:], y[3:]), (x[:0], y[:0])]
+
+    class Nothing(tiny.VectorTask):
+        def parts(self, batch):
+            return []
+
+    models = []
+    for kind in (tiny.VectorTask, Cut, Nothing):
+        models.append(tiny.MLP())
+        fit(models[-1], kind(), TrainConfig(epochs=2, learning_rate=0.01))
+    for model in models[1:]:
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(value, models[0].state_dict()[name], rtol=1e-4, atol=1e-5)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from torch.utils.data import DataLoader
@@ -82,9 +82,9 @@ def fit(
 
     Args:
         model: The model to train, in place.
-        task: Gives sized `batches()` and the loss.
+        task: Gives sized `batches()` and the loss, in a single process for one of a batch's `parts()` after the other.
         config: Epochs, optimiser, schedule and precision.
-        penalty: What to add to each batch's loss, or None.
+        penalty: What to add to each batch's loss, of the weights alone, or None.
         track: Shows progress over the batches.
         checkpoints: Where to go on, and where to put the places at which one can.
 
@@ -152,11 +152,11 @@ class _Step:
 
     def _backward(self, batch: Any, place: str, group: int) -> float:
         """Add a batch's share of the gradient of the mean over its group; return the batch's loss."""
-        parts = [batch] if self.accelerator.num_processes > 1 else list(self.task.parts(batch))
-        if len(parts) > 1:
+        is_alone = self.accelerator.distributed_type == DistributedType.NO  # Wrappers want one pass for a batch.
+        if is_alone and len(parts := list(self.task.parts(batch))) > 1:
             return self._backward_by_parts(parts, place, group)
         with self.accelerator.autocast():
-            loss = self.task.loss(self.model, parts[0])
+            loss = self.task.loss(self.model, batch)
             extra = self.penalty(self.model)
         return self._add(loss if extra is None else loss + extra, place, group)
 
@@ -168,14 +168,16 @@ class _Step:
             for part, count in zip(parts, counts, strict=True):
                 with self.accelerator.autocast():
                     loss = self.task.loss(self.model, part)
-                share = count / sum(counts)
-                value += share * self._add(loss, place, group / share)
+                if count:
+                    value += count / sum(counts) * self._add(loss, place, group * sum(counts) / count)
             for stand_in in stand_ins:
                 if stand_in.leaf.grad is not None:  # It has the losses' weights, and the scaler's scale, in it.
                     torch.autograd.backward(stand_in.made, stand_in.leaf.grad)
         with self.accelerator.autocast():
             extra = self.penalty(self.model)
-        return value if extra is None else value + self._add(extra, place, group)
+        if extra is None:
+            return value
+        return value + (self._add(extra, place, group) if extra.requires_grad else float(extra))
 
     def _add(self, loss: Tensor, place: str, divisor: float) -> float:
         """Add the gradient of a loss by a divisor; return the loss."""

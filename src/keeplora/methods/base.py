@@ -102,7 +102,7 @@ class Method:
     def lesson(self, model: nn.Module, task: Task, epochs: int) -> Task:
         """Return what to train the adapted model on, for so many epochs: the task, here as it is.
 
-        Training asks it for the loss of each batch once.
+        Training asks it for the loss of each batch, or of each of its `parts`, once.
         """
         return task
 

@@ -6,7 +6,8 @@ therefore the same model, and only Last speaks of it.
 """
 
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from typing import ClassVar, cast
+from contextlib import ExitStack, contextmanager
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from keeplora.collect import Track, silent
 from keeplora.methods.base import Method, MethodConfig
 from keeplora.methods.record import TaskRecord
 from keeplora.methods.room import alphas_for
-from keeplora.task import Batch, Task
+from keeplora.task import Batch, StandIn, Task
 
 
 class Joint(Method):
@@ -103,6 +104,12 @@ class Union(Task):
         """Return the sample of the task that the batch is of."""
         return batch[0], self.tasks[batch[0]].sample(batch[1])
 
+    @contextmanager
+    def frozen(self, model: nn.Module) -> Iterator[Sequence[StandIn]]:
+        """Let every task keep what depends on the weights alone."""
+        with ExitStack() as inside:
+            yield _Joined([inside.enter_context(task.frozen(model)) for task in self.tasks])
+
     def num_examples(self, batch: tuple[int, Batch]) -> int:
         """Return the number of examples in a batch."""
         return self.tasks[batch[0]].num_examples(batch[1])
@@ -110,6 +117,19 @@ class Union(Task):
     def real_rows(self, layer: str, batch: tuple[int, Batch]) -> Tensor | None:
         """Say which rows are real as the task does that the batch is of."""
         return self.tasks[batch[0]].real_rows(layer, batch[1])
+
+
+class _Joined(Sequence[StandIn]):
+    """What several tasks hand out, at any time."""
+
+    def __init__(self, found: list[Sequence[StandIn]]) -> None:
+        self.found = found
+
+    def __len__(self) -> int:
+        return sum(map(len, self.found))
+
+    def __getitem__(self, index: Any) -> Any:
+        return [stand_in for own in self.found for stand_in in own][index]
 
 
 class _Mixed:
