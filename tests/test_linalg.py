@@ -73,6 +73,66 @@ def test_top_directions_are_the_leading_right_singular_vectors_of_a_weight(shape
     assert kept == pytest.approx(energy[p - 1], abs=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(7, 12), (12, 7), (9, 9)])
+@pytest.mark.parametrize("share", [0.31, 0.72, 0.93, 1.0])
+def test_principal_directions_are_those_of_either_sides_gram(shape, share):
+    weight = matrix_with_spectrum(0.75 ** np.arange(7), *shape)
+    basis = linalg.principal_directions(weight, share)
+    _, s, vh = np.linalg.svd(weight.double().numpy(), full_matrices=False)
+    energy = np.cumsum(s**2) / np.sum(s**2)
+    p = min(int(np.argmax(energy >= share - 1e-7)) + 1, 7)
+    assert basis.shape[0] == shape[1]
+    assert same_span(basis[:, :p], vh[:p].T)
+    assert linalg.orthonormality_error(basis) < 1e-5
+    assert share == 1.0 or basis.shape[1] == p
+
+
+def test_a_weight_of_zeros_has_no_principal_direction():
+    assert linalg.principal_directions(torch.zeros(4, 9), 0.6).shape == (9, 0)
+    assert linalg.principal_directions(torch.zeros(9, 4), 0.6).shape == (4, 0)
+
+
+@pytest.mark.parametrize("k", [0, 2, 3, 11, 18, 19])
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.999])
+def test_residual_directions_are_the_leading_ones_of_the_projected_rows(k, share):
+    """Up to 3 of 19 dimensions take the residual gram, more the coordinates of the complement."""
+    rows, basis = torch.randn(40, 19) * 0.8 ** torch.arange(19), orthonormal(19, k)
+    found = linalg.residual_directions(rows.T @ rows, basis, share)
+    projected = linalg.project_out(rows.double(), basis.double())
+    _, s, vh = np.linalg.svd(projected.numpy(), full_matrices=False)
+    total = float(rows.double().square().sum())
+    covered = total - float((s**2).sum())
+    m = 0
+    while m < 19 - k and covered + float((s[:m] ** 2).sum()) < share * total:
+        m += 1
+    assert found.shape == (19, m)
+    if m:
+        assert same_span(found, vh[:m].T, tolerance=1e-3)
+        assert float((found.T @ basis).abs().max() if k else 0) < 1e-5
+        assert linalg.orthonormality_error(found) < 1e-5
+
+
+def test_directions_stay_orthonormal_over_many_tasks():
+    d, basis = 96, orthonormal(96, 10)
+    for task in range(40):
+        rows = torch.randn(300, d, generator=torch.Generator().manual_seed(task)) * 0.9 ** torch.arange(d)
+        rows = rows @ orthonormal(d, d, seed=task).T
+        basis = torch.cat([basis, linalg.residual_directions(rows.T @ rows, basis, 0.9)], dim=1)
+    gram = basis.double().T @ basis.double()
+    assert 40 < basis.shape[1] <= d
+    assert float((gram - torch.eye(basis.shape[1])).abs().max()) < 5e-6
+
+
+def test_both_ways_to_the_residual_directions_agree(monkeypatch):
+    rows, basis = torch.randn(40, 19) * 0.8 ** torch.arange(19), orthonormal(19, 8)
+    ways = []
+    for start in (0.0, 1.1):
+        monkeypatch.setattr(linalg, "COMPLEMENT_FROM", start)
+        ways.append(linalg.residual_directions(rows.T @ rows, basis, 0.9))
+    assert not ways[0].equal(ways[1])
+    assert same_span(*ways)
+
+
 def test_top_directions_of_a_share_of_nothing_are_none():
     assert linalg.top_directions(torch.eye(5), 0.0).shape == (5, 0)
 

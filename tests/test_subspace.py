@@ -4,6 +4,7 @@ import torch
 from scipy.linalg import subspace_angles
 
 from keeplora import subspace
+from keeplora.residual import residuals_of
 from tiny import MLP
 
 D_IN = {"fc1": 11, "fc2": 17, "out": 13}
@@ -96,14 +97,16 @@ def test_extend_bases_appends_and_keeps_what_was_there():
     assert before["layer"].shape == (9, 4)
 
 
-def test_surviving_share_is_the_norm_that_projection_leaves():
+def test_residuals_know_which_share_of_the_gradients_norm_is_left():
     gradient, basis = torch.randn(7, 12), orthonormal(12, 5)
     outside = torch.eye(12).double() - basis.double() @ basis.double().T
     wanted = float((gradient.double() @ outside).norm() / gradient.double().norm())
-    assert subspace.surviving_share(gradient, basis) == pytest.approx(wanted, rel=1e-5)
-    assert subspace.surviving_share(gradient @ basis @ basis.T, basis) < 1e-5
-    assert subspace.surviving_share(gradient, basis[:, :0]) == pytest.approx(1.0)
-    assert subspace.surviving_share(torch.zeros(7, 12), basis) == 0.0
+    given = {"any": gradient, "inside": gradient @ basis @ basis.T, "zero": torch.zeros(7, 12)}
+    found = residuals_of(dict(given), dict.fromkeys(given, basis))
+    assert float(found["any.survives"]) == pytest.approx(wanted, rel=1e-5)
+    assert float(found["inside.survives"]) < 1e-5
+    assert float(found["zero.survives"]) == 0.0
+    assert float(residuals_of({"any": gradient}, {"any": basis[:, :0]})["any.survives"]) == pytest.approx(1.0)
 
 
 def test_leak_is_the_share_of_the_update_inside_the_basis():

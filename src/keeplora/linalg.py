@@ -29,6 +29,9 @@ NEARLY_ORTHONORMAL = 0.5
 """Rows whose products differ from those of orthonormal ones by at most this, in the Frobenius norm, take the Cholesky
 factor of the products in place of QR: their condition number is below 2, so that twice is as accurate, and faster."""
 
+COMPLEMENT_FROM = 0.2
+"""Share of the dimensions from which on a basis is worth the change to coordinates of its complement."""
+
 EXACT_BELOW = 256
 """Matrices whose smaller side is at most this take the exact SVD: it is nearly as fast there."""
 
@@ -63,6 +66,41 @@ def top_directions(gram: Tensor, share: float, *, covered: float = 0.0, total: f
     eigenvalues, eigenvectors = torch.linalg.eigh(gram)
     m = energy_rank(eigenvalues.flip(0), share, covered=covered, total=total)
     return cast(Tensor, eigenvectors.T[len(gram) - m :].flip(0).T)  # Its memory is column by column, as LAPACK's.
+
+
+def principal_directions(weight: Tensor, share: float) -> Tensor:
+    """Return the fewest leading right singular vectors of a weight that reach a share of its energy, `[d_in, m]`.
+
+    The eigenproblem is that of the smaller side: where a layer has fewer outputs than inputs, the left singular vectors
+    come first and give the right ones.
+    """
+    d_out, d_in = weight.shape
+    if d_out >= d_in:
+        return top_directions(weight.T @ weight, share)
+    left = top_directions(weight @ weight.T, share)
+    rows = left.T @ weight
+    return _orthonormalised(rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)).T
+
+
+def residual_directions(gram: Tensor, basis: Tensor, share: float) -> Tensor:
+    """Return the fewest directions `[d_in, m]` outside a basis that bring the energy it covers to a share of the total.
+
+    They are the leading eigenvectors of `residual_gram`, orthonormal and orthogonal to the basis. A basis that takes a
+    good part of the space leaves a smaller eigenproblem: that of the gram in coordinates of its orthogonal complement,
+    to which Householder reflections lead and bring back.
+    """
+    _require_full_precision(gram)
+    d_in, k = basis.shape
+    total = float(gram.trace())
+    if k < COMPLEMENT_FROM * d_in:
+        residual = residual_gram(gram, basis)
+        found = top_directions(residual, share, covered=total - float(residual.trace()), total=total)
+        return extend(basis, found)[:, k:]
+    reflectors, scales = torch.geqrf(basis)
+    half = torch.ormqr(reflectors, scales, gram, transpose=True)[k:]
+    residual = torch.ormqr(reflectors, scales, half, left=False)[:, k:]
+    inside = top_directions(residual, share, covered=total - float(residual.trace()), total=total)
+    return torch.ormqr(reflectors, scales, torch.cat([inside.new_zeros(k, inside.shape[1]), inside]))
 
 
 def spectrum(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,9 +185,9 @@ def low_rank(matrix: Tensor, r: int, *, seed: int = 0) -> tuple[Tensor, Tensor, 
     if smaller <= max(EXACT_BELOW, OVERSAMPLING * r):
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     else:
-        devices = [matrix.device] if matrix.is_cuda else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
+        generator = torch.cuda.default_generators[matrix.device.index] if matrix.is_cuda else torch.default_generator
+        with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
+            generator.manual_seed(seed)
             u, s, v = torch.svd_lowrank(matrix, q=OVERSAMPLING * r, niter=POWER_ITERATIONS)
         vh = v.T
     return u[:, :r].contiguous(), s[:r].contiguous(), vh[:r].contiguous()

@@ -31,9 +31,10 @@ def residuals_of(gradients: dict[str, Tensor], bases: dict[str, Tensor]) -> dict
     found = {}
     for name, basis in bases.items():
         gradient = gradients.pop(name)  # Given free at once, so that not all of them are there twice.
-        found[f"{name}.residual"] = linalg.project_out(gradient, basis)
+        residual = linalg.project_out(gradient, basis)
+        found[f"{name}.residual"] = residual
         found[f"{name}.norm"] = gradient.norm().double()
-        found[f"{name}.survives"] = torch.tensor(subspace.surviving_share(gradient, basis), dtype=torch.float64)
+        found[f"{name}.survives"] = torch.tensor(subspace.share_of_norm(residual, gradient), dtype=torch.float64)
     return found
 
 

@@ -45,11 +45,10 @@ def principal_bases(weights: dict[str, Tensor], shares: dict[str, float]) -> dic
     Returns:
         For each layer the leading right singular vectors `[d_in, p]` in float32.
     """
-    bases = {}
-    for name, weight in weights.items():
-        weight = weight.detach().float()
-        bases[name] = linalg.top_directions(weight.T @ weight, shares[name]).contiguous()
-    return bases
+    return {
+        name: linalg.principal_directions(weight.detach().float(), shares[name]).contiguous()
+        for name, weight in weights.items()
+    }
 
 
 def new_directions(bases: dict[str, Tensor], grams: dict[str, Tensor], share: float) -> dict[str, Tensor]:
@@ -60,15 +59,7 @@ def new_directions(bases: dict[str, Tensor], grams: dict[str, Tensor], share: fl
     Returns:
         For each layer `[d_in, m]`, orthonormal and orthogonal to its basis; `m` is 0 where the basis suffices.
     """
-    directions = {}
-    for name, basis in bases.items():
-        gram = grams[name]
-        residual = linalg.residual_gram(gram, basis)
-        total = float(gram.trace())
-        covered = total - float(residual.trace())
-        added = linalg.top_directions(residual, share, covered=covered, total=total)
-        directions[name] = linalg.extend(basis, added)[:, basis.shape[1] :].contiguous()
-    return directions
+    return {name: linalg.residual_directions(grams[name], basis, share).contiguous() for name, basis in bases.items()}
 
 
 def leading_inputs(gram: Tensor, basis: Tensor, rank: int, *, seed: int = 0) -> Tensor:
@@ -105,10 +96,10 @@ def without_last(bases: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: basis[:, :-1].contiguous() for name, basis in bases.items()}
 
 
-def surviving_share(gradient: Tensor, basis: Tensor) -> float:
-    """Return the share of a gradient's norm that projecting a basis out leaves: what the layer can still learn."""
-    norm = float(gradient.norm())
-    return float(linalg.project_out(gradient, basis).norm()) / norm if norm > 0 else 0.0
+def share_of_norm(part: Tensor, whole: Tensor) -> float:
+    """Return `||part||_F / ||whole||_F`, 0 for nothing of nothing."""
+    norm = float(whole.norm())
+    return float(part.norm()) / norm if norm > 0 else 0.0
 
 
 def leak(a: Tensor, b: Tensor, basis: Tensor) -> float:
