@@ -413,6 +413,36 @@ def test_a_layer_that_shares_its_input_in_one_batch_only_is_an_error():
         input_grams(model, VectorTask(sizes=(8, 5)), ["fc2", "spare"])
 
 
+def test_what_was_made_of_an_input_in_place_is_another_input():
+    class InPlace(MLP):
+        def forward(self, x):
+            hidden = self.fc1(x)
+            first = self.fc2(hidden)
+            hidden.relu_()
+            return self.out(torch.tanh(first + self.spare(hidden)))
+
+    model = InPlace()
+    model.spare = torch.nn.Linear(17, 13)
+    task = VectorTask()
+    grams = input_grams(model, task, ["fc2", "spare"])
+    with torch.no_grad():
+        hidden = torch.cat([model.fc1(x) for x, _ in task.data])
+    close(grams["fc2"], hidden.T @ hidden)
+    close(grams["spare"], hidden.relu().T @ hidden.relu())
+
+
+@pytest.mark.parametrize("collect", [mean_gradients, input_grams, fisher_diagonals])
+def test_parts_without_examples_are_passed_over(collect):
+    class Cut(VectorTask):
+        def parts(self, batch):
+            x, y = batch
+            return [(x[:0], y[:0]), (x, y), (x[:0], y[:0])]
+
+    found = collect(MLP(), Cut(), LAYERS)
+    for name, wanted in collect(MLP(), VectorTask(), LAYERS).items():
+        close(found[name], wanted)
+
+
 def more_padding(task, extra=5):
     longer = deepcopy(task)
     for batch in longer.data:

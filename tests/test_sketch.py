@@ -1,11 +1,13 @@
 """The sketch of a gradient: the directions of the exact one, at a stated angle, without the gradient."""
 
 import math
+import weakref
 
 import pytest
 import torch
 import torch.distributed as dist
 from scipy.linalg import subspace_angles
+from torch.utils.checkpoint import checkpoint
 
 from keeplora import collect, linalg, sketch
 from keeplora.checkpoint import from_bytes, to_bytes
@@ -155,6 +157,124 @@ def test_equal_seeds_give_equal_sketches():
 def test_the_sketch_has_no_gradient_to_start_b_from():
     with pytest.raises(ValueError, match="needs the gradient itself; set gradient = 'exact'"):
         KeepLoRAConfig(gradient="sketch", b_start="gradient")
+
+
+def sketches_of(model, task, rank=2):
+    found = {name: Sketch(len(model.get_submodule(name).weight), torch.zeros(model.get_submodule(name).in_features, 0),
+                          rank, seed=0) for name in ("fc1", "fc2", "out")}  # fmt: skip
+    gradient_sketches(model, task, found)
+    return found
+
+
+def as_the_exact_pass_finds(model, task, found):
+    """Compare sketches with those of the gradients that autograd gives."""
+    gradients = collect.mean_gradients(model, task, list(found))
+    count = sum(task.num_examples(batch) for batch in task.batches())
+    for name, one in found.items():
+        whole = gradients[name] * count
+        assert whole.abs().max() > 0
+        torch.testing.assert_close(one.range, whole @ one.right, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(one.corange, one.left @ whole, rtol=1e-3, atol=1e-4)
+
+
+class InPlace(MLP):
+    """Changes the outputs of its layers in place."""
+
+    def forward(self, x):
+        return self.out(self.fc2(self.fc1(x).relu_()).relu_())
+
+
+class Checkpointed(MLP):
+    """Computes its hidden layers anew in the backward pass."""
+
+    def forward(self, x):
+        hidden = lambda rows: torch.tanh(self.fc2(torch.tanh(self.fc1(rows))))  # noqa: E731
+        return self.out(checkpoint(hidden, x, use_reentrant=False))
+
+
+class Taught(VectorTask):
+    """Compares with what the model itself says of other data, as a teacher: no gradient goes there."""
+
+    def loss(self, model, batch):
+        with torch.no_grad():
+            teacher = model(batch[0].flip(1)).softmax(1)
+        return super().loss(model, batch) + ((model(batch[0]) - teacher) ** 2).mean()
+
+
+class Asking(VectorTask):
+    """Differentiates on its own while the loss is computed."""
+
+    def loss(self, model, batch):
+        inputs = batch[0].clone().requires_grad_()
+        torch.autograd.grad(super().loss(model, (inputs, batch[1])), [inputs])
+        return super().loss(model, batch)
+
+
+class InParts(VectorTask):
+    def parts(self, batch):
+        return [tuple(part) for part in zip(batch[0].split(3), batch[1].split(3), strict=True)]
+
+
+@pytest.mark.parametrize("kind", [MLP, InPlace, Checkpointed])
+@pytest.mark.parametrize("task", [VectorTask, Taught, Asking, InParts])
+def test_the_pass_sees_the_gradient_whatever_model_and_loss_do(kind, task):
+    found = sketches_of(kind(), task())
+    as_the_exact_pass_finds(kind(), task(), found)
+
+
+def test_layers_that_share_a_weight_share_what_is_found_of_it():
+    class Twice(MLP):
+        def __init__(self):
+            super().__init__()
+            self.again = torch.nn.Linear(11, 17)
+            self.again.weight = self.fc1.weight
+
+        def forward(self, x):
+            return self.out(torch.tanh(self.fc2(torch.tanh(self.fc1(x)) + torch.tanh(self.again(x.flip(1))))))
+
+    model = Twice()
+    found = {name: Sketch(17, torch.zeros(11, 0), 2, seed=0) for name in ("fc1", "again")}
+    gradient_sketches(model, VectorTask(), found)
+    as_the_exact_pass_finds(model, VectorTask(), found)
+
+
+def test_a_loss_that_needs_second_derivatives_is_refused_and_not_sketched_wrongly():
+    class Penalised(VectorTask):
+        def loss(self, model, batch):
+            inputs = batch[0].clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(super().loss(model, (inputs, batch[1])), [inputs], create_graph=True)
+            return (gradient**2).sum()
+
+    with pytest.raises(ValueError, match="second derivatives cannot be sketched; set gradient = 'exact'"):
+        sketches_of(MLP(), Penalised())
+
+
+def test_no_two_layers_deltas_are_held_at_once_and_no_weight_gets_a_gradient(monkeypatch):
+    model, alive, most = MLP(), [], []
+    add = Sketch.add
+
+    def watched(self, deltas, inputs, *, weight):
+        alive.append(weakref.ref(deltas))
+        most.append(sum(reference() is not None for reference in alive))
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        add(self, deltas, inputs, weight=weight)
+
+    monkeypatch.setattr(Sketch, "add", watched)
+    sketches_of(model, VectorTask())
+    assert len(most) == 3 * len(VectorTask().data)
+    assert max(most) == 1
+
+
+def test_prompts_are_encoded_once_for_all_batches():
+    model, task, calls = clip_model(), classification_task(), []
+    model.text_model.register_forward_hook(lambda *args: calls.append(1))
+    names = CASES["clip"][2]
+    found = {name: Sketch(len(model.get_parameter(f"{name}.weight")),
+                          torch.zeros(model.get_parameter(f"{name}.weight").shape[1], 0), 2, seed=3)
+             for name in names}  # fmt: skip
+    gradient_sketches(model, task, found)
+    assert len(calls) == 1 < len(list(task.batches()))
+    assert all(float(one.range.norm()) > 0 for one in found.values())
 
 
 class Bad(VectorTask):

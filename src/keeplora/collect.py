@@ -63,20 +63,8 @@ def mean_over_examples(
     """
     weights = {name: model.get_parameter(f"{name}.weight") for name in targets}
     sums = GradientSums(weights, statistic)
-    count = 0
-    flags = only_these_require_grad(model, list(weights.values()))
-    with flags, evaluation_mode(model), fused_layers(model), task.frozen(model) as stand_ins:
-        for batch in batches_of(model, task, share, track, "gradient"):
-            for part in task.parts(batch):
-                loss = task.loss(model, part)
-                require_finite(loss, f"task {task.name!r}: the loss of a batch is {loss.item()} in the gradient pass")
-                num_examples = task.num_examples(part)
-                gradients = sums.add(loss, [stand_in.leaf for stand_in in stand_ins], num_examples, num_examples)
-                for stand_in, gradient in zip(stand_ins, gradients, strict=True):
-                    stand_in.add(gradient, num_examples)
-                count += num_examples
-        for stand_in in stand_ins:
-            sums.add(stand_in.surrogate(), [], count, stand_in.weight)
+    with only_these_require_grad(model, list(weights.values())):
+        count = add_gradients(model, task, sums.add, share, track)
     count = sum_over_processes(sums.totals, count)
     if count == 0:
         raise ValueError(f"task {task.name!r} gave no batch to take a gradient from")
@@ -85,6 +73,39 @@ def mean_over_examples(
                                " of an earlier task too high, or the precision too low?")  # fmt: skip
         total.div_(count)
     return sums.totals
+
+
+AddGradient = Callable[[Tensor, list[Tensor], int, float], tuple[Tensor | None, ...]]
+"""Takes a mean loss, leaves, of how many examples it is the mean, and its weight; uses the loss's gradient with respect
+to what it is after, and returns that with respect to the leaves."""
+
+
+def add_gradients(model: nn.Module, task: Task, add: AddGradient, share: float, track: Track) -> int:
+    """Hand the loss of every part of a share of a task's batches to `add`; return the number of examples.
+
+    What the task keeps frozen is differentiated once, after all of them.
+
+    Raises:
+        LearningError: If a loss is not finite.
+    """
+    count = 0
+    with evaluation_mode(model), fused_layers(model), task.frozen(model) as stand_ins:
+        for batch in batches_of(model, task, share, track, "gradient"):
+            for part in task.parts(batch):
+                num_examples = task.num_examples(part)
+                if num_examples == 0:
+                    continue
+                loss = task.loss(model, part)
+                require_finite(loss, f"task {task.name!r}: the loss of a batch is {loss.item()} in the gradient pass")
+                count += num_examples
+                if not loss.requires_grad:
+                    continue  # It reached no target.
+                gradients = add(loss, [stand_in.leaf for stand_in in stand_ins], num_examples, num_examples)
+                for stand_in, gradient in zip(stand_ins, gradients, strict=True):
+                    stand_in.add(gradient, num_examples)
+        for stand_in in stand_ins:
+            add(stand_in.surrogate(), [], count, stand_in.weight)
+    return count
 
 
 class GradientSums:

@@ -79,7 +79,7 @@ class InputMoments:
         self.leaders: dict[str, str] = {}
         self.statistics: dict[str, Statistic] = {}
         self._batch: Batch = None
-        self._seen: list[tuple[weakref.ref[Tensor], str]] = []
+        self._seen: list[tuple[weakref.ref[Tensor], int, str]] = []
 
     @contextmanager
     def watching(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
@@ -101,14 +101,16 @@ class InputMoments:
         @torch.no_grad()
         def add_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             inputs = args[0]
-            leader = next((other for ref, other in reversed(self._seen) if ref() is inputs), name)
+            # Tells a tensor from what was made of it in place.
+            version = 0 if inputs.is_inference() else inputs._version
+            leader = next((one for ref, v, one in reversed(self._seen) if ref() is inputs and v == version), name)
             if self.leaders.setdefault(name, leader) != leader:
                 raise ValueError(
                     f"layer {name!r} shared its input with {self.leaders[name]!r} in one batch and with {leader!r} in"
                     " another; a model that routes its inputs by their content cannot have these layers as targets"
                 )
             if leader == name:
-                self._seen.append((weakref.ref(inputs), name))
+                self._seen.append((weakref.ref(inputs), version, name))
                 self.statistics.setdefault(name, self.kind()).add(inputs, self._real_rows(name, inputs))
 
         return add_input

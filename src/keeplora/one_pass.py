@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from keeplora.borrow import evaluation_mode, only_these_require_grad
-from keeplora.collect import Track, batches_of, require_finite, silent, sum_over_processes
-from keeplora.fused import fused_layers
+from keeplora.borrow import device_of, only_these_require_grad
+from keeplora.collect import Track, add_gradients, require_finite, silent, sum_over_processes
 from keeplora.sketch import Sketch
 from keeplora.task import Task
 
@@ -31,26 +31,8 @@ def gradient_sketches(
     Raises:
         ValueError: If there is no batch, or a loss or a gradient is not finite.
     """
-    weights = [model.get_parameter(f"{name}.weight") for name in sketches]
-    count = 0
-    # The weights require a gradient so that the outputs do; autograd is asked for those of the outputs alone.
-    with (
-        only_these_require_grad(model, weights),
-        evaluation_mode(model),
-        fused_layers(model),
-        _seen(model, list(sketches)) as seen,
-    ):
-        for batch in batches_of(model, task, share, track, "gradient"):
-            loss = task.loss(model, batch)
-            require_finite(loss, f"task {task.name!r}: the loss of a batch is {loss.item()} in the gradient pass")
-            outputs = [output for _, _, output in seen]
-            deltas = torch.autograd.grad(loss, outputs, allow_unused=True) if outputs else ()
-            num_examples = task.num_examples(batch)
-            for (name, inputs, _), delta in zip(seen, deltas, strict=True):
-                if delta is not None:
-                    sketches[name].add(_rows(delta), _rows(inputs), weight=num_examples)
-            seen.clear()
-            count += num_examples
+    with only_these_require_grad(model, []), _meeting(model, sketches) as meeting:
+        count = add_gradients(model, task, meeting.add, share, track)
     sums = {f"{name}.{side}": part for name, sketch in sketches.items() for side, part in enumerate(sketch.sums)}
     if sum_over_processes(sums, count) == 0:
         raise ValueError(f"task {task.name!r} gave no batch to take a gradient from")
@@ -59,17 +41,67 @@ def gradient_sketches(
                               " the learning rate of an earlier task too high, or the precision too low?")  # fmt: skip
 
 
+class _Meeting:
+    """A leaf that every target's output hangs on, so that a backward pass comes by, and the weight of what it brings.
+
+    No weight needs to require a gradient for it, and autograd makes none.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.leaf = torch.zeros((), device=device, requires_grad=True)
+        self.weight: float | None = None  # A backward pass of the loss's own is none of ours.
+
+    def add(self, loss: Tensor, leaves: list[Tensor], num_examples: int, weight: float) -> tuple[Tensor | None, ...]:
+        """Sketch the gradients of a loss, times a weight; return those of the leaves."""
+        self.weight = weight
+        try:
+            return torch.autograd.grad(loss, [self.leaf, *leaves], allow_unused=True)[1:]
+        finally:
+            self.weight = None
+
+
+class _Meet(torch.autograd.Function):
+    """Lets a layer's output through; on the way back, the gradient at it meets the layer's inputs in the sketches.
+
+    Only those of one layer are there at a time. What autograd saves is the inputs, as for the layer itself.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, inputs: Tensor, leaf: Tensor, own: list[Sketch], meeting: _Meeting) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.sketches, ctx.meeting = own, meeting
+        return output.clone()  # May be changed in place by what comes next.
+
+    @staticmethod
+    def backward(ctx: Any, *deltas: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise ValueError("a loss with second derivatives cannot be sketched; set gradient = 'exact'")
+        (delta,) = deltas
+        (inputs,) = ctx.saved_tensors
+        if ctx.meeting.weight is not None:
+            for sketch in ctx.sketches:
+                sketch.add(_rows(delta), _rows(inputs), weight=ctx.meeting.weight)
+        return delta, None, delta.new_zeros(()), None, None
+
+
 @contextmanager
-def _seen(model: nn.Module, names: list[str]) -> Iterator[list[tuple[str, Tensor, Tensor]]]:
-    """Give a list that gets the name, the input and the output of every call of some layers."""
-    seen: list[tuple[str, Tensor, Tensor]] = []
+def _meeting(model: nn.Module, sketches: dict[str, Sketch]) -> Iterator[_Meeting]:
+    """Let every layer's inputs and the gradients at its outputs meet in its sketch while a pass goes on.
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        return lambda module, args, output: seen.append((name, args[0].detach(), output))
+    Layers that share a weight share what is found of its gradient.
+    """
+    meeting = _Meeting(device_of(model))
+    sharing: dict[nn.Parameter, list[Sketch]] = {}
+    for name, sketch in sketches.items():
+        sharing.setdefault(model.get_parameter(f"{name}.weight"), []).append(sketch)
 
-    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    def hook(own: list[Sketch]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Any]:
+        return lambda _, args, output: _Meet.apply(output, args[0].detach(), meeting.leaf, own, meeting)
+
+    layers = [model.get_submodule(name) for name in sketches]
+    handles = [layer.register_forward_hook(hook(sharing[cast(Any, layer).weight])) for layer in layers]
     try:
-        yield seen
+        yield meeting
     finally:
         for handle in handles:
             handle.remove()
