@@ -30,7 +30,7 @@ from keeplora.methods import KeepLoRA, LoRAFT, Method
 from keeplora.residual import residuals_of
 from keeplora.train import TrainConfig, fit
 from phases import machine, spread
-from workloads import WorkloadConfig, load
+from workloads import WorkloadConfig, load, require_cpu
 
 Part = Literal["rate", "grams", "eigh", "svd", "step"]
 Work = Callable[[], object]
@@ -52,7 +52,7 @@ class MatmulConfig(WorkloadConfig):
     a token matrix by SVD, either way round, and by its gram; step: a training step of the workload by lora_ft and by
     keeplora."""
     sides: tuple[int, ...] = (2048, 4096)
-    """Sides of the square matrices whose product gives the machine's rate: the best one counts."""
+    """Sides of the square matrices whose product gives the machine's rate; shares are of the largest one's."""
     widths: tuple[int, ...] = (512, 768, 1024, 2048, 4096)
     """d_in of the grams and the eigenproblems; grams only from 768 on."""
     rows: int = 12608
@@ -67,6 +67,7 @@ class MatmulConfig(WorkloadConfig):
 
 def main(config: tyro.conf.OmitArgPrefixes[MatmulConfig]) -> None:
     """Measure, write the results as JSON, and print them as Markdown."""
+    require_cpu()
     results: dict[str, list[Row]] = {}
     config.output.parent.mkdir(parents=True, exist_ok=True)
     for part in config.parts:

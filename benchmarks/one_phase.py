@@ -34,11 +34,11 @@ from keeplora.residual import residuals_of
 from keeplora.task import Task
 from keeplora.towers import tower_share
 from keeplora.train import TrainConfig, fit
-from workloads import Workload, WorkloadConfig, load
+from workloads import Workload, WorkloadConfig, load, require_cpu
 
 SystemName = Literal["keeplora", "lora_ft", "naive"]
 PhaseName = Literal[
-    "bases", "gradient", "initialise", "step", "watched_step", "merge", "features", "update", "evaluate"
+    "bases", "gradient", "initialise", "step", "watched_step", "merge", "features", "update", "evaluate", "task"
 ]
 Part = tuple[float, Callable[[], object]]
 """How many times a part counts, and the part: a phase that is the same for many layers may be run on some of them."""
@@ -56,6 +56,8 @@ class PhaseConfig(WorkloadConfig):
     """Run bases, update and naive's initialise on so many layers of each shape, and scale up to all of them."""
     naive_features: naive.Features = "batch_mean"
     """How naive keeps its token matrices."""
+    epochs: int = 1
+    """Epochs of `task`."""
     prepared: Path | None = None
     """Folder for what the phases need from earlier ones."""
     profile: int = 0
@@ -156,6 +158,7 @@ class Few(Task):
 
 def main(config: tyro.conf.OmitArgPrefixes[PhaseConfig]) -> None:
     """Time the phase and print what was measured."""
+    require_cpu()
     print(json.dumps(measure(config)))
 
 
@@ -354,6 +357,37 @@ def naive_evaluate(given: Given) -> list[Part]:
     return [(1, lambda: naive.evaluate(given.workload.model, given.workload.padded))]
 
 
+def library_task(make: Callable[[Given], Method]) -> Callable[[Given], list[Part]]:
+    """Return the phase that learns a task from its beginning to its end by the library, and evaluates it."""
+
+    def learn(given: Given, method: Method) -> None:
+        model, task = given.workload.model, given.workload.task
+        adapted = method.before_task(model, task)
+        config = TrainConfig(epochs=given.config.epochs, batch_size=given.config.batch_size)
+        fit(adapted, method.lesson(adapted, task, config.epochs), config, penalty=method.penalty)
+        evaluate(method.after_task(adapted, task), [task])
+
+    return lambda given: [(1, partial(learn, given, make(given)))]
+
+
+def naive_task(given: Given) -> list[Part]:
+    """Do the same in the naive way."""
+    workload, options = given.workload, given.workload.options
+    bases, targets = given.bases, workload.targets
+
+    def learn() -> None:
+        gradients = naive.mean_gradients(workload.model, workload.padded, targets)
+        factors = naive.start(gradients, bases, options.rank)
+        adapted = naive.attach(workload.model, factors, naive_scaling(given))
+        naive.fit(adapted, workload.padded, epochs=given.config.epochs)
+        model = naive.merge(adapted)
+        matrices = naive.token_matrices(model, workload.padded, targets, features=given.config.naive_features)
+        naive.new_directions(bases, matrices, options.feature_energy)
+        naive.evaluate(model, workload.padded)
+
+    return [(1, learn)]
+
+
 def naive_factors(given: Given) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the factors of the library's start: of the same shapes as naive's, and made faster."""
     method = _keeplora(given)
@@ -375,8 +409,16 @@ def _keeplora(given: Given, **options: Any) -> KeepLoRA:
     method = KeepLoRA(dataclasses.replace(given.workload.options, **options))
     method.bases = dict(given.bases)
     none = {name: basis[:, :0] for name, basis in method.bases.items()}
-    found = {"gradient": lambda: residuals_of(dict(given.gradients), method.bases), "features": lambda: none}
+    gradients = given.gradients
+    found = {"gradient": lambda: residuals_of(dict(gradients), method.bases), "features": lambda: none}
     method.once = lambda name, compute: found.get(name, compute)()
+    return method
+
+
+def _protecting(given: Given) -> KeepLoRA:
+    """Return the method with the bases that earlier tasks left, and nothing found of this one."""
+    method = KeepLoRA(given.workload.options)
+    method.bases = dict(given.bases)
     return method
 
 
@@ -421,6 +463,7 @@ PHASES: dict[str, dict[str, Callable[[Given], list[Part]]]] = {
     "features": {"keeplora": keeplora_features, "naive": naive_features},
     "update": {"keeplora": keeplora_update, "naive": naive_update},
     "evaluate": {"keeplora": library_evaluate, "lora_ft": library_evaluate, "naive": naive_evaluate},
+    "task": {"keeplora": library_task(_protecting), "lora_ft": library_task(_lora_ft), "naive": naive_task},
 }
 """What each system does in each phase."""
 

@@ -29,7 +29,7 @@ import tyro
 import naive
 import one_phase
 from one_phase import PHASES, PhaseConfig, PhaseName, SystemName
-from workloads import WorkloadConfig, as_flags
+from workloads import WorkloadConfig, as_flags, require_cpu
 
 Record = dict[str, Any]
 """One measurement: system, phase, repeat, and what `one_phase.measure` returns."""
@@ -56,6 +56,8 @@ class PhasesConfig(WorkloadConfig):
     """Run bases, update and naive's initialise on so many layers of each shape, and scale up to all of them."""
     naive_features: naive.Features = "batch_mean"
     """How naive keeps its token matrices."""
+    epochs: int = 1
+    """Epochs of `task`, which learns a task from beginning to end and is not among the phases unless asked for."""
     output: Path = Path("runs/benchmarks")
     """Folder for the results: WORKLOAD.json and WORKLOAD.md."""
     quick: bool = False
@@ -64,6 +66,7 @@ class PhasesConfig(WorkloadConfig):
 
 def main(config: tyro.conf.OmitArgPrefixes[PhasesConfig]) -> None:
     """Measure, and write the results after each repeat."""
+    require_cpu()
     if config.quick:
         config = dataclasses.replace(
             config, images=16, test_images=8, batch_size=8, classes=5, depth=1, repeats=1, sample_layers=1,
@@ -100,7 +103,7 @@ def one_round(
 def phase_config(config: PhasesConfig, system: SystemName, phase: Any, folder: Path | None) -> PhaseConfig:
     """Return what one measurement is told."""
     shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(WorkloadConfig)}
-    shared |= {"sample_layers": config.sample_layers, "naive_features": config.naive_features}
+    shared |= {name: getattr(config, name) for name in ("sample_layers", "naive_features", "epochs")}
     return PhaseConfig(system=system, phase=phase, prepared=folder, **shared)
 
 

@@ -34,7 +34,7 @@ from matplotlib.figure import Figure
 import one_phase
 from one_phase import PhaseConfig
 from phases import Record, machine, plain, seconds_of
-from workloads import WorkloadConfig, load
+from workloads import WorkloadConfig, load, require_cpu
 
 AxisName = Literal["tasks", "classes", "image", "width", "depth"]
 
@@ -91,6 +91,7 @@ class ScaleConfig(WorkloadConfig):
 
 def main(config: tyro.conf.OmitArgPrefixes[ScaleConfig]) -> None:
     """Measure, write the results after every point, and print the table."""
+    require_cpu()
     if config.quick:
         config = dataclasses.replace(
             config, images=2, test_images=2, batch_size=2, classes=3, depth=1, repeats=1, image_size=32, width=64

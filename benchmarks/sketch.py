@@ -24,6 +24,7 @@ from keeplora.methods import KeepLoRA, KeepLoRAConfig
 from keeplora.residual import exact_residuals, sketched_residuals
 from keeplora.stream import load_stream
 from keeplora.task import Task
+from workloads import LLAMA_TARGETS
 
 SIGNIFICANT = 1e-3
 """Directions whose singular value is below this share of the first are left out: no training would find them."""
@@ -34,7 +35,7 @@ class Config:
     """What to compare on."""
 
     workload: Literal["mini", "llama_block"] = "mini"
-    """The embedded model on its first tasks; or one block of a Llama of width 4096 with random weights, on made-up
+    """The embedded model on its first tasks; or all layers of a block of width 4096 with random weights, on made-up
     questions about images with answers of one word, and on made-up text, the loss of which is of every token."""
     rank: int = 16
     """How many directions are asked for."""
@@ -113,12 +114,21 @@ class Found(NamedTuple):
 
 def quality(exact: torch.Tensor, rows: torch.Tensor, rank: int) -> Found:
     """Compare the rows that a sketch found with the exact residual gradient."""
-    _, s, vh = torch.linalg.svd(exact, full_matrices=False)
-    n = min(rank, int((s > SIGNIFICANT * s[0]).sum()))
-    approximate = torch.linalg.svd(rows, full_matrices=False)[2][:n]
-    cosines = torch.linalg.svdvals(vh[:n].double() @ approximate.double().T)
-    energy = float((exact @ approximate.T).square().sum() / s[:n].square().sum())
-    return Found(math.degrees(math.acos(min(1.0, float(cosines[n - 1])))), n, float(s[n - 1] / s[0]), energy)
+    s, vh = leading(exact.double(), rank)
+    n = int((s > SIGNIFICANT * s[0]).sum())
+    approximate = torch.linalg.svd(rows.double(), full_matrices=False)[2][:n]
+    cosines = torch.linalg.svdvals(vh[:n] @ approximate.T)
+    smallest = float(cosines[-1]) if len(approximate) == n else 0.0  # A direction that was not found is at 90 degrees.
+    energy = float((exact.double() @ approximate.T).square().sum() / s[:n].square().sum())
+    return Found(math.degrees(math.acos(min(1.0, smallest))), n, float(s[n - 1] / s[0]), energy)
+
+
+def leading(exact: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the leading singular values and right singular vectors of a float64 matrix, by its smaller side's gram."""
+    d_out, d_in = exact.shape
+    energies, vectors = torch.linalg.eigh(exact @ exact.T if d_out < d_in else exact.T @ exact)
+    s, vectors = energies.flip(0)[:rank].clamp_min(0).sqrt(), vectors.flip(1)[:, :rank]
+    return s, (vectors.T @ exact) / s.clamp_min(1e-300).unsqueeze(1) if d_out < d_in else vectors.T
 
 
 def compare(model: nn.Module, task: Task, config: Config, targets: tuple[str, ...]) -> None:
@@ -152,7 +162,7 @@ def main(config: Config) -> None:
     sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 1, "num_attention_heads": 32}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=512, max_position_embeddings=128, **sizes)).eval()
     for task in (Questions(model.get_input_embeddings()), Text(512)):
-        compare(model, task, config, ("q_proj", "k_proj", "v_proj", "o_proj"))
+        compare(model, task, config, LLAMA_TARGETS)
 
 
 if __name__ == "__main__":

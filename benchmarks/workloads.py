@@ -157,6 +157,12 @@ class TokenTask(StreamTask):
         return None if self.padding_counts else batch["attention_mask"]
 
 
+def require_cpu() -> None:
+    """Stop where training would find a GPU that nothing else here uses."""
+    if torch.cuda.is_available():
+        raise SystemExit("these benchmarks time the CPU; hide the GPU from them: CUDA_VISIBLE_DEVICES= python ...")
+
+
 def load(config: WorkloadConfig) -> Workload:
     """Make the model and the data of a workload."""
     return WORKLOADS[config.workload](config)

@@ -13,10 +13,12 @@ import torch
 
 import compiled
 import extrapolate
+import matmul
 import naive
 import one_phase
 import phases
 import scale
+import sketch
 import whole_task
 from keeplora import adapter, collect, linalg, subspace
 from keeplora.evaluate import evaluate
@@ -25,7 +27,7 @@ from keeplora.towers import tower_share
 from workloads import Workload, WorkloadConfig, load, prompts_of
 
 BENCHMARKS = Path(phases.__file__).parent
-SCRIPTS = ("workloads", "one_phase", "phases", "whole_task", "matmul", "scale", "compiled", "extrapolate")
+SCRIPTS = ("workloads", "one_phase", "phases", "whole_task", "matmul", "scale", "compiled", "extrapolate", "sketch")
 
 pytestmark = pytest.mark.slow
 
@@ -180,6 +182,31 @@ def test_a_phase_is_measured_in_a_process_of_its_own():
     measured = phases.in_a_process(phases.phase_config(config, "lora_ft", "merge", None))
     assert measured["seconds"] > 0
     assert measured["peak_memory_mb"] > 0
+
+
+@pytest.mark.parametrize("system", ["keeplora", "lora_ft", "naive"])
+def test_a_whole_task_is_measured(system):
+    config = one_phase.PhaseConfig(phase="task", system=system, images=16, test_images=8, batch_size=8, epochs=2)
+    assert one_phase.measure(config)["seconds"] > 0
+
+
+def test_eigenproblems_and_grams_are_measured(tmp_path):
+    config = matmul.MatmulConfig(
+        parts=("rate", "grams", "eigh", "svd"), sides=(64,), widths=(32, 768), rows=50, repeats=1, output=tmp_path / "a"
+    )
+    matmul.main(config)
+    results = json.loads((tmp_path / "a").read_text())["results"]
+    assert {row["d_in"] for row in results["grams"]} == {768}
+    assert {row["solver"] for row in results["eigh"]} >= {matmul.LIBRARY, "torch.linalg.eigh", "numpy.linalg.eigh"}
+
+
+def test_the_angle_of_a_sketch_is_told_of_all_directions_asked_for():
+    exact = torch.diag(torch.tensor([4.0, 2.0, 1.0, 1e-6, 0.0]))[:, :4]
+    assert sketch.quality(exact, torch.eye(4)[:3], 4).angle == pytest.approx(0, abs=1e-4)
+    assert sketch.quality(exact, torch.eye(4)[:2], 3).angle == pytest.approx(90)
+    tilted = torch.eye(4)[:3].clone()
+    tilted[2] = torch.tensor([0.0, 0.0, 1.0, 0.1])
+    assert sketch.quality(exact.T, tilted @ torch.eye(4, 5), 3).angle == pytest.approx(5.7, abs=0.1)
 
 
 def test_the_scale_is_measured_tabulated_and_drawn(tmp_path):

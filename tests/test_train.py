@@ -1,6 +1,7 @@
 """One task's optimisation, against plain PyTorch loops."""
 
 import math
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,7 @@ from keeplora import adapter
 from keeplora.last_epoch import SEEN, grams_of
 from keeplora.methods import Joint, KeepLoRA, KeepLoRAConfig, MethodConfig
 from keeplora.models.dual_encoder import ClassificationTask
-from keeplora.task import LearningError
+from keeplora.task import LearningError, StandIn
 from keeplora.train import TrainConfig, best_device, fit, seed_everything
 
 
@@ -353,6 +354,58 @@ def test_the_last_epoch_is_watched_by_parts_too(monkeypatch):
     assert whole
     for name, gram in whole.items():
         torch.testing.assert_close(cut[name], gram, rtol=1e-4, atol=1e-5 * float(gram.abs().max()))
+
+
+@pytest.mark.parametrize("how", ["watched", "compiled"])
+def test_a_model_that_something_stands_around_is_called_once_for_a_batch(monkeypatch, how):
+    monkeypatch.setattr("keeplora.models.dual_encoder.PIXELS_AT_ONCE", 2 * 3 * tiny.SIZE**2)
+    model, task, calls = tiny.clip_model(), tiny.classification_task(), []
+    task.__class__, task.seen = Recorded, []
+    if how == "watched":
+        model.register_forward_hook(lambda *args: calls.append(1))
+    else:
+        model.compile(backend=lambda module, inputs: calls.append(1) or module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # What the compiler's tracing warns of is its own.
+        fit(model, task, TrainConfig(epochs=1))
+    assert sorted(task.seen) == [3, 6, 6]
+    assert calls
+
+
+def test_a_training_that_was_cut_off_leaves_no_gradient_to_the_next(monkeypatch):
+    class Broken(Recorded):
+        def loss(self, model, batch):
+            value = super().loss(model, batch)
+            return value * math.nan if len(self.seen) == 2 else value
+
+    monkeypatch.setattr("keeplora.models.dual_encoder.PIXELS_AT_ONCE", 4 * 3 * tiny.SIZE**2)
+    trained = []
+    for is_cut_off in (False, True):
+        model, task = tiny.clip_model(), tiny.classification_task()
+        if is_cut_off:
+            task.__class__, task.seen = Broken, []
+            with pytest.raises(LearningError):
+                fit(model, task, TrainConfig(epochs=1))
+            task = tiny.classification_task()
+        fit(model, task, TrainConfig(epochs=1))
+        trained.append(model.state_dict())
+    assert all(value.equal(trained[1][name]) for name, value in trained[0].items())
+
+
+def test_gradients_at_a_half_precision_leaf_add_up_in_float32():
+    behind = torch.ones(3, dtype=torch.bfloat16, requires_grad=True)
+    stand_in = StandIn(behind * 1)
+    for _ in range(1000):
+        stand_in.leaf.sum().backward()
+        stand_in.take()
+    assert stand_in.gradient.tolist() == [1000.0] * 3
+    stand_in.backward()
+    torch.testing.assert_close(behind.grad, torch.full((3,), 1000.0).bfloat16())
+
+
+def test_what_nobody_keeps_is_not_put_together(monkeypatch):
+    monkeypatch.setattr("keeplora.places.Places._state", lambda self: pytest.fail("a state was made"))
+    fit(tiny.MLP(), tiny.VectorTask(), TrainConfig(epochs=2))
 
 
 def test_a_part_whose_loss_is_no_number_names_the_batch(monkeypatch):

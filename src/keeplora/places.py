@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from keeplora.borrow import device_of
 from keeplora.checkpoint import (
+    NO_CHECKPOINTS,
     Checkpoints,
     State,
     capture_order,
@@ -85,7 +86,7 @@ class Places:
             self.epoch, self.batch, self._of_epoch = self.epoch + 1, 0, []
         every = self.checkpoints.steps
         due = (self._steps >= every if every else is_last) or self.epoch == self.epochs
-        if due or self._is_late():
+        if self.checkpoints is not NO_CHECKPOINTS and (due or self._is_late()):
             self.checkpoints.keep(self._state())
             self._steps, self._since = 0, time.monotonic()
 

@@ -41,10 +41,19 @@ class StandIn:
             self.gradient.add_(gradient.to(self.gradient.dtype), alpha=weight)
             self.weight += weight
 
+    def take(self) -> None:
+        """Add what a backward pass has left at the leaf."""
+        self.add(self.leaf.grad, 1.0)
+        self.leaf.grad = None
+
+    def backward(self) -> None:
+        """Send what was added on to what lies behind."""
+        if self.weight:
+            torch.autograd.backward(self.made, self.gradient.to(self.made.dtype))
+
     def surrogate(self) -> Tensor:
         """Return a scalar whose gradients are the weighted mean of what the losses' would have been."""
-        mean = (self.gradient / max(self.weight, 1)).to(self.made.dtype)
-        return (self.made * mean).sum()
+        return (self.made * (self.gradient / max(self.weight, 1)).to(self.made.dtype)).sum()
 
 
 class LearningError(ValueError):
@@ -97,7 +106,7 @@ class Task:
     def parts(self, batch: Batch) -> Iterable[Batch]:
         """Return the batches that one may be cut into, so that its loss is the mean of theirs by `num_examples`.
 
-        Everything reads a batch by its parts, which need less memory; only training in several processes does not.
+        Everything but `batch_mean`, training in several processes, and that of a compiled or watched model reads parts.
         """
         return [batch]
 
@@ -234,10 +243,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def _leaves(batch: Batch) -> Iterator[Any]:
-    if isinstance(batch, Mapping):
-        batch = list(batch.values())
-    if isinstance(batch, list | tuple):
-        for value in batch:
+    if isinstance(batch, Mapping | list | tuple):
+        for value in batch.values() if isinstance(batch, Mapping) else batch:
             yield from _leaves(value)
     else:
         yield batch

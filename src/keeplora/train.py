@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from torch.utils.data import DataLoader
 
+from keeplora.borrow import is_compiled, is_watched
 from keeplora.checkpoint import NO_CHECKPOINTS, Checkpoints
 from keeplora.collect import Track, silent
 from keeplora.config import Config
@@ -102,12 +103,12 @@ def fit(
     batches = _prepared_batches(accelerator, task)
     steps = config.epochs * math.ceil(len(batches) / config.accumulation)
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer.zero_grad()  # A training that was cut off may have left something.
     scheduler = _schedule(optimizer, config, steps)
     with fused_layers(model), _prepared(accelerator, model) as prepared:
         optimizer = accelerator.prepare(optimizer)
-        places = Places(
-            checkpoints, model, {"optimizer": optimizer, "scheduler": scheduler}, accelerator.scaler, config.epochs
-        )
+        state = {"optimizer": optimizer, "scheduler": scheduler}
+        places = Places(checkpoints, model, state, accelerator.scaler, config.epochs)
         step = _Step(accelerator, prepared, optimizer, scheduler, task, penalty, config.accumulation)
         for epoch in range(places.epoch, config.epochs):
             rest = places.rest_of_epoch(batches, lambda n: accelerator.skip_first_batches(batches, n))
@@ -115,26 +116,17 @@ def fit(
         return places.losses
 
 
+@dataclass(frozen=True)
 class _Step:
     """What one optimisation step needs, tied together."""
 
-    def __init__(
-        self,
-        accelerator: Any,
-        model: nn.Module,
-        optimizer: Any,
-        scheduler: LRScheduler,
-        task: Task,
-        penalty: Callable[[nn.Module], Tensor | None],
-        accumulation: int,
-    ) -> None:
-        self.accelerator = accelerator
-        self.model = model
-        self.optimizer = optimizer
-        self.scheduler = scheduler
-        self.task = task
-        self.penalty = penalty
-        self.accumulation = accumulation
+    accelerator: Any
+    model: nn.Module
+    optimizer: Any
+    scheduler: LRScheduler
+    task: Task
+    penalty: Callable[[nn.Module], Tensor | None]
+    accumulation: int
 
     def epoch(self, rest: Iterable[Any], total: int, places: Places, track: Track, description: str) -> None:
         """Go through what is left of an epoch of so many batches."""
@@ -152,13 +144,17 @@ class _Step:
 
     def _backward(self, batch: Any, place: str, group: int) -> float:
         """Add a batch's share of the gradient of the mean over its group; return the batch's loss."""
-        is_alone = self.accelerator.distributed_type == DistributedType.NO  # Wrappers want one pass for a batch.
-        if is_alone and len(parts := list(self.task.parts(batch))) > 1:
+        if self._takes_parts() and len(parts := list(self.task.parts(batch))) > 1:
             return self._backward_by_parts(parts, place, group)
         with self.accelerator.autocast():
             loss = self.task.loss(self.model, batch)
             extra = self.penalty(self.model)
         return self._add(loss if extra is None else loss + extra, place, group)
+
+    def _takes_parts(self) -> bool:
+        """Say whether nothing stands around the model that wants to be called once for a batch."""
+        is_wrapped = is_compiled(self.model) or is_watched(self.model)
+        return not is_wrapped and bool(self.accelerator.distributed_type == DistributedType.NO)
 
     def _backward_by_parts(self, parts: list[Any], place: str, group: int) -> float:
         """Do the same part after part, so that what is kept for the backward pass is that of one part."""
@@ -170,9 +166,10 @@ class _Step:
                     loss = self.task.loss(self.model, part)
                 if count:
                     value += count / sum(counts) * self._add(loss, place, group * sum(counts) / count)
+                for stand_in in stand_ins:
+                    stand_in.take()  # With the loss's weight, and the scaler's scale, in it.
             for stand_in in stand_ins:
-                if stand_in.leaf.grad is not None:  # It has the losses' weights, and the scaler's scale, in it.
-                    torch.autograd.backward(stand_in.made, stand_in.leaf.grad)
+                stand_in.backward()
         with self.accelerator.autocast():
             extra = self.penalty(self.model)
         if extra is None:
