@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import tyro
 
+from keeplora.linalg import COMPLEMENT_FROM
 from keeplora.sketch import CORANGE, RANGE
 
 BF16, FLOAT32 = 2, 4
@@ -123,19 +124,25 @@ def work(model: Decoder, config: ExtrapolateConfig) -> dict[str, str]:
     share, rank = config.share, config.rank
     forward = 2 * config.tokens * model.total(lambda d_out, d_in: d_out * d_in)
     grams = 2 * config.tokens * model.gram
-    eigh = EIGH * model.total(lambda d_out, d_in: d_in**3)
+    k = share  # In shares of d_in, as what is left for eigenproblems and products beside the basis.
+    rest, beside = (1 - k, 1 - k) if k >= COMPLEMENT_FROM else (1, k)
+    once = EIGH * model.total(lambda d_out, d_in: min(d_out, d_in) ** 3)
+    update = EIGH * model.total(lambda d_out, d_in: (rest * d_in) ** 3)
+    hours = config.rate * 3.6e12
     operations = {
         f"a forward pass over {config.tokens:,} tokens": forward,
         "gradient: forward and backward": 3 * forward,
         "features: grams, beside a forward pass": grams,
-        "initialise: residual gradient": model.total(lambda d_out, d_in: 8 * share * d_out * d_in**2),
+        "initialise: residual gradient": model.total(lambda d_out, d_in: 4 * k * d_out * d_in**2),
         "initialise: low-rank SVD": model.total(lambda d_out, d_in: 80 * rank * d_out * d_in),
-        "update: residual grams": model.total(lambda d_out, d_in: 4 * share * (1 + share) * d_in**3),
-        "eigh, for the bases once and for every update": eigh,
+        "update: grams of the complements": model.total(lambda d_out, d_in: (4 * k + 4 * beside * k) * d_in**3),
+        "eigh, for the bases, once": once,
+        "eigh, for every update": update,
     }
     return {f"{what}, PFLOP": f"{count / 1e15:.3g}" for what, count in operations.items()} | {
-        f"eigh at {config.rate:g} GFLOP/s, hours": f"{eigh / (config.rate * 3.6e12):.2g}",
-        "share of down in eigh": f"{EIGH * model.blocks * model.intermediate**3 / eigh:.0%}",
+        f"eigh at {config.rate:g} GFLOP/s, once, hours": f"{once / hours:.2g}",
+        f"eigh at {config.rate:g} GFLOP/s, for every update, hours": f"{update / hours:.2g}",
+        "share of down in it": f"{EIGH * model.blocks * (rest * model.intermediate) ** 3 / update:.0%}",
     }
 
 

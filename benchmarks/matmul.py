@@ -32,13 +32,14 @@ from keeplora.train import TrainConfig, fit
 from phases import machine, spread
 from workloads import WorkloadConfig, load, require_cpu
 
-Part = Literal["rate", "grams", "eigh", "svd", "step"]
+Part = Literal["rate", "grams", "eigh", "residual", "svd", "step"]
 Work = Callable[[], object]
 Row = dict[str, Any]
 
 PAUSE = 0.2
 """Seconds."""
 
+RESIDUAL = "keeplora.linalg.residual_directions"
 GRAM = "gram and its eigenvectors"
 SQUARE, LIBRARY, OURS = "square", "keeplora.linalg.top_directions", "keeplora / this"
 
@@ -48,9 +49,9 @@ class MatmulConfig(WorkloadConfig):
     """What to measure."""
 
     parts: tuple[Part, ...] = ("rate", "grams", "eigh")
-    """rate: matrix products; grams: the accumulation of input grams; eigh: eigensolvers; svd: the directions of
-    a token matrix by SVD, either way round, and by its gram; step: a training step of the workload by lora_ft and by
-    keeplora."""
+    """rate: matrix products; grams: the accumulation of input grams; eigh: eigensolvers; residual: the directions of a
+    gram outside a basis; svd: the directions of a token matrix by SVD, either way round, and by its gram; step: a
+    training step of the workload by lora_ft and by keeplora."""
     sides: tuple[int, ...] = (2048, 4096)
     """Sides of the square matrices whose product gives the machine's rate; shares are of the largest one's."""
     widths: tuple[int, ...] = (512, 768, 1024, 2048, 4096)
@@ -59,6 +60,8 @@ class MatmulConfig(WorkloadConfig):
     """Rows of a batch: 64 images of 197 tokens."""
     repeats: int = 5
     """How often each is measured."""
+    protected: float = 0.5
+    """Share of the dimensions that the basis of `residual` takes."""
     limit: float = 60.0
     """Leave a solver out at a width where it would take more seconds, by what it took at a smaller one."""
     output: Path = Path("runs/benchmarks/matmul.json")
@@ -160,6 +163,31 @@ def solvers(gram: Tensor) -> dict[str, Work]:
     top = [width - width // 4, width - 1]
     found["scipy evr, top quarter"] = lambda: scipy.linalg.eigh(array, driver="evr", subset_by_index=top)
     return found
+
+
+def residuals(config: MatmulConfig) -> list[Row]:
+    """Measure the leading directions of a gram outside a basis: the library's way, and by eigensolvers of all of it."""
+    found: list[Row] = []
+    for width in config.widths:
+        rows = torch.randn(2 * width, width) * 0.99 ** torch.arange(width)
+        basis = torch.linalg.qr(torch.randn(width, int(config.protected * width)))[0]
+        times = in_turns(ways_outside(rows.T @ rows, basis), config.repeats)
+        for name, seconds in times.items():
+            ratio = [own / other for own, other in zip(times[RESIDUAL], seconds, strict=True)]
+            found.append({"d_in": width, "way": name} | _median(seconds) | {OURS: spread(ratio)})
+    return found
+
+
+def ways_outside(gram: Tensor, basis: Tensor) -> dict[str, Work]:
+    """Return the ways to the directions outside a basis by name."""
+    return {
+        RESIDUAL: lambda: linalg.residual_directions(gram, basis, 0.99),
+        "residual gram, torch.linalg.eigh": lambda: torch.linalg.eigh(linalg.residual_gram(gram, basis)),
+        "residual gram, numpy.linalg.eigh": lambda: np.linalg.eigh(linalg.residual_gram(gram, basis).numpy()),
+        "residual gram, scipy evd": lambda: scipy.linalg.eigh(
+            linalg.residual_gram(gram, basis).numpy(), driver="evd", check_finite=False
+        ),
+    }
 
 
 def decompositions(config: MatmulConfig) -> list[Row]:
@@ -276,6 +304,7 @@ PARTS: dict[Part, Callable[[MatmulConfig], list[Row]]] = {
     "rate": rates,
     "grams": grams,
     "eigh": eigensolvers,
+    "residual": residuals,
     "svd": decompositions,
     "step": steps,
 }

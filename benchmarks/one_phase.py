@@ -378,9 +378,12 @@ def naive_task(given: Given) -> list[Part]:
     def learn() -> None:
         gradients = naive.mean_gradients(workload.model, workload.padded, targets)
         factors = naive.start(gradients, bases, options.rank)
+        del gradients
+        workload.model.zero_grad()
         adapted = naive.attach(workload.model, factors, naive_scaling(given))
         naive.fit(adapted, workload.padded, epochs=given.config.epochs)
         model = naive.merge(adapted)
+        del factors
         matrices = naive.token_matrices(model, workload.padded, targets, features=given.config.naive_features)
         naive.new_directions(bases, matrices, options.feature_energy)
         naive.evaluate(model, workload.padded)

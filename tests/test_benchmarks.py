@@ -32,6 +32,19 @@ SCRIPTS = ("workloads", "one_phase", "phases", "whole_task", "matmul", "scale", 
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(autouse=True)
+def without_a_gpu(monkeypatch):
+    """The benchmarks time the CPU, and refuse to run where training would find a GPU."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_a_gpu_has_to_be_hidden(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit, match="CUDA_VISIBLE_DEVICES="):
+        phases.main(phases.PhasesConfig(quick=True))
+
+
 @pytest.fixture(scope="module", params=["mini", "llama_block"])
 def workload(request) -> Workload:
     return load(
@@ -192,11 +205,17 @@ def test_a_whole_task_is_measured(system):
 
 def test_eigenproblems_and_grams_are_measured(tmp_path):
     config = matmul.MatmulConfig(
-        parts=("rate", "grams", "eigh", "svd"), sides=(64,), widths=(32, 768), rows=50, repeats=1, output=tmp_path / "a"
+        parts=("rate", "grams", "eigh", "residual", "svd"),
+        sides=(64,),
+        widths=(32, 768),
+        rows=50,
+        repeats=1,
+        output=tmp_path / "a",
     )
     matmul.main(config)
     results = json.loads((tmp_path / "a").read_text())["results"]
     assert {row["d_in"] for row in results["grams"]} == {768}
+    assert {row["way"] for row in results["residual"]} > {matmul.RESIDUAL}
     assert {row["solver"] for row in results["eigh"]} >= {matmul.LIBRARY, "torch.linalg.eigh", "numpy.linalg.eigh"}
 
 

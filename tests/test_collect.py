@@ -431,7 +431,18 @@ def test_what_was_made_of_an_input_in_place_is_another_input():
     close(grams["spare"], hidden.relu().T @ hidden.relu())
 
 
-@pytest.mark.parametrize("collect", [mean_gradients, input_grams, fisher_diagonals])
+@pytest.mark.parametrize("collect", [mean_gradients, fisher_diagonals])
+def test_a_loss_without_a_gradient_in_evaluation_mode_is_an_error(collect):
+    class Quiet(VectorTask):
+        def loss(self, model, batch):
+            with torch.set_grad_enabled(model.training):
+                return super().loss(model, batch)
+
+    with pytest.raises(ValueError, match="'vectors': the loss depends on no target layer when the model is in eval"):
+        collect(MLP(), Quiet(), LAYERS)
+
+
+@pytest.mark.parametrize("collect", [mean_gradients, input_grams])
 def test_parts_without_examples_are_passed_over(collect):
     class Cut(VectorTask):
         def parts(self, batch):

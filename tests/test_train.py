@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import tiny
 from keeplora import adapter
 from keeplora.last_epoch import SEEN, grams_of
-from keeplora.methods import Joint, KeepLoRA, KeepLoRAConfig, MethodConfig
+from keeplora.methods import Joint, KeepLoRA, KeepLoRAConfig, LoRAFT, MethodConfig
 from keeplora.models.dual_encoder import ClassificationTask
 from keeplora.task import LearningError, StandIn
 from keeplora.train import TrainConfig, best_device, fit, seed_everything
@@ -356,8 +356,9 @@ def test_the_last_epoch_is_watched_by_parts_too(monkeypatch):
         torch.testing.assert_close(cut[name], gram, rtol=1e-4, atol=1e-5 * float(gram.abs().max()))
 
 
+@pytest.mark.parametrize("is_adapted", [False, True], ids=["bare", "adapted"])
 @pytest.mark.parametrize("how", ["watched", "compiled"])
-def test_a_model_that_something_stands_around_is_called_once_for_a_batch(monkeypatch, how):
+def test_a_model_that_something_stands_around_is_called_once_for_a_batch(monkeypatch, how, is_adapted):
     monkeypatch.setattr("keeplora.models.dual_encoder.PIXELS_AT_ONCE", 2 * 3 * tiny.SIZE**2)
     model, task, calls = tiny.clip_model(), tiny.classification_task(), []
     task.__class__, task.seen = Recorded, []
@@ -365,6 +366,8 @@ def test_a_model_that_something_stands_around_is_called_once_for_a_batch(monkeyp
         model.register_forward_hook(lambda *args: calls.append(1))
     else:
         model.compile(backend=lambda module, inputs: calls.append(1) or module)
+    if is_adapted:
+        model = LoRAFT(MethodConfig(targets=("q_proj",), rank=2)).before_task(model, task)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # What the compiler's tracing warns of is its own.
         fit(model, task, TrainConfig(epochs=1))

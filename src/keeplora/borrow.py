@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,15 @@ def is_watched(module: nn.Module) -> bool:
     """Say whether hooks look at what goes through a module."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(map(len, hooks))
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Say whether something stands around a model that wants it to be called as a whole: a compiler, or a hook.
+
+    PEFT's wrapper does not, nor do hooks on the layers inside; the model inside that wrapper is asked as well.
+    """
+    inner = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+    return is_watched(model) or is_watched(inner) or any(map(is_compiled, model.modules()))
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -87,8 +87,9 @@ def add_gradients(model: nn.Module, task: Task, add: AddGradient, share: float, 
 
     Raises:
         LearningError: If a loss is not finite.
+        ValueError: If no loss depends on what requires a gradient.
     """
-    count = 0
+    count, reached = 0, False
     with evaluation_mode(model), fused_layers(model), task.frozen(model) as stand_ins:
         for batch in batches_of(model, task, share, track, "gradient"):
             for part in task.parts(batch):
@@ -99,12 +100,18 @@ def add_gradients(model: nn.Module, task: Task, add: AddGradient, share: float, 
                 require_finite(loss, f"task {task.name!r}: the loss of a batch is {loss.item()} in the gradient pass")
                 count += num_examples
                 if not loss.requires_grad:
-                    continue  # It reached no target.
+                    continue
+                reached = True
                 gradients = add(loss, [stand_in.leaf for stand_in in stand_ins], num_examples, num_examples)
                 for stand_in, gradient in zip(stand_ins, gradients, strict=True):
                     stand_in.add(gradient, num_examples)
         for stand_in in stand_ins:
             add(stand_in.surrogate(), [], count, stand_in.weight)
+    if count and not reached:
+        raise ValueError(
+            f"task {task.name!r}: the loss depends on no target layer when the model is in evaluation mode, in which"
+            " the gradient pass runs; is it computed without gradients there?"
+        )
     return count
 
 

@@ -22,7 +22,8 @@ def _score(model: nn.Module, task: StreamTask, track: Track) -> float:
     predictions, references = [], []
     batches = task.test_batches()
     total = len(batches) if isinstance(batches, Sized) else None
-    with torch.inference_mode(), evaluation_mode(model), fused_layers(model), task.frozen(model):
+    # Not inference mode: what a model or a task caches inside could not be trained with afterwards.
+    with torch.no_grad(), evaluation_mode(model), fused_layers(model), task.frozen(model):
         for batch in track(batches, f"{task.name}: evaluating", total):
             for part in task.parts(to_device(batch, device_of(model))):
                 predictions.append(task.predict(model, part).cpu())

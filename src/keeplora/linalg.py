@@ -185,12 +185,21 @@ def low_rank(matrix: Tensor, r: int, *, seed: int = 0) -> tuple[Tensor, Tensor, 
     if smaller <= max(EXACT_BELOW, OVERSAMPLING * r):
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     else:
-        generator = torch.cuda.default_generators[matrix.device.index] if matrix.is_cuda else torch.default_generator
         with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
-            generator.manual_seed(seed)
+            _seed(matrix.device, seed)
             u, s, v = torch.svd_lowrank(matrix, q=OVERSAMPLING * r, niter=POWER_ITERATIONS)
         vh = v.T
     return u[:, :r].contiguous(), s[:r].contiguous(), vh[:r].contiguous()
+
+
+def _seed(device: torch.device, seed: int) -> None:
+    """Seed the generator that draws on a device, and on a CPU or a CUDA device no other."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    elif device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 def truncated(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -29,8 +29,10 @@ def gradient_sketches(
         track: Shows progress over the batches.
 
     Raises:
-        ValueError: If there is no batch, or a loss or a gradient is not finite.
+        ValueError: If there is no batch, if a loss or a gradient is not finite, or if a target shares its weight with
+            what is no target. What else a loss takes from a weight, other than through its layer, is not seen.
     """
+    _require_whole_weights(model, sketches)
     with only_these_require_grad(model, []), _meeting(model, sketches) as meeting:
         count = add_gradients(model, task, meeting.add, share, track)
     sums = {f"{name}.{side}": part for name, sketch in sketches.items() for side, part in enumerate(sketch.sums)}
@@ -99,12 +101,24 @@ def _meeting(model: nn.Module, sketches: dict[str, Sketch]) -> Iterator[_Meeting
         return lambda _, args, output: _Meet.apply(output, args[0].detach(), meeting.leaf, own, meeting)
 
     layers = [model.get_submodule(name) for name in sketches]
-    handles = [layer.register_forward_hook(hook(sharing[cast(Any, layer).weight])) for layer in layers]
+    # Before any other hook: the gradient is that at what the layer itself puts out.
+    handles = [layer.register_forward_hook(hook(sharing[cast(Any, layer).weight]), prepend=True) for layer in layers]
     try:
         yield meeting
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _require_whole_weights(model: nn.Module, sketches: dict[str, Sketch]) -> None:
+    """Check that no weight of a target is used elsewhere: that part of its gradient would be missed."""
+    names = {model.get_parameter(f"{name}.weight"): name for name in sketches}
+    for other, weight in model.named_parameters(remove_duplicate=False):
+        if weight in names and other.removesuffix(".weight") not in sketches:
+            raise ValueError(
+                f"layer {names[weight]!r} shares its weight with {other!r}, which is no target: the sketch would miss"
+                " that part of the gradient; set gradient = 'exact'"
+            )
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ class Task:
     def parts(self, batch: Batch) -> Iterable[Batch]:
         """Return the batches that one may be cut into, so that its loss is the mean of theirs by `num_examples`.
 
-        Everything but `batch_mean`, training in several processes, and that of a compiled or watched model reads parts.
+        Read by gradients, second moments, evaluation, and training where one process trains a model as it is.
         """
         return [batch]
 

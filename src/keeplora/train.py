@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from torch.utils.data import DataLoader
 
-from keeplora.borrow import is_compiled, is_watched
+from keeplora.borrow import is_wrapped
 from keeplora.checkpoint import NO_CHECKPOINTS, Checkpoints
 from keeplora.collect import Track, silent
 from keeplora.config import Config
@@ -153,8 +153,7 @@ class _Step:
 
     def _takes_parts(self) -> bool:
         """Say whether nothing stands around the model that wants to be called once for a batch."""
-        is_wrapped = is_compiled(self.model) or is_watched(self.model)
-        return not is_wrapped and bool(self.accelerator.distributed_type == DistributedType.NO)
+        return bool(self.accelerator.distributed_type == DistributedType.NO) and not is_wrapped(self.model)
 
     def _backward_by_parts(self, parts: list[Any], place: str, group: int) -> float:
         """Do the same part after part, so that what is kept for the backward pass is that of one part."""

@@ -25,7 +25,7 @@ from keeplora.models.pooled import only_the_pooled_row
 from keeplora.task import Batch, StandIn, TaskSpec, to_device
 
 PIXELS_AT_ONCE = 1_250_000
-"""Values of the images that a CPU reads at once: 8 of 224 x 224, where it is fastest (benchmarks/README.md)."""
+"""Values of the images that a CPU reads at once: 8 of 224 x 224. What the layers make of more fits its caches less."""
 
 
 class CosineHead(nn.Module):
