@@ -111,7 +111,13 @@ def split_rows(of_bytes: dict[str, dict[str, float]]) -> Iterable[list[str]]:
 PHASES: dict[str, tuple[str, ...]] = {
     "plain LoRA, a step": ("weights", "A and B", "the same"),
     "KeepLoRA, a step": ("weights", "bases", "A and B", "gradient and"),
-    "that of the last epoch with last_epoch": ("weights", "bases", "A and B", "gradient and", "grams"),
+    "KeepLoRA, a step of the last epoch with features = last_epoch": (
+        "weights",
+        "bases",
+        "A and B",
+        "gradient and",
+        "grams",
+    ),
     "gradient, exact": ("weights", "bases", "gradient, exact"),
     "gradient, sketch": ("weights", "bases", "gradient, sketch"),
     "features": ("weights", "bases", "grams"),

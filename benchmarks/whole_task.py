@@ -43,6 +43,8 @@ class TaskConfig:
 
 def main(config: tyro.conf.OmitArgPrefixes[TaskConfig]) -> None:
     """Print the cost of a task by system, and the ratios."""
+    if not config.results.exists():
+        raise SystemExit(f"{config.results} does not exist; let phases.py write it first")
     result = json.loads(config.results.read_text())
     print(report(result, config))
 
