@@ -93,6 +93,11 @@ class Workload:
 class PaddedClassification(ClassificationTask):
     """Classification by prompts of full length, which are encoded again for every batch, and padding that counts."""
 
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the logits of a call of the model as it is, `[n, num_classes]`."""
+        logits: Tensor = model(pixel_values=batch["pixel_values"], **self.prompts).logits_per_image
+        return logits
+
     @contextmanager
     def frozen(self, model: nn.Module) -> Iterator[list[StandIn]]:
         """Keep nothing."""
