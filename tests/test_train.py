@@ -357,7 +357,7 @@ def test_the_last_epoch_is_watched_by_parts_too(monkeypatch):
 
 
 @pytest.mark.parametrize("is_adapted", [False, True], ids=["bare", "adapted"])
-@pytest.mark.parametrize("how", ["watched", "compiled"])
+@pytest.mark.parametrize("how", ["watched", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_a_model_that_something_stands_around_is_called_once_for_a_batch(monkeypatch, how, is_adapted):
     monkeypatch.setattr("keeplora.models.dual_encoder.PIXELS_AT_ONCE", 2 * 3 * tiny.SIZE**2)
     model, task, calls = tiny.clip_model(), tiny.classification_task(), []
