@@ -296,6 +296,16 @@ class Recorded(ClassificationTask):
         return super().loss(model, batch)
 
 
+class Broken(Recorded):
+    """Has no finite loss on one part, counted from one."""
+
+    broken: int
+
+    def loss(self, model, batch):
+        value = super().loss(model, batch)
+        return value * math.nan if len(self.seen) == self.broken else value
+
+
 def trained_by_parts(monkeypatch, size, *, method=None, penalty=lambda model: None, **changes):
     """Train an adapted CLIP on batches of 6 and a last one of 3 in parts of a size; return what was found."""
     monkeypatch.setattr("keeplora.models.dual_encoder.PIXELS_AT_ONCE", size * 3 * tiny.SIZE**2)
@@ -376,17 +386,12 @@ def test_a_model_that_something_stands_around_is_called_once_for_a_batch(monkeyp
 
 
 def test_a_training_that_was_cut_off_leaves_no_gradient_to_the_next(monkeypatch):
-    class Broken(Recorded):
-        def loss(self, model, batch):
-            value = super().loss(model, batch)
-            return value * math.nan if len(self.seen) == 2 else value
-
     monkeypatch.setattr("keeplora.models.dual_encoder.PIXELS_AT_ONCE", 4 * 3 * tiny.SIZE**2)
     trained = []
     for is_cut_off in (False, True):
         model, task = tiny.clip_model(), tiny.classification_task()
         if is_cut_off:
-            task.__class__, task.seen = Broken, []
+            task.__class__, task.seen, task.broken = Broken, [], 2
             with pytest.raises(LearningError):
                 fit(model, task, TrainConfig(epochs=1))
             task = tiny.classification_task()
@@ -412,14 +417,9 @@ def test_what_nobody_keeps_is_not_put_together(monkeypatch):
 
 
 def test_a_part_whose_loss_is_no_number_names_the_batch(monkeypatch):
-    class Broken(Recorded):
-        def loss(self, model, batch):
-            value = super().loss(model, batch)
-            return value * math.nan if len(self.seen) == 4 else value
-
     monkeypatch.setattr("keeplora.models.dual_encoder.PIXELS_AT_ONCE", 4 * 3 * tiny.SIZE**2)
     task = tiny.classification_task()
-    task.__class__, task.seen = Broken, []
+    task.__class__, task.seen, task.broken = Broken, [], 4
     model = tiny.clip_model()
     with pytest.raises(LearningError, match="epoch 1/2, batch 2: the loss is nan"):
         fit(model, task, TrainConfig(epochs=2))
