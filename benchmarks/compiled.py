@@ -1,6 +1,6 @@
 """Time a training step of a KeepLoRA-adapted vit_b16 with and without fused layers and `torch.compile`, in turns.
 
-Four copies of the model with stock PEFT layers: one as it is, one inside `keeplora.fused.fused_layers`, one compiled,
+Four copies of the model with stock PEFT layers: one as it is, one inside `keeplora.fused_layers`, one compiled,
 one with both. `first step` is the seconds of the first forward and backward pass, in which what is compiled is built.
 Compilation on a CPU needs a C++ compiler.
 
@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 import tyro
 
-from keeplora.fused import fused_layers
+from keeplora.layers.fused_forward import fused_layers
 from matmul import one_method
 from phases import spread
 from workloads import WorkloadConfig, load, require_cpu

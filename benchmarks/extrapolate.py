@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import tyro
 
-from keeplora.linalg import COMPLEMENT_FROM
-from keeplora.sketch import CORANGE, RANGE
+from keeplora.subspace.gradient_sketch import CORANGE, RANGE
+from keeplora.subspace.linear_algebra import COMPLEMENT_FROM
 
 BF16, FLOAT32 = 2, 4
 """Bytes of a number."""

@@ -24,11 +24,12 @@ import tyro
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from keeplora import linalg, moments
-from keeplora.adapter import linear_targets
-from keeplora.methods import KeepLoRA, LoRAFT, Method
-from keeplora.residual import residuals_of
-from keeplora.train import TrainConfig, fit
+from keeplora.layers import input_covariance as moments
+from keeplora.layers.lora import linear_targets
+from keeplora.layers.residual_gradients import residuals_of
+from keeplora.methods.registry import KeepLoRA, LoRAFT, Method
+from keeplora.subspace import linear_algebra as linalg
+from keeplora.training.trainer import TrainConfig, fit
 from phases import machine, spread
 from workloads import WorkloadConfig, load, require_cpu
 
@@ -39,9 +40,9 @@ Row = dict[str, Any]
 PAUSE = 0.2
 """Seconds."""
 
-RESIDUAL = "keeplora.linalg.residual_directions"
+RESIDUAL = "keeplora.subspace.linear_algebra.residual_directions"
 GRAM = "gram and its eigenvectors"
-SQUARE, LIBRARY, OURS = "square", "keeplora.linalg.top_directions", "keeplora / this"
+SQUARE, LIBRARY, OURS = "square", "keeplora.subspace.linear_algebra.top_directions", "keeplora / this"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,15 +25,17 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import naive
-from keeplora import collect, linalg, subspace
-from keeplora.evaluate import evaluate
-from keeplora.measure import Phases, measured
-from keeplora.methods import KeepLoRA, LoRAFT, Method
+from keeplora.evaluation.evaluate import evaluate
+from keeplora.layers import gradients as collect
+from keeplora.layers.names import tower_share
+from keeplora.layers.residual_gradients import residuals_of
 from keeplora.methods.base import MethodConfig
-from keeplora.residual import residuals_of
+from keeplora.methods.registry import KeepLoRA, LoRAFT, Method
+from keeplora.subspace import linear_algebra as linalg
+from keeplora.subspace import protected as subspace
 from keeplora.task import Task
-from keeplora.towers import tower_share
-from keeplora.train import TrainConfig, fit
+from keeplora.training.profiling import Phases, measured
+from keeplora.training.trainer import TrainConfig, fit
 from workloads import Workload, WorkloadConfig, load, require_cpu
 
 SystemName = Literal["keeplora", "lora_ft", "naive"]

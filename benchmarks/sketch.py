@@ -19,10 +19,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from keeplora.collect import silent
-from keeplora.methods import KeepLoRA, KeepLoRAConfig
-from keeplora.residual import exact_residuals, sketched_residuals
-from keeplora.stream import load_stream
+from keeplora.layers.gradients import silent
+from keeplora.layers.residual_gradients import exact_residuals, sketched_residuals
+from keeplora.methods.registry import KeepLoRA, KeepLoRAConfig
+from keeplora.runs.config import load_stream
 from keeplora.task import Task
 from workloads import LLAMA_TARGETS
 

@@ -22,12 +22,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
 
-from keeplora.adapter import linear_targets
-from keeplora.methods import KeepLoRAConfig
-from keeplora.models import StreamTask
+from keeplora.data.cache import Pixels
+from keeplora.layers.lora import linear_targets
+from keeplora.methods.registry import KeepLoRAConfig
 from keeplora.models.dual_encoder import ClassificationTask
-from keeplora.models.pixels import Pixels
-from keeplora.stream import load_stream
+from keeplora.models.registry import StreamTask
+from keeplora.runs.config import load_stream
 from keeplora.task import Batch, StandIn
 
 WORDS = (

@@ -2,7 +2,7 @@
 
 import torch
 
-from keeplora import adapter
+from keeplora.layers import lora as adapter
 from tiny import MLP, VectorTask, write_adapter
 
 NAMES = ("fc1", "fc2", "out")

@@ -6,10 +6,10 @@ from typing import Literal
 import pytest
 
 from keeplora.config import Config, parse, read_toml
-from keeplora.methods import KeepLoRAConfig, MethodConfig
-from keeplora.stream import RunConfig
+from keeplora.methods.registry import KeepLoRAConfig, MethodConfig
+from keeplora.runs.config import RunConfig
 from keeplora.task import Benchmark
-from keeplora.train import TrainConfig
+from keeplora.training.trainer import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)

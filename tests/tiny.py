@@ -21,14 +21,14 @@ from transformers import (
     SiglipModel,
 )
 
-from keeplora.adapter import SavedAdapter
 from keeplora.config import parse
-from keeplora.methods import find_method
+from keeplora.data.cache import Pixels
+from keeplora.layers.lora import SavedAdapter
+from keeplora.methods.registry import find_method
 from keeplora.models.dual_encoder import ClassificationTask, tokenise
-from keeplora.models.pixels import Pixels
-from keeplora.stream import RunConfig
+from keeplora.runs.config import RunConfig
 from keeplora.task import Task, to_device
-from keeplora.train import TrainConfig
+from keeplora.training.trainer import TrainConfig
 
 SIZE = 16
 WORDS = ["a", "drawing", "of", "photo", ".", "red", "green", "blue", "dark", "big", "square", "thing"]

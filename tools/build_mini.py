@@ -26,7 +26,7 @@ from mini import (
     tasks,
 )
 
-PACKAGE = Path(__file__).parents[1] / "src/keeplora/mini"
+PACKAGE = Path(__file__).parents[1] / "src/keeplora/data/mini"
 
 
 def fetch(work: Path, _: argparse.Namespace) -> None:

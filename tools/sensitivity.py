@@ -15,14 +15,14 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from keeplora.cli.progress import Display
 from keeplora.config import parse
-from keeplora.display import Display
-from keeplora.manifest import read_manifest
-from keeplora.methods import KeepLoRAConfig
-from keeplora.results import Results
-from keeplora.stream import RunConfig
-from keeplora.train import TrainConfig
-from keeplora.workers import Workers
+from keeplora.evaluation.accuracy_matrix import Results
+from keeplora.methods.registry import KeepLoRAConfig
+from keeplora.runs.config import RunConfig
+from keeplora.runs.manifest import read_manifest
+from keeplora.studies.compare.process_pool import Workers
+from keeplora.training.trainer import TrainConfig
 
 VISION = (0.0, 0.5, 0.7, 0.85, 0.95)
 TEXT = (0.0, 0.2, 0.5, 0.85)

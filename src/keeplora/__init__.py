@@ -1,12 +1,12 @@
 """Continual learning of pre-trained vision-language models by KeepLoRA."""
 
-from keeplora.evaluate import evaluate
-from keeplora.fused import fused_layers
-from keeplora.methods import METHODS, KeepLoRA, KeepLoRAConfig, LoRAFT, Method, MethodConfig, ZeroShot
-from keeplora.run import run
-from keeplora.stream import RunConfig, load_stream
+from keeplora.evaluation.evaluate import evaluate
+from keeplora.layers.fused_forward import fused_layers
+from keeplora.methods.registry import METHODS, KeepLoRA, KeepLoRAConfig, LoRAFT, Method, MethodConfig, ZeroShot
+from keeplora.runs.config import RunConfig, load_stream
+from keeplora.runs.loop import run
 from keeplora.task import Task
-from keeplora.train import TrainConfig, fit
+from keeplora.training.trainer import TrainConfig, fit
 
 __all__ = [
     "METHODS",

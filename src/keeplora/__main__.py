@@ -1,6 +1,6 @@
 """`python -m keeplora` is the command `keeplora`."""
 
-from keeplora.cli import main
+from keeplora.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -17,7 +17,7 @@ from keeplora.config import Config, parse, read_toml
 
 Batch = Any
 
-BENCHMARKS = Path(__file__).parent / "benchmarks"
+BENCHMARKS = Path(__file__).parent / "data" / "benchmarks"
 
 LONGEST_NAME = 200
 """Bytes of a task's name; file systems end at 255, and other names are made of it."""

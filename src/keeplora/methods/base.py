@@ -13,12 +13,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from keeplora import adapter
-from keeplora.borrow import device_of, evaluation_mode
-from keeplora.collect import Track, silent
 from keeplora.config import Config
-from keeplora.methods.record import TaskRecord
-from keeplora.subspace import LEAK_ALLOWED
+from keeplora.layers import lora as adapter
+from keeplora.layers.gradients import Track, silent
+from keeplora.layers.module_state import device_of, evaluation_mode
+from keeplora.methods.task_record import TaskRecord
+from keeplora.subspace.protected import LEAK_ALLOWED
 from keeplora.task import LearningError, Task, to_device
 
 Once = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]

@@ -30,12 +30,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from keeplora import adapter
-from keeplora.borrow import device_of
-from keeplora.collect import Track, silent
+from keeplora.layers import lora as adapter
+from keeplora.layers.gradients import Track, silent
+from keeplora.layers.module_state import device_of
 from keeplora.methods.base import Method, MethodConfig
-from keeplora.methods.record import TaskRecord
-from keeplora.methods.routing import Router, Tower, add_experts
+from keeplora.methods.cl_moe_router import Router, Tower, add_experts
+from keeplora.methods.task_record import TaskRecord
 from keeplora.task import LearningError, Task
 
 

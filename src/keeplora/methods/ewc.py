@@ -14,12 +14,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from keeplora import adapter
-from keeplora.collect import Track, silent
-from keeplora.fisher import fisher_diagonals
+from keeplora.layers import lora as adapter
+from keeplora.layers.fisher import fisher_diagonals
+from keeplora.layers.gradients import Track, silent
 from keeplora.methods.base import MethodConfig
-from keeplora.methods.penalised import Penalised, trained_update
-from keeplora.methods.record import TaskRecord
+from keeplora.methods.penalty import Penalised, trained_update
+from keeplora.methods.task_record import TaskRecord
 from keeplora.task import Task
 
 

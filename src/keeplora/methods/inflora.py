@@ -18,11 +18,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from keeplora import adapter, collect, subspace
-from keeplora.collect import Track, silent
+from keeplora.layers import gradients as collect
+from keeplora.layers import lora as adapter
+from keeplora.layers.gradients import Track, silent
+from keeplora.layers.ranks import alphas_for, warn_of_small_ranks
 from keeplora.methods.base import Method, MethodConfig
-from keeplora.methods.record import TaskRecord
-from keeplora.methods.room import alphas_for, warn_of_small_ranks
+from keeplora.methods.task_record import TaskRecord
+from keeplora.subspace import protected as subspace
 from keeplora.task import LearningError, Task
 
 

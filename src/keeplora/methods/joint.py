@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from keeplora import adapter
-from keeplora.collect import Track, silent
+from keeplora.layers import lora as adapter
+from keeplora.layers.gradients import Track, silent
+from keeplora.layers.ranks import alphas_for
 from keeplora.methods.base import Method, MethodConfig
-from keeplora.methods.record import TaskRecord
-from keeplora.methods.room import alphas_for
+from keeplora.methods.task_record import TaskRecord
 from keeplora.task import Batch, StandIn, Task
 
 

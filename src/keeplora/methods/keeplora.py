@@ -14,18 +14,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from keeplora import adapter, collect, linalg, subspace
-from keeplora.borrow import device_of
-from keeplora.collect import Track, silent
-from keeplora.last_epoch import SEEN, SeenInputs, Watched, grams_of, take_out
+from keeplora.layers import gradients as collect
+from keeplora.layers import lora as adapter
+from keeplora.layers.gradients import Track, silent
+from keeplora.layers.last_epoch import SEEN, SeenInputs, Watched, grams_of, take_out
+from keeplora.layers.module_state import device_of
+from keeplora.layers.names import layer_scales, tower_share
+from keeplora.layers.ranks import alphas_for, warn_of_small_ranks
+from keeplora.layers.residual_gradients import RESIDUALS
 from keeplora.methods.base import HEAD, Method, MethodConfig
 from keeplora.methods.keeplora_config import KeepLoRAConfig
-from keeplora.methods.record import TaskRecord
-from keeplora.methods.room import alphas_for, warn_of_small_ranks
-from keeplora.residual import RESIDUALS
-from keeplora.subspace import LEAK_ALLOWED
+from keeplora.methods.task_record import TaskRecord
+from keeplora.subspace import linear_algebra as linalg
+from keeplora.subspace import protected as subspace
+from keeplora.subspace.protected import LEAK_ALLOWED
 from keeplora.task import LearningError, Task
-from keeplora.towers import layer_scales, tower_share
 
 SIGNIFICANT = 1e-5
 """Singular values of the residual gradient below this share of the gradient's norm are rounding noise."""

@@ -15,12 +15,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from keeplora.adapter import ADAPTER
-from keeplora.collect import Track, silent
+from keeplora.layers.gradients import Track, silent
+from keeplora.layers.lora import ADAPTER
 from keeplora.methods.base import MethodConfig
-from keeplora.methods.penalised import Penalised
-from keeplora.methods.record import TaskRecord
-from keeplora.subspace import take_out
+from keeplora.methods.penalty import Penalised
+from keeplora.methods.task_record import TaskRecord
+from keeplora.subspace.protected import take_out
 
 
 @dataclass(frozen=True, kw_only=True)

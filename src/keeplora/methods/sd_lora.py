@@ -18,12 +18,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from keeplora import adapter
-from keeplora.adapter import SavedAdapter
-from keeplora.collect import Track, silent
+from keeplora.layers import lora as adapter
+from keeplora.layers.frozen_blocks import hold, release
+from keeplora.layers.gradients import Track, silent
+from keeplora.layers.lora import SavedAdapter
 from keeplora.methods.base import Method, MethodConfig
-from keeplora.methods.held_blocks import hold, release
-from keeplora.methods.record import TaskRecord
+from keeplora.methods.task_record import TaskRecord
 from keeplora.task import Task
 
 SUFFIX = ".magnitudes"

@@ -18,10 +18,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from keeplora.collect import Track, silent
+from keeplora.layers.gradients import Track, silent
 from keeplora.methods.base import MethodConfig
-from keeplora.methods.penalised import Penalised, trained_update
-from keeplora.methods.record import TaskRecord
+from keeplora.methods.penalty import Penalised, trained_update
+from keeplora.methods.task_record import TaskRecord
 from keeplora.task import Task
 
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 from torch import nn
 
 from keeplora.methods.base import Method
-from keeplora.methods.record import TaskRecord
+from keeplora.methods.task_record import TaskRecord
 from keeplora.task import Task
 
 

@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-from keeplora.borrow import device_of, evaluation_mode
-from keeplora.collect import Track
-from keeplora.datasets import read_splits
-from keeplora.models.base import StreamTask
-from keeplora.models.pixels import Pixels, PixelStore
-from keeplora.models.pooled import only_the_pooled_row
+from keeplora.data.cache import Pixels, PixelStore
+from keeplora.data.readers import read_splits
+from keeplora.layers.gradients import Track
+from keeplora.layers.module_state import device_of, evaluation_mode
+from keeplora.models.clip_last_layer import only_the_pooled_row
+from keeplora.models.interfaces import StreamTask
 from keeplora.task import Batch, StandIn, TaskSpec, to_device
 
 PIXELS_AT_ONCE = 1_250_000

@@ -1,0 +1,136 @@
+"""The subcommands that work on a run directory. Each is a typed function, as in `cli`."""
+
+import sys
+from dataclasses import replace
+from json import dumps
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+
+from keeplora.cli.certificate_tables import gauge_lines, proof_lines
+from keeplora.cli.progress import Display, evaluation_table, export_lines, matrix_table
+from keeplora.evaluation.accuracy_matrix import Results
+from keeplora.evaluation.capacity import capacity_of
+from keeplora.evaluation.evaluate import evaluate as evaluate_model
+from keeplora.runs.branch import undo as undo_task
+from keeplora.runs.disk import write_atomically
+from keeplora.runs.export.formats import ExportConfig, export_run
+from keeplora.runs.loop import run as run_stream
+from keeplora.runs.open import read_ledger
+from keeplora.runs.reopen import config_of, reopen
+from keeplora.runs.verify import certify as certify_run
+
+console = Console()
+
+
+def evaluate(run: tyro.conf.Positional[Path], *, split: Literal["test", "validation"] | None = None) -> None:
+    """Evaluate the model of a run directory on all tasks of its benchmark, and compare with what the run recorded.
+
+    Args:
+        run: The run directory.
+        split: The examples to evaluate on; the run's own if not given.
+    """
+    display = Display(console)
+    with display.shown():
+        ledger, model, tasks = reopen(run, split=split, track=display.track)
+        scores = evaluate_model(model, tasks, track=display.track)
+    recorded = ledger.manifest["config"]["evaluation"]
+    console.print(evaluation_table(ledger.results(), recorded, scores, split or recorded))
+
+
+def export(run: tyro.conf.Positional[Path], flags: tyro.conf.OmitArgPrefixes[ExportConfig]) -> None:
+    """Write what a run learned as a folder that works without keeplora, with a model card.
+
+    Example: keeplora export runs/mini --format merged --output exports/mini
+    Example: keeplora export runs/mini --format adapter --rank 32 --dtype bfloat16 --output exports/mini-lora
+
+    Args:
+        run: The run directory.
+        flags: The settings.
+    """
+    display = Display(console)
+    with display.shown():
+        card = export_run(run, flags, track=display.track)
+    for line in export_lines(card, flags.output):
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(f"Card: {escape(str(flags.output / 'README.md'))}")
+
+
+def certify(run: tyro.conf.Positional[Path], *, layers: bool = False, json: Path | None = None) -> None:
+    """Check a run directory against its own files: hashes, certificates, merged model. Ends with 1 if a check fails.
+
+    Example: keeplora certify runs/mini --layers
+
+    Args:
+        run: The run directory.
+        layers: Show every layer, not only the worst one of each task.
+        json: Also write what was measured, and every breach, to this file.
+    """
+    if json is not None and (json.is_dir() or run.resolve() in json.resolve().parents):
+        raise ValueError(f"{json} is a folder or inside the run, which stays as it is; give --json another file")
+    display = Display(console)
+    with display.shown():
+        proof = certify_run(run, track=display.track)
+    if json is not None:
+        write_atomically(json, (dumps(proof.to_json(), indent=1) + "\n").encode())
+    for line in proof_lines(proof, layers=layers):
+        console.print(line, highlight=False)
+    if proof.breaches:
+        sys.exit(1)
+
+
+def resume(
+    run: tyro.conf.Positional[Path], *, checkpoint_steps: int | None = None, checkpoint_minutes: float = 5.0
+) -> None:
+    """Go on with a run that was cut off, from its last finished phase or checkpoint; a complete one is shown.
+
+    Example: keeplora resume runs/mini
+
+    Args:
+        run: The run directory.
+        checkpoint_steps: Optimiser steps from one checkpoint to the next; at the end of each epoch if not given.
+        checkpoint_minutes: The most minutes from one checkpoint to the next.
+    """
+    config = config_of(read_ledger(run))
+    config = replace(config, checkpoint_steps=checkpoint_steps, checkpoint_minutes=checkpoint_minutes)
+    display = Display(console)
+    with display.shown():
+        results = run_stream(config, track=display.track, watch=display.watch)
+    show_run(results, run)
+
+
+def undo(run: tyro.conf.Positional[Path], task: tyro.conf.Positional[str], *, output: Path) -> None:
+    """Write a run directory that is another one without one of its tasks: model, protected directions, scores.
+
+    Example: keeplora undo runs/mini food --output runs/mini-without-food
+
+    Args:
+        run: The run directory; it stays as it is.
+        task: The name of the task.
+        output: The new run directory.
+    """
+    display = Display(console)
+    with display.shown():
+        results = undo_task(run, task, output, track=display.track)
+    console.print(f"Undone: {escape(task)}")
+    show_run(results, output)
+    if left := results.tasks[len(results.accuracy) :]:
+        names = ", ".join(left)
+        console.print(f"Not finished: {escape(names)}; go on with keeplora resume {escape(str(output))}")
+
+
+def show_run(results: Results, folder: Path) -> None:
+    """Print the scores of a run, the room that its layers have left, and where it is."""
+    console.print(matrix_table(results))
+    show_room(folder)
+    console.print(f"Run directory: {escape(str(folder))}")
+
+
+def show_room(run: Path) -> None:
+    """Print the room that a run's layers have left; nothing if its method protects nothing."""
+    capacity = capacity_of(read_ledger(run).tasks)
+    for line in gauge_lines(capacity) if capacity else ():
+        console.print(line, highlight=False)

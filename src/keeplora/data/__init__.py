@@ -1,0 +1,1 @@
+"""From files to labelled images: readers, benchmarks, and the cache of decoded images."""

@@ -1,0 +1,139 @@
+"""Images as a vision tower wants them: decoded and resized once, kept as bytes, normalised a batch at a time."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from keeplora.data.images import Examples
+from keeplora.data.mapped_file import map_bytes
+from keeplora.layers.gradients import Track
+
+Item = tuple[Tensor, int]
+
+MEMORY_LIMIT = 4 * 2**30
+"""Bytes of pixels that are kept in memory; splits beyond it are kept in a temporary file, which is mapped."""
+
+READ_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Where pixels are kept, by processor and origin, and how many bytes of them may be in memory."""
+
+    memory_limit: int = MEMORY_LIMIT
+    in_memory: dict[Any, Tensor] = field(default_factory=dict)
+    mapped: dict[Any, Tensor] = field(default_factory=dict)
+
+    @property
+    def left(self) -> int:
+        """The bytes that may still be put in memory."""
+        return self.memory_limit - sum(pixels.numel() for pixels in self.in_memory.values())
+
+
+_KEPT: list[Shelf] = []
+"""The innermost is where `kept` keeps what is read."""
+
+
+@contextmanager
+def kept(memory_limit: int = MEMORY_LIMIT) -> Iterator[None]:
+    """Keep the pixels that are read inside, so that a second run on the same data decodes nothing again."""
+    _KEPT.append(Shelf(memory_limit))
+    try:
+        yield
+    finally:
+        _KEPT.pop()
+
+
+class Pixels(Dataset[Item]):
+    """A split as uint8 images `[n, 3, height, width]` and labels."""
+
+    def __init__(self, labels: tuple[int, ...], pixels: Tensor, normalise: Callable[[Tensor], Tensor]) -> None:
+        self.labels = labels
+        self.pixels = pixels
+        self.normalise = normalise
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.pixels[index], self.labels[index]
+
+    def collate(self, items: list[Item]) -> dict[str, Tensor]:
+        """Stack items to `pixel_values [n, 3, height, width]`, float and normalised, and `labels [n]`."""
+        pixels = torch.stack([item[0] for item in items])
+        return {"pixel_values": self.normalise(pixels), "labels": torch.tensor([item[1] for item in items])}
+
+
+class PixelStore:
+    """Reads splits through one image processor and keeps their pixels: in memory while it allows, then on disk."""
+
+    def __init__(self, processor: Any, memory_limit: int | None = None) -> None:
+        self.processor = processor
+        self.normalise = normaliser(processor)
+        shelf = _KEPT[-1] if _KEPT else Shelf()
+        self.shelf = shelf if memory_limit is None else replace(shelf, memory_limit=memory_limit)
+
+    def read(self, examples: Examples, track: Track, description: str) -> Pixels:
+        """Decode and resize every image once, so that an unreadable one is found now.
+
+        Raises:
+            ValueError: If an image cannot be read; the message names it. If images come out in different sizes. If
+                neither memory nor the folder for temporary files has room for them.
+        """
+        key = (self.processor.to_json_string(), *(examples.origin(i) for i in range(len(examples))))
+        if key not in self.shelf.in_memory and key not in self.shelf.mapped:
+            self._keep(key, self._chunks(examples, track, description), len(examples))
+        kept_in = self.shelf.in_memory if key in self.shelf.in_memory else self.shelf.mapped
+        return Pixels(examples.labels, kept_in[key], self.normalise)
+
+    def _keep(self, key: Any, chunks: Iterator[Tensor], num_images: int) -> None:
+        """Put the pixels in memory if they fit, otherwise in a file; nothing is kept of a split that fails."""
+        first = next(chunks)
+        shape = (num_images, *first.shape[1:])
+        if first[0].numel() * num_images > self.shelf.left:
+            self.shelf.mapped[key] = map_bytes(chain([first], chunks), shape)
+            return
+        pixels, start = first.new_empty(shape), 0
+        for chunk in chain([first], chunks):
+            pixels[start : start + len(chunk)] = chunk
+            start += len(chunk)
+        self.shelf.in_memory[key] = pixels
+
+    def _chunks(self, examples: Examples, track: Track, description: str) -> Iterator[Tensor]:
+        """Decode and resize the images in their order, some at a time."""
+        starts = range(0, len(examples), READ_AT_ONCE)
+        sizes: dict[tuple[int, ...], None] = {}
+        for start in track(starts, description, len(starts)):
+            images = self._resized([examples.image(i) for i in range(start, min(start + READ_AT_ONCE, len(examples)))])
+            sizes |= dict.fromkeys(image.shape[-2:] for image in images)
+            if len(sizes) > 1:
+                named = " and ".join(" x ".join(map(str, size)) for size in list(sizes)[:2])
+                raise ValueError(
+                    f"{description}: the model's image processor makes images of different sizes, {named}; let it crop"
+                    " them (do_center_crop) or give both height and width in its preprocessor_config.json"
+                )
+            yield torch.from_numpy(np.stack(images).astype(np.uint8, copy=False))
+
+    def _resized(self, images: list[Any]) -> list[np.ndarray[Any, Any]]:
+        values = self.processor(images, do_rescale=False, do_normalize=False)["pixel_values"]
+        return [np.asarray(value) for value in values]
+
+
+def normaliser(processor: Any) -> Callable[[Tensor], Tensor]:
+    """Return the last steps of an image processor, rescaling and normalisation, as a function on uint8 batches."""
+    factor = processor.rescale_factor if processor.do_rescale else 1.0
+    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
+    shift = torch.tensor(mean).view(3, 1, 1)
+    scale = torch.tensor(std).view(3, 1, 1)
+
+    def normalise(pixels: Tensor) -> Tensor:
+        return (pixels.float() * factor - shift) / scale
+
+    return normalise

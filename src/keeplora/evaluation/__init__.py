@@ -1,0 +1,1 @@
+"""From a model to scores: evaluation, metrics, the accuracy matrix, remaining capacity."""

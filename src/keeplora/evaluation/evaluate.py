@@ -1,0 +1,31 @@
+"""A model's score on every task of a stream."""
+
+from collections.abc import Sized
+
+import torch
+from torch import nn
+
+from keeplora.evaluation.metrics import METRICS
+from keeplora.layers.fused_forward import fused_layers
+from keeplora.layers.gradients import Track, silent
+from keeplora.layers.module_state import device_of, evaluation_mode
+from keeplora.models.registry import StreamTask
+from keeplora.task import to_device
+
+
+def evaluate(model: nn.Module, tasks: list[StreamTask], *, track: Track = silent) -> list[float]:
+    """Score a model on the held-out examples of every task, in percent; text features are computed once for each."""
+    return [_score(model, task, track) for task in tasks]
+
+
+def _score(model: nn.Module, task: StreamTask, track: Track) -> float:
+    predictions, references = [], []
+    batches = task.test_batches()
+    total = len(batches) if isinstance(batches, Sized) else None
+    # Not inference mode: what a model or a task caches inside could not be trained with afterwards.
+    with torch.no_grad(), evaluation_mode(model), fused_layers(model), task.frozen(model):
+        for batch in track(batches, f"{task.name}: evaluating", total):
+            for part in task.parts(to_device(batch, device_of(model))):
+                predictions.append(task.predict(model, part).cpu())
+                references.append(task.references(part).cpu())
+    return METRICS[task.metric](torch.cat(predictions), torch.cat(references))

@@ -1,0 +1,239 @@
+"""Statistics of a model on a task: mean gradients of the target weights, and second moments of their inputs.
+
+Nothing is stored on modules, and whatever is borrowed (hooks, `requires_grad`, the training mode) is given back even
+when a batch raises. Several processes each take their share of the batches and add up what they found.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sized
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from keeplora.layers.fused_forward import fused_layers
+from keeplora.layers.input_covariance import STATISTICS, InputMoments
+from keeplora.layers.module_state import device_of, evaluation_mode, only_these_require_grad
+from keeplora.task import Batch, LearningError, Task, to_device
+
+Track = Callable[[Iterable[Batch], str, int | None], Iterable[Batch]]
+"""Wraps an iterable of batches to show progress, given what is being done and how many batches there are, if known."""
+
+Statistic = Callable[[Tensor, int], Tensor]
+"""Makes a statistic `[d_out, d_in]` of the gradient of a mean loss and the number of examples it is the mean of."""
+
+
+def silent(batches: Iterable[Batch], description: str, total: int | None = None) -> Iterable[Batch]:
+    """Show no progress."""
+    return batches
+
+
+def mean_gradients(
+    model: nn.Module, task: Task, targets: list[str], *, share: float = 1.0, track: Track = silent
+) -> dict[str, Tensor]:
+    """Average the gradient of the loss with respect to the target weights over a task's examples (G_t, Eq. 4).
+
+    Only the targets get a gradient. The mean is over examples, so a smaller last batch weighs less.
+
+    Args:
+        model: Any module whose targets are `nn.Linear`.
+        task: Gives the batches and the loss.
+        targets: Module names of the target layers.
+        share: Use this share of the batches, from the start of `task.batches()`.
+        track: Shows progress over the batches.
+
+    Returns:
+        For each target the gradient `[d_out, d_in]` in float32; zero where no gradient reached the layer.
+
+    Raises:
+        ValueError: If there is no batch, or if a loss or a gradient is not finite.
+    """
+    return mean_over_examples(model, task, targets, lambda gradient, _: gradient, share=share, track=track)
+
+
+def mean_over_examples(
+    model: nn.Module, task: Task, targets: list[str], statistic: Statistic, *, share: float = 1.0, track: Track = silent
+) -> dict[str, Tensor]:
+    """Average a statistic of each batch's gradient over a task's examples, as `mean_gradients` does the gradient.
+
+    Takes, returns and raises what `mean_gradients` does; `statistic` is asked for every part of a batch and target. One
+    that is not linear in the gradient needs a task that cuts batches as it means to, and keeps nothing frozen.
+    """
+    weights = {name: model.get_parameter(f"{name}.weight") for name in targets}
+    sums = GradientSums(weights, statistic)
+    with only_these_require_grad(model, list(weights.values())):
+        count = add_gradients(model, task, sums.add, share, track)
+    count = sum_over_processes(sums.totals, count)
+    if count == 0:
+        raise ValueError(f"task {task.name!r} gave no batch to take a gradient from")
+    for name, total in sums.totals.items():
+        require_finite(total, f"task {task.name!r}: the gradient of layer {name!r} is not finite; is the learning rate"
+                               " of an earlier task too high, or the precision too low?")  # fmt: skip
+        total.div_(count)
+    return sums.totals
+
+
+AddGradient = Callable[[Tensor, list[Tensor], int, float], tuple[Tensor | None, ...]]
+"""Takes a mean loss, leaves, of how many examples it is the mean, and its weight; uses the loss's gradient with respect
+to what it is after, and returns that with respect to the leaves."""
+
+
+def add_gradients(model: nn.Module, task: Task, add: AddGradient, share: float, track: Track) -> int:
+    """Hand the loss of every part of a share of a task's batches to `add`; return the number of examples.
+
+    What the task keeps frozen is differentiated once, after all of them.
+
+    Raises:
+        LearningError: If a loss is not finite.
+        ValueError: If no loss depends on what requires a gradient.
+    """
+    count, reached = 0, False
+    with evaluation_mode(model), fused_layers(model), task.frozen(model) as stand_ins:
+        for batch in batches_of(model, task, share, track, "gradient"):
+            for part in task.parts(batch):
+                num_examples = task.num_examples(part)
+                if num_examples == 0:
+                    continue
+                loss = task.loss(model, part)
+                require_finite(loss, f"task {task.name!r}: the loss of a batch is {loss.item()} in the gradient pass")
+                count += num_examples
+                if not loss.requires_grad:
+                    continue
+                reached = True
+                gradients = add(loss, [stand_in.leaf for stand_in in stand_ins], num_examples, num_examples)
+                for stand_in, gradient in zip(stand_ins, gradients, strict=True):
+                    stand_in.add(gradient, num_examples)
+        for stand_in in stand_ins:
+            add(stand_in.surrogate(), [], count, stand_in.weight)
+    if count and not reached:
+        raise ValueError(
+            f"task {task.name!r}: the loss depends on no target layer when the model is in evaluation mode, in which"
+            " the gradient pass runs; is it computed without gradients there?"
+        )
+    return count
+
+
+class GradientSums:
+    """Sums of a statistic of each weight's gradients. A gradient is let go of before the next weight's is made."""
+
+    def __init__(self, weights: dict[str, nn.Parameter], statistic: Statistic) -> None:
+        self.totals = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
+        self._sharing: dict[nn.Parameter, list[Tensor]] = {}
+        for name, weight in weights.items():
+            self._sharing.setdefault(weight, []).append(self.totals[name])
+        self._statistic = statistic
+
+    def add(self, loss: Tensor, leaves: list[Tensor], num_examples: int, weight: float) -> tuple[Tensor | None, ...]:
+        """Add the statistic of the gradients of a mean over so many examples; return those of the leaves."""
+        take = partial(self._take, num_examples, weight)
+        # Only now: a loss may itself differentiate with respect to a weight.
+        hooks = [shared.register_hook(partial(take, totals)) for shared, totals in self._sharing.items()]
+        try:
+            return torch.autograd.grad(loss, [*self._sharing, *leaves], allow_unused=True)[len(self._sharing) :]
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _take(self, num_examples: int, weight: float, totals: list[Tensor], gradient: Tensor | None) -> Tensor | None:
+        if gradient is None:
+            return None
+        found = self._statistic(gradient, num_examples)
+        for total in totals:
+            total.add_(found, alpha=weight)
+        return gradient.new_zeros(()).expand_as(gradient)  # What autograd keeps until its pass ends takes no memory.
+
+
+def input_grams(
+    model: nn.Module, task: Task, targets: list[str], *, features: str = "second_moment", track: Track = silent
+) -> dict[str, Tensor]:
+    """Accumulate the second moment of every target layer's input over a task's examples (X X^T of Eq. 9).
+
+    Padding rows, as `task.real_rows` tells them, are left out. Layers that receive the very same tensor, such as the
+    query, key and value projections of a block, share one gram: the values of the result are then one object.
+
+    Args:
+        model: Any module whose targets are `nn.Linear`.
+        task: Gives the batches; its loss is the forward pass.
+        targets: Module names of the target layers.
+        features: `second_moment` for the exact statistic; `batch_mean` for the released code's, which averages inputs
+            over batches by their place in the batch and leaves out batches of another size than the first.
+        track: Shows progress over the batches.
+
+    Returns:
+        For each target the gram `[d_in, d_in]` in float32, a sum over rows; its scale carries no meaning.
+
+    Raises:
+        ValueError: If a layer was never reached, if its input is not finite, or if it shares its input with another
+            layer in one batch and not in the next.
+    """
+    inputs = InputMoments(task, STATISTICS[features])
+    watching = inputs.watching({name: model.get_submodule(name) for name in targets})
+    with torch.no_grad(), evaluation_mode(model), fused_layers(model), task.frozen(model), watching:
+        for batch in batches_of(model, task, 1.0, track, "features"):
+            for part in task.parts(batch) if inputs.kind.takes_parts else [batch]:
+                inputs.next_batch(part)
+                task.loss(model, part)
+    return summed_grams(inputs, targets)
+
+
+def summed_grams(inputs: InputMoments, targets: list[str]) -> dict[str, Tensor]:
+    """Add up over all processes what was seen of the targets' inputs; return what `input_grams` does, or raise it."""
+    grams = {leader: statistic.gram() for leader, statistic in inputs.statistics.items()}
+    sum_over_processes(grams, 0)
+    for name in targets:
+        if name not in inputs.leaders:
+            raise ValueError(f"task {inputs.task.name!r} never ran layer {name!r}; leave it out of the targets")
+    for leader, gram in grams.items():
+        require_finite(gram, f"task {inputs.task.name!r}: the inputs of layer {leader!r} are not finite")
+    return {name: grams[inputs.leaders[name]] for name in targets}
+
+
+def batches_of(model: nn.Module, task: Task, share: float, track: Track, what: str) -> Iterator[Batch]:
+    """Yield this process's part of a share of the batches, on the model's device."""
+    batches: Iterable[Batch] = task.batches()
+    total = len(batches) if isinstance(batches, Sized) else None
+    if share < 1:
+        if total is None:
+            raise ValueError(
+                f"task {task.name!r}: a share of {share} of the batches needs their number; let batches() return a"
+                " list or a DataLoader"
+            )
+        total = share_of(total, share)
+        batches = itertools.islice(batches, total)
+    rank, num_processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if total is not None:
+        if 0 < total < num_processes:
+            raise ValueError(
+                f"task {task.name!r} has {total} batches for {num_processes} processes; use fewer processes"
+            )
+        total = len(range(rank, total, num_processes))
+    batches = track(itertools.islice(batches, rank, None, num_processes), f"{task.name}: {what}", total)
+    for batch in batches:
+        yield to_device(batch, device_of(model))
+
+
+def share_of(num_batches: int, share: float) -> int:
+    """Return how many batches a share of them is, rounded up."""
+    return math.ceil(round(share * num_batches, 6))  # 0.07 * 100 is a little above 7
+
+
+def sum_over_processes(tensors: dict[str, Tensor], count: int) -> int:
+    """Add tensors up over all processes, in place, and a count."""
+    if not dist.is_initialized():
+        return count
+    for tensor in tensors.values():
+        dist.all_reduce(tensor)
+    total = torch.tensor(count, device=next(iter(tensors.values())).device)
+    dist.all_reduce(total)
+    return int(total)
+
+
+def require_finite(tensor: Tensor, message: str) -> None:
+    """Raise a `LearningError` with this message unless every entry of a tensor is a finite number.
+
+    Looks at the extremes, which are NaN if any entry is: a mask would take more memory than the tensor.
+    """
+    if tensor.numel() > 0 and not all(math.isfinite(float(extreme)) for extreme in tensor.detach().aminmax()):
+        raise LearningError(message)

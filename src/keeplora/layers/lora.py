@@ -1,0 +1,241 @@
+"""LoRA adapters of stock PEFT: attach with given factors, read, save, reload, merge. The only importer of peft.
+
+Layer names are those of the base model, without PEFT's prefix.
+"""
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias, TypeVar, cast
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from keeplora.runs.schemas import read_adapter_config
+from keeplora.task import LearningError
+
+ADAPTER = "default"
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+PREFIX = "base_model.model."
+N = TypeVar("N", int, float)
+LoraLinear: TypeAlias = Linear
+"""A linear layer that PEFT adapted."""
+
+A_KEY, B_KEY = ".lora_A.weight", ".lora_B.weight"
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """A trained adapter, detached from its model: what an `adapter/` folder holds."""
+
+    config: PeftConfig
+    weights: dict[str, Tensor]
+
+    def files(self) -> dict[str, bytes]:
+        """Return the files of a stock PEFT adapter folder, by name; equal adapters give equal bytes."""
+        config = self.config.to_dict() | {"inference_mode": True}
+        plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+        text = json.dumps(dict(sorted(plain.items())), indent=2)  # The order inside a pattern matters to PEFT.
+        return {CONFIG_FILE: text.encode(), WEIGHTS_FILE: save(self.weights, metadata={"format": "pt"})}
+
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the factors `(a, scaling * b)` of every layer, in float32; their product is the update."""
+        config = cast(LoraConfig, self.config)
+        factors = {}
+        for key, a in self.weights.items():
+            if key.endswith(A_KEY):
+                name = key.removeprefix(PREFIX).removesuffix(A_KEY)
+                alpha = config.alpha_pattern.get(name, config.lora_alpha)
+                b = self.weights[key.removesuffix(A_KEY) + B_KEY]
+                factors[name] = (a.float(), b.float() * (alpha / a.shape[0]))
+        return factors
+
+    def based_on(self, model: nn.Module, source: str) -> "SavedAdapter":
+        """Return the same adapter with its base model named in it: the class, and the hub name or folder."""
+        config = copy.copy(self.config)
+        config.base_model_name_or_path = source
+        config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+        return SavedAdapter(config, self.weights)
+
+    def cast(self, dtype: torch.dtype) -> "SavedAdapter":
+        """Return the same adapter with its factors in another precision."""
+        return SavedAdapter(self.config, {name: value.to(dtype) for name, value in self.weights.items()})
+
+    @staticmethod
+    def config_from(content: bytes, path: Path = Path(CONFIG_FILE)) -> PeftConfig:
+        """Read the configuration of a saved adapter, the content of the file at a path.
+
+        Raises:
+            ValueError: If it is none that `files` could have written; the message names the path and the key.
+        """
+        return PeftConfig.from_peft_type(**read_adapter_config(content, LoraConfig().to_dict(), path))
+
+
+def linear_targets(model: nn.Module, suffixes: tuple[str, ...]) -> list[str]:
+    """List the `nn.Linear` modules whose name is, or ends in, one of the suffixes, in the model's order.
+
+    Linear layers inside `nn.MultiheadAttention` are left out: it reads their weights past the layer itself, so that an
+    adapter on them would change nothing.
+
+    Raises:
+        ValueError: If there is none; the message lists the names there are.
+    """
+    hidden = {
+        f"{name}.{child}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+        for child, _ in module.named_modules()
+    }
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in hidden]
+    found = [name for name in linears if any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)]
+    if not found:
+        endings = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linears})) or "none"
+        raise ValueError(f"no linear layer is named {' or '.join(suffixes)}; set targets to some of: {endings}")
+    return found
+
+
+def attach(
+    model: nn.Module,
+    ranks: dict[str, int],
+    alphas: dict[str, float],
+    *,
+    factors: dict[str, tuple[Tensor, Tensor]] | None = None,
+) -> nn.Module:
+    """Wrap a model in a stock PEFT LoRA with a rank and an alpha for each layer; the update is `alpha / rank * b @ a`.
+
+    Args:
+        model: The base model; its own parameters are frozen.
+        ranks: The layers to adapt and the rank of each.
+        alphas: The alpha of each layer.
+        factors: Start values `(a [r, d_in], b [d_out, r])`; `a` is then frozen. PEFT's own start without it.
+    """
+    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(ranks),
+        rank_pattern=_pattern(ranks, rank),
+        alpha_pattern=_pattern(alphas, alpha),
+        exclude_modules=_namesakes(model, set(ranks)) or None,
+        lora_dropout=0.0,
+        bias="none",
+    )
+    adapted: nn.Module = get_peft_model(model, config)
+    layers = lora_layers(adapted)
+    assert set(layers) == set(ranks), "PEFT adapted other layers than it was told"
+    for name, layer in layers.items():
+        assert layer.scaling[ADAPTER] == alphas[name] / ranks[name], f"PEFT scales {name} in its own way"
+    for name, (a, b) in (factors or {}).items():
+        set_factors(layers[name], a, b)
+        layers[name].lora_A[ADAPTER].weight.requires_grad_(False)
+    return adapted
+
+
+def _pattern(values: dict[str, N], default: N) -> dict[str, N]:
+    """List the layers whose value PEFT would not take from the default.
+
+    PEFT takes the first entry that ends a layer's name. So longer names come first, and a layer with the default is
+    listed too where a shorter name would claim it.
+    """
+    different = {name for name in values if values[name] != default}
+    claimed = {name for name in values if any(name.endswith(f".{other}") for other in different)}
+    return {name: values[name] for name in sorted(different | claimed, key=lambda name: (-len(name), name))}
+
+
+def _namesakes(model: nn.Module, targets: set[str]) -> list[str]:
+    """List the layers that PEFT would take for a target because their name ends in one."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in targets]
+    return [name for name in names if any(name.endswith(f".{target}") for target in targets)]
+
+
+def lora_layers(adapted: nn.Module) -> dict[str, LoraLinear]:
+    """Return the adapted layers by their name in the base model."""
+    found = {name: module for name, module in adapted.named_modules() if isinstance(module, Linear)}
+    return {name.removeprefix(PREFIX): module for name, module in found.items()}
+
+
+def add_to_base(layer: LoraLinear, update: Tensor) -> None:
+    """Add an update `[d_out, d_in]` to the base weight of an adapted layer."""
+    with torch.no_grad():
+        layer.get_base_layer().weight.add_(update.to(layer.get_base_layer().weight.dtype))
+
+
+def set_factors(layer: LoraLinear, a: Tensor, b: Tensor) -> None:
+    """Copy the factors `a [r, d_in]` and `b [d_out, r]` into an adapted layer."""
+    with torch.no_grad():
+        layer.lora_A[ADAPTER].weight.copy_(a)
+        layer.lora_B[ADAPTER].weight.copy_(b)
+
+
+def thaw_a(adapted: nn.Module) -> None:
+    """Let the optimiser train the factor `a` of every adapted layer."""
+    for layer in lora_layers(adapted).values():
+        layer.lora_A[ADAPTER].weight.requires_grad_(True)
+
+
+def factors_of(adapted: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Read the factors `(a, scaling * b)` of every adapted layer, in float32; their product is the update."""
+    return {
+        name: (
+            layer.lora_A[ADAPTER].weight.detach().float(),
+            layer.lora_B[ADAPTER].weight.detach().float() * layer.scaling[ADAPTER],
+        )
+        for name, layer in lora_layers(adapted).items()
+    }
+
+
+def detach(adapted: nn.Module) -> SavedAdapter:
+    """Copy the adapter out of a model, so that it can be saved after the merge."""
+    weights = get_peft_model_state_dict(adapted, adapter_name=ADAPTER)
+    copies = {name: value.detach().cpu().clone() for name, value in weights.items()}
+    return SavedAdapter(cast(PeftModel, adapted).peft_config[ADAPTER], copies)
+
+
+def inner(adapted: nn.Module) -> nn.Module:
+    """Return the base model with the adapter's layers inside it, without PEFT's wrapper."""
+    return cast(nn.Module, cast(PeftModel, adapted).get_base_model())
+
+
+def base_parameters(adapted: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the base model's parameters by the names they have without the adapter."""
+    found = inner(adapted).named_parameters()
+    return {name.replace(".base_layer.", "."): value for name, value in found if ".lora_" not in name}
+
+
+def merge(adapted: nn.Module) -> nn.Module:
+    """Add every update to its weight and return the plain base model.
+
+    Raises:
+        LearningError: If a merged weight would not be finite.
+    """
+    try:
+        return cast(nn.Module, cast(PeftModel, adapted).merge_and_unload(safe_merge=True))
+    except ValueError as error:
+        raise LearningError(f"the trained update cannot be merged: {error}. Lower learning_rate") from error
+
+
+def unload(adapted: nn.Module) -> nn.Module:
+    """Take the adapter out without merging it and return the plain base model."""
+    return cast(nn.Module, cast(PeftModel, adapted).unload())
+
+
+def merge_from(model: nn.Module, folder: Path) -> nn.Module:
+    """Reload a saved adapter into its base model and merge it.
+
+    Raises:
+        ValueError: If it does not fit the model, or the folder has none in safetensors; PEFT would take a pickled one.
+        LearningError: If a merged weight would not be finite.
+    """
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise ValueError(f"{folder} has no {WEIGHTS_FILE}; adapters are read from safetensors alone")
+    try:
+        adapted = PeftModel.from_pretrained(model, folder, adapter_name=ADAPTER)
+    except (RuntimeError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"the adapter {folder} does not fit the model: {error}") from error
+    return merge(adapted)

@@ -1,0 +1,45 @@
+"""What a model family must know, and what a task of a stream offers besides its training batches."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from keeplora.layers.gradients import Track
+from keeplora.task import Batch, Task, TaskSpec
+
+
+class StreamTask(Task):
+    """A task that can be evaluated: held-out batches, predictions and references for a metric."""
+
+    metric: str = "accuracy"
+    epochs: int | None = None
+    """Number of training epochs, where it differs from the run's."""
+
+    def test_batches(self) -> Iterable[Batch]:
+        """Return the held-out batches, in a fixed order."""
+        raise NotImplementedError
+
+    def predict(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the model's answers to a batch, `[n]`."""
+        raise NotImplementedError
+
+    def references(self, batch: Batch) -> Tensor:
+        """Return the right answers to a batch, `[n]`."""
+        raise NotImplementedError
+
+
+class Family(Protocol):
+    """How to load one kind of model, make tasks for it, and save it again."""
+
+    def load(self, name: str) -> nn.Module:
+        """Load a model in float32 by hub name or folder."""
+
+    def tasks(
+        self, name: str, specs: tuple[TaskSpec, ...], *, batch_size: int, evaluation: str, seed: int, track: Track
+    ) -> list[StreamTask]:
+        """Read, check and prepare the data of every task for the model called `name`."""
+
+    def save(self, model: nn.Module, name: str, folder: Path) -> None:
+        """Write the model, and what is needed to use it, so that `from_pretrained` loads the folder."""

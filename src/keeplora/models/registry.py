@@ -1,0 +1,46 @@
+"""Model families by the `model_type` of a Hugging Face config. Adding one is a file in this folder and a line here."""
+
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from keeplora.models.dual_encoder import DualEncoder
+from keeplora.models.interfaces import Family, StreamTask
+
+FAMILIES: dict[str, Family] = {
+    "clip": DualEncoder(),
+    "siglip": DualEncoder(),
+}
+
+EMBEDDED = {"mini": Path(__file__).parents[1] / "data" / "mini" / "model"}
+"""Models that come with the package, by name."""
+
+
+def locate(model: str) -> str:
+    """Return where a model is: the folder of an embedded one, or the name or folder itself."""
+    return str(EMBEDDED.get(model, model))
+
+
+def family_of(model: str) -> Family:
+    """Find the family of a model by its hub name or folder.
+
+    Raises:
+        ValueError: If the model cannot be found or is of no known family; the message lists the known ones.
+    """
+    try:
+        if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).is_dir():
+            raise ValueError("there is no such folder, and no name on the hub looks like this")
+        model_type = AutoConfig.from_pretrained(locate(model)).model_type
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        known = ", ".join(EMBEDDED)
+        raise ValueError(
+            f"model {model!r} is neither an embedded model ({known}), nor a folder with a Hugging Face model, nor on"
+            f" the hub: {reason}"
+        ) from None
+    if model_type not in FAMILIES:
+        raise ValueError(f"model {model!r} is of type {model_type!r}; known types: {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]
+
+
+__all__ = ["EMBEDDED", "FAMILIES", "Family", "StreamTask", "family_of", "locate"]

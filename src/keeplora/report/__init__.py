@@ -1,0 +1,1 @@
+"""HTML pages and charts; draws what it is given."""

@@ -1,0 +1,1 @@
+"""The continual loop and its run directory."""

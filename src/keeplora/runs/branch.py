@@ -1,0 +1,215 @@
+"""New runs from the tasks of another: one without a task, one that goes on with other settings; and a longer one."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from keeplora.evaluation.accuracy_matrix import Results
+from keeplora.evaluation.evaluate import evaluate
+from keeplora.layers.gradients import Track, silent
+from keeplora.methods.registry import find_method, method_behind
+from keeplora.models.registry import StreamTask, family_of, locate
+from keeplora.runs import disk
+from keeplora.runs.config import RunConfig, absolute, open_stream, plain_values, resolved, stream_of
+from keeplora.runs.directory import Ledger
+from keeplora.runs.loop import replay, report, require_same_model
+from keeplora.runs.manifest import differences
+from keeplora.runs.open import open_ledger, read_ledger
+from keeplora.runs.reopen import config_of
+from keeplora.subspace import protected as subspace
+from keeplora.training.trainer import best_device
+
+OF_THE_STREAM = ("model", "evaluation")
+"""Settings that a fork cannot change, beside the method and some of its options."""
+
+
+def undo(folder: Path, task: str, output: Path, *, track: Track = silent) -> Results:
+    """Make a run directory that is another one without one of its finished tasks, and return its scores.
+
+    The model is made from the base model and the updates of the other tasks, in float32; what the task protected is
+    protected no longer; states that the run never had are evaluated. Without the last task, all is exactly as if it had
+    not been learned.
+
+    Args:
+        folder: The run directory; it stays as it is.
+        task: The name of the task.
+        output: The new run directory.
+        track: Shows progress.
+
+    Raises:
+        ValueError: If the task is not finished, later ones depend on it, or a file is missing or damaged.
+    """
+    source = read_ledger(folder)
+    finished = source.manifest["tasks"][: source.num_finished]
+    if task not in finished:
+        raise ValueError(f"{folder} has no finished task {task!r}; it has {', '.join(finished) or 'none'}")
+    if len(source.manifest["tasks"]) == 1:
+        raise ValueError(f"{task!r} is the only task of {folder}: without it there is only the base model")
+    config = config_of(source)
+    method = find_method(config.method)[0]
+    if not method.one_by_one or (not method.stands_alone and task != finished[-1]):
+        can = f"only its last task, {finished[-1]!r}" if method.one_by_one else "no task"
+        raise ValueError(f"{config.method} can undo {can}: what it learns depends on the tasks before")
+    kept = [index for index, name in enumerate(finished) if name != task]
+    config = dataclasses.replace(config, without=(*config.without, task), output=output)
+    old = {name: table for name, table in source.manifest["config"]["tasks"].items() if name != task}
+    if list(old.items()) != list(plain_values(config)["tasks"].items()):
+        raise ValueError(f"the tasks in {config.benchmark} are not those that {folder} learned; bring them back first")
+    return _branch(source, config, kept, {"undone": task}, track)
+
+
+def fork(folder: Path, config: RunConfig, *, track: Track = silent) -> Results:
+    """Make a run directory that begins with the finished tasks of another one; `run(config)` goes on with it.
+
+    Args:
+        folder: The run directory to start from; it stays as it is.
+        config: How to go on. The model, the method and the finished tasks must be those of the run.
+        track: Shows progress.
+
+    Raises:
+        ValueError: If something differs that would not fit to the finished tasks, no task is finished or none is left
+            to learn, or a file is missing or damaged.
+    """
+    source = read_ledger(folder)
+    if source.num_finished == 0:
+        raise ValueError(f"{folder} has no finished task yet: a fork would be a new run; start one without --fork")
+    before, fixed = config_of(source), find_method(config.method)[0].fixed
+    different = [name for name in OF_THE_STREAM if getattr(before, name) != getattr(config, name)]
+    if method_behind(before.method) != method_behind(config.method):
+        different.append("method")
+    else:
+        options = [name for name in fixed if getattr(before.options, name) != getattr(config.options, name)]
+        different += [f"options.{name}" for name in options]
+    finished = source.manifest["tasks"][: source.num_finished]
+    old, new = ({spec.name: resolved(spec) for spec in stream_of(settings)} for settings in (before, config))
+    if list(new)[: len(finished)] != finished or any(old.get(name, spec) != spec for name, spec in new.items()):
+        different.append("the finished tasks")
+    if different:
+        raise ValueError(f"a fork of {folder} cannot change {', '.join(different)}: the finished tasks were learned so")
+    if len(new) == len(finished):
+        raise ValueError(
+            f"{folder} is complete: nothing is left to learn with other settings; add tasks with --more, or undo some"
+        )
+    changes = differences(source.manifest["config"], plain_values(config))
+    return _branch(source, config, list(range(source.num_finished)), {"changes": changes}, track)
+
+
+def continued(folder: Path, benchmark: str) -> RunConfig:
+    """Return the configuration of a run that goes on with the tasks of another benchmark behind its own.
+
+    `run(config, extend=True)` learns them. The states that the run had before are evaluated on them too, so that the
+    run ends as if it had had all tasks from the beginning.
+
+    Raises:
+        ValueError: If the run is not complete, the benchmark has nothing new, or the method does not learn task by
+            task.
+    """
+    source = read_ledger(folder)
+    config = config_of(source)
+    if not find_method(config.method)[0].one_by_one:
+        raise ValueError(f"{config.method} does not learn task by task, and cannot go on with more")
+    benchmark = absolute(benchmark)
+    if not source.is_complete:
+        if benchmark in config.more:
+            return config
+        raise ValueError(f"{folder} is not complete; first: keeplora resume {folder}")
+    known = source.manifest["tasks"]
+    config = dataclasses.replace(config, more=(*config.more, benchmark))
+    if set(plain_values(config)["tasks"]) <= set(known):
+        undone = f", left out: {', '.join(config.without)}" if config.without else ""
+        raise ValueError(
+            f"benchmark {benchmark!r} has no task that is new to {folder} (learned: {', '.join(known)}{undone}); a task"
+            " of another name is new"
+        )
+    return config
+
+
+def with_more(folder: Path, given: RunConfig) -> RunConfig:
+    """Return what `continued` does, given a run's own settings but with the benchmark whose tasks are to follow.
+
+    Raises:
+        ValueError: If other settings than those of the run are given, beside what `continued` raises.
+    """
+    before = config_of(read_ledger(folder))
+    own = dataclasses.replace(given, benchmark=before.benchmark)
+    different = differences(plain_values(before), plain_values(own))
+    if given.output.resolve() != folder.resolve():
+        different.append(f"output was {str(folder)!r}, is {str(given.output)!r}")
+    if different:
+        raise ValueError(
+            f"--continue goes on with the settings of {folder} ({'; '.join(different)}); leave them out, or --fork it"
+        )
+    more = continued(folder, given.benchmark).more
+    return dataclasses.replace(own, more=more)
+
+
+def _branch(source: Ledger, config: RunConfig, kept: list[int], origin: dict[str, Any], track: Track) -> Results:
+    """Write a run directory that begins with some finished tasks of another; it is there as a whole or not at all."""
+    best_device()  # Processes meet here.
+    if dist.is_initialized():
+        raise ValueError("a run is undone or forked in one process only; run without a launcher")
+    if source.folder.resolve() in config.output.resolve().parents:
+        raise ValueError(f"{config.output} is inside {source.folder}; give another --output")
+    values = plain_values(config)
+    with disk.made_whole(config.output) as part:
+        model, tasks = open_stream(config, track)
+        require_same_model(model, config, source)
+        with open_ledger(part, values, list(values["tasks"])) as ledger:
+            ledger.manifest["origin"] = {"run": str(source.folder.resolve()), **origin}
+            model = _Copy(source, ledger, tasks, track).write(model, config, kept)
+            save = partial(family_of(config.model).save, model, locate(config.model))
+            ledger.commit_tasks(save if config.save_model and kept else None)
+            results = report(ledger) if ledger.is_complete else ledger.results()
+    return results
+
+
+@dataclasses.dataclass(frozen=True)
+class _Copy:
+    """Finished tasks on their way from one run to another; `tasks` are those of the new one."""
+
+    source: Ledger
+    ledger: Ledger
+    tasks: list[StreamTask]
+    track: Track
+
+    def write(self, model: nn.Module, config: RunConfig, kept: list[int]) -> nn.Module:
+        """Hand in the tasks of these places in the old run; return the model behind the last of them."""
+        method = find_method(config.method)[0](config.options, seed=config.seed, track=self.track)
+        method.plan(self.tasks)
+        old = self.source.manifest
+        zero_shot = self._scores(model, old["zero_shot"])
+        self.ledger.manifest |= {"model_digest": old["model_digest"], "zero_shot": zero_shot, "start": old["start"]}
+        for place, index in enumerate(self.track(kept, "merging", len(kept))):
+            details = dict(self.source.tasks[index])
+            before = method.protected(model)
+            model = replay(method, model, self.tasks[place], self.source, index)
+            if place == index:
+                details["scores"] = self._scores(model, details["scores"])
+            else:  # A state that the old run never had.
+                details["scores"] = evaluate(model, self.tasks, track=self.track)
+                details["certificate"] = self._certificate(before, method.protected(model), index)
+            self.ledger.copy_task(self.source, index, details)
+        return model
+
+    def _scores(self, model: nn.Module, recorded: list[float]) -> list[float]:
+        """Return the scores of a state that the old run had: what it recorded, and a new evaluation of other tasks."""
+        tables = self.source.manifest["config"]["tasks"], self.ledger.manifest["config"]["tasks"]
+        scores = dict(zip(self.source.manifest["tasks"], recorded, strict=True))
+        known = {name: score for name, score in scores.items() if tables[0][name] == tables[1].get(name)}
+        missing = [task for task in self.tasks if task.name not in known]
+        found = zip(missing, evaluate(model, missing, track=self.track), strict=True)
+        known |= {task.name: score for task, score in found}
+        return [known[task.name] for task in self.tasks]
+
+    def _certificate(self, before: dict[str, Tensor], after: dict[str, Tensor], index: int) -> dict[str, Any]:
+        """Certify a task against what is protected now; how it merged into such a state was never measured."""
+        record, _ = self.source.record(index)
+        factors = {} if record.adapter is None else record.adapter.factors()
+        places = {name: basis.device for name, basis in before.items()}
+        updates = {name: (a.to(places[name]), b.to(places[name])) for name, (a, b) in factors.items() if name in before}
+        certificate = subspace.certify(before, after, updates)
+        return {**subspace.certificate_to_json(certificate), "merge_error": None}

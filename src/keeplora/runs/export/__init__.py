@@ -1,0 +1,1 @@
+"""What a run learned, for use without keeplora."""

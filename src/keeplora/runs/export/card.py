@@ -1,0 +1,77 @@
+"""The model card of an export: Hugging Face front matter, tasks and scores, settings, licences, how to load it."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from keeplora.evaluation.accuracy_matrix import Results
+from keeplora.report.html import METRIC_NAMES
+from keeplora.subspace.low_rank_update import Cut
+
+TEMPLATE = "card.md.j2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """All that a card says."""
+
+    format: str
+    dtype: str
+    base: str
+    """Hub name or absolute folder of the base model."""
+    model_class: str
+    """Its class in transformers."""
+    has_text_tower: bool
+    """Whether it tells images apart by prompts."""
+    embedded: tuple[str, ...]
+    """What of the run came with keeplora, so that its licence is known: model, benchmark, both or none."""
+    results: Results
+    prompts: dict[str, str]
+    """The template of the prompts of each task."""
+    evaluation: str
+    one_by_one: bool
+    settings: dict[str, Any]
+    folders: dict[str, str] = field(default_factory=dict)
+    """Task and folder of each adapter."""
+    heads: dict[str, str] = field(default_factory=dict)
+    """Task and file, without its ending, of each classifier."""
+    cut: Cut | None = None
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Names to load the adapters under, and the folder of each; PEFT allows no dot in a name."""
+        return {f"task{number}": folder for number, folder in enumerate(self.folders.values(), 1)}
+
+    @property
+    def is_on_hub(self) -> bool:
+        """Whether the base model is named by its place on the hub."""
+        return not Path(self.base).is_absolute()
+
+
+def render(card: Card) -> str:
+    """Return the card as Markdown."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"cell": _cell, "literal": lambda value: json.dumps(value, ensure_ascii=False)}
+    summary = {name: card.results.summary()[key] for key, name in METRIC_NAMES.items()}
+    values = {item.name: getattr(card, item.name) for item in dataclasses.fields(card)}
+    return environment.get_template(TEMPLATE).render(
+        **values,
+        names=card.names,
+        is_on_hub=card.is_on_hub,
+        summary=", ".join(f"{name} {value:.1f}" for name, value in summary.items() if value is not None),
+    )
+
+
+def _cell(value: object) -> str:
+    """Return a value as text that stays inside its cell of a table."""
+    return str(value).replace("|", "\\|").replace("\n", " ")

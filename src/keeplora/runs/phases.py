@@ -1,0 +1,91 @@
+"""The durable phases of the task that is being learned: each is computed once, however often the run is cut off.
+
+What a phase found is put into the run directory together with the state of every random generator behind it, so that a
+resumed run goes on with the same draws. When the task is finished, all of it is removed.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from keeplora.runs.directory import UNFINISHED, Ledger
+from keeplora.task import to_device
+from keeplora.training.profiling import Clock, Phases
+from keeplora.training.state_file import Checkpoints, State, capture_random, from_bytes, restore_random, to_bytes
+
+TRAINING = "train"
+
+
+class Unfinished:
+    """Keeps what one task has finished so far in the ledger; `clock` measures its phases over all attempts."""
+
+    def __init__(
+        self, ledger: Ledger, task: str, device: torch.device, generators: tuple[torch.Generator, ...]
+    ) -> None:
+        self.ledger = ledger
+        self.task = task
+        self.device = device
+        self.generators = generators
+        self.clock = Clock(ledger.manifest.get("now", {}).get("phases"))
+        self._num_checkpoints = 0
+        self._inside: list[set[str]] = []
+
+    def once(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return what a phase found: from the ledger if it is there, otherwise computed now and put there.
+
+        What other phases found while this one was computed went into it, and is dropped from the ledger.
+        """
+        file = f"{UNFINISHED}/{name}.safetensors"
+        if file in self.ledger.files:
+            state = self._state(file)
+            restore_random(state["random"], self.generators)
+            if self._inside:
+                self._inside[-1].add(file)
+            return dict(to_device(state["tensors"], self.device))
+        self._inside.append(set())
+        with self.clock.phase(name):
+            tensors = compute()
+        for used in self._inside.pop():
+            self.ledger.remove(used)
+        if self._inside:
+            self._inside[-1].add(file)
+        self.ledger.write(file, to_bytes({"tensors": tensors, "random": capture_random(self.generators)}))
+        self._commit(name)
+        return tensors
+
+    def checkpoints(self, steps: int | None, seconds: float) -> Checkpoints:
+        """Return where training is taken up again, and how it puts such places into the ledger."""
+        found = sorted(name for name in self.ledger.files if name.startswith(f"{UNFINISHED}/{TRAINING}-"))
+        last = self._state(found[-1]) if found else None
+        self._num_checkpoints = int(found[-1].split("-")[-1].split(".")[0]) if found else 0
+        return Checkpoints(last, self._keep, steps, seconds, self.generators)
+
+    def forget(self) -> None:
+        """Drop everything that this task has finished so far."""
+        self.ledger.remove(f"{UNFINISHED}/")
+        self.ledger.manifest.pop("now", None)
+        self.ledger.commit()
+
+    def phases(self) -> Phases:
+        """Return the seconds and the peak memory of every phase, over all attempts."""
+        return self.clock.read()
+
+    def _keep(self, state: State) -> None:
+        """Put a checkpoint in the place of the one before it."""
+        self.ledger.remove(f"{UNFINISHED}/{TRAINING}-")
+        self._num_checkpoints += 1
+        self.ledger.write(f"{UNFINISHED}/{TRAINING}-{self._num_checkpoints:06d}.safetensors", to_bytes(state))
+        self._commit(TRAINING)
+
+    def _commit(self, phase: str) -> None:
+        self.ledger.manifest["now"] = {"task": self.task, "phase": phase, "phases": self.phases()}
+        self.ledger.commit()
+
+    def _state(self, file: str) -> Any:
+        content = self.ledger.read(file)
+        try:
+            return from_bytes(content)
+        except ValueError as error:
+            raise ValueError(f"{self.ledger.folder / file}: {error}") from None

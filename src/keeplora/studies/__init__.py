@@ -1,0 +1,1 @@
+"""Questions asked of models and methods: comparisons, the doctor, principal directions."""

@@ -1,0 +1,1 @@
+"""A check of a run before hours are spent on it."""

@@ -1,0 +1,198 @@
+"""What the principal and the residual directions of the weights know: zero-shot accuracy without training.
+
+The target weights are rebuilt from only their principal input directions, the fewest that hold a share of the energy
+(the squared singular values, as eps_w in Eq. 2 of arXiv 2601.19659), or from only the other ones. The KeepLoRA paper
+draws the first of the two curves in its Figure 1.
+"""
+
+import dataclasses
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Literal
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from keeplora.config import Config
+from keeplora.evaluation.evaluate import evaluate
+from keeplora.layers.gradients import Track, silent
+from keeplora.layers.lora import linear_targets
+from keeplora.layers.module_state import other_weights
+from keeplora.layers.names import in_tower
+from keeplora.methods.registry import MethodConfig
+from keeplora.models.registry import StreamTask
+from keeplora.runs.config import load_stream
+from keeplora.runs.disk import write_atomically
+from keeplora.subspace import linear_algebra as linalg
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrincipalConfig(Config):
+    """Score a model whose weights keep only their principal, or only their residual, directions, on every task.
+
+    The curve over the share of energy that the principal directions hold is Figure 1 of the KeepLoRA paper.
+    """
+
+    model: str = "mini"
+    """The embedded model, a hub name, or a folder, such as RUN/model of a run."""
+    benchmark: str = "mini"
+    """Name of a benchmark, or path of its TOML file."""
+    output: Path = Path("runs/principal")
+    """Folder of principal.json and principal.png."""
+    split: Literal["test", "validation"] = "test"
+    """The examples to score on."""
+    shares: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99, 1.0)
+    """Shares of each weight's energy that its principal directions hold, from 0 to 1, in any order."""
+    towers: tuple[str, ...] = ("vision", "text")
+    """The towers whose weights are rebuilt, found by their names in the layers'; the others stay as they are."""
+    targets: tuple[str, ...] = MethodConfig.targets
+    """Names, or ends of names, of the linear layers to rebuild."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("shares", "towers", "targets"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty; give at least one")
+        for share in self.shares:
+            if not 0 <= share <= 1:
+                raise ValueError(f"shares: {share} is not a share of the energy; give numbers from 0 to 1")
+
+
+@dataclass(frozen=True)
+class Point:
+    """The scores of every task, in percent, with only the principal, and only the other, directions for a share."""
+
+    share: float
+    width: float
+    """Principal directions as part of the layer's width (`p / d_in`), mean over the layers."""
+    principal: list[float]
+    residual: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrincipalCurve:
+    """What `principal.json` holds."""
+
+    config: PrincipalConfig
+    tasks: list[str]
+    layers: list[str]
+    """The layers that were rebuilt."""
+    untouched: list[float]
+    chance: list[float]
+    """The score of a guess, `100 / num_classes`, for each task."""
+    points: list[Point]
+
+    def to_json(self) -> dict[str, object]:
+        """Return the keys of `principal.json` in their order; each kind of score as its mean and for every task."""
+        settings = dataclasses.asdict(self.config)
+        del settings["output"], settings["shares"]
+        points = [
+            {"share": p.share, "width": p.width, "principal": _summary(p.principal), "residual": _summary(p.residual)}
+            for p in self.points
+        ]
+        scores = {"untouched": _summary(self.untouched), "chance": _summary(self.chance), "points": points}
+        return {**settings, "layers": self.layers, "tasks": self.tasks, **scores}
+
+
+def title_of(curve: PrincipalCurve) -> str:
+    """Say in a line what was scored on what."""
+    config = curve.config
+    return f"{Path(config.model).name} on {Path(config.benchmark).stem} ({config.split}): zero-shot accuracy"
+
+
+def _summary(scores: list[float]) -> dict[str, float | list[float]]:
+    return {"mean": fmean(scores), "tasks": scores}
+
+
+def analyze_principal(config: PrincipalConfig, *, track: Track = silent) -> PrincipalCurve:
+    """Score a model on a benchmark over the shares, and write `principal.json` and `principal.png` to `config.output`.
+
+    Raises:
+        ValueError: If something of the configuration, the model or the data is wrong.
+    """
+    config.output.mkdir(parents=True, exist_ok=True)
+    model, tasks = load_stream(config.model, config.benchmark, evaluation=config.split, track=track)
+    curve = principal_curve(model, tasks, config, track=track)
+    write_atomically(config.output / "principal.json", (json.dumps(curve.to_json(), indent=2) + "\n").encode())
+    write_atomically(config.output / "principal.png", draw(curve))
+    return curve
+
+
+def principal_curve(
+    model: nn.Module, tasks: list[StreamTask], config: PrincipalConfig, *, track: Track = silent
+) -> PrincipalCurve:
+    """Score a model with rebuilt weights over the shares; its own weights are given back.
+
+    Raises:
+        ValueError: If no layer matches the targets, a tower has none, or a weight is not finite.
+    """
+    layers = _layers_to_rebuild(model, config)
+    weights = {name: model.get_parameter(f"{name}.weight").detach().float() for name in layers}
+    untouched = evaluate(model, tasks, track=track)
+    directions = {name: principal_directions(weights[name]) for name in track(layers, "directions", len(layers))}
+    points = []
+    for share in track(sorted(set(config.shares)), "shares of the energy", len(set(config.shares))):
+        bases = {
+            name: basis[:, : linalg.energy_rank(energies, share)] for name, (energies, basis) in directions.items()
+        }
+        with other_weights(model, {name: linalg.project_onto(weights[name], bases[name]) for name in layers}):
+            principal = evaluate(model, tasks, track=track)
+        with other_weights(model, {name: linalg.project_out(weights[name], bases[name]) for name in layers}):
+            residual = evaluate(model, tasks, track=track)
+        width = fmean(basis.shape[1] / basis.shape[0] for basis in bases.values())
+        points.append(Point(share, width, principal, residual))
+    scores = {"untouched": untouched, "chance": [_chance(task) for task in tasks]}
+    return PrincipalCurve(config=config, tasks=[task.name for task in tasks], layers=layers, points=points, **scores)
+
+
+def _layers_to_rebuild(model: nn.Module, config: PrincipalConfig) -> list[str]:
+    names = linear_targets(model, config.targets)
+    for tower in config.towers:
+        if not any(in_tower(name, tower) for name in names):
+            tops = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
+            raise ValueError(f"no target layer is in the tower {tower!r}; the targets are in {tops}: set towers so")
+    names = [name for name in names if any(in_tower(name, tower) for tower in config.towers)]
+    for name in names:
+        if not torch.isfinite(model.get_parameter(f"{name}.weight")).all():
+            raise ValueError(f"the weight of layer {name!r} is not finite; get the model anew")
+    return names
+
+
+def _chance(task: StreamTask) -> float:
+    """Return the score of a guess; every class has examples in every split."""
+    classes = torch.cat([task.references(batch) for batch in task.test_batches()]).unique()
+    return 100.0 / len(classes)
+
+
+def principal_directions(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a weight's energies `[n]`, largest first, and its input directions `[d_in, n]`; `n = min(d_out, d_in)`.
+
+    The first `linalg.energy_rank(energies, share)` directions are the principal ones for a share.
+    """
+    energies, directions = linalg.spectrum(weight.T @ weight)
+    n = min(weight.shape)
+    return energies[:n], directions[:, :n]
+
+
+def draw(curve: PrincipalCurve) -> bytes:
+    """Draw the mean accuracy with either kind of directions over the share of the energy; return a PNG."""
+    with matplotlib.rc_context({"font.size": 9, "text.parse_math": False}):
+        figure = Figure(figsize=(5.6, 3.8), layout="constrained", dpi=110)
+        axis = figure.subplots()
+        shares = [point.share for point in curve.points]
+        axis.plot(shares, [fmean(point.principal) for point in curve.points], "o-", label="principal directions only")
+        axis.plot(shares, [fmean(point.residual) for point in curve.points], "s-", label="residual directions only")
+        axis.axhline(fmean(curve.untouched), ls="--", color="black", lw=1, label="untouched model")
+        axis.axhline(fmean(curve.chance), ls="--", color="gray", lw=1, label="chance")
+        axis.set(title=title_of(curve), xlim=(-0.02, 1.02), ylim=(0, None))
+        axis.set(xlabel="share of the weights' energy in the principal directions", ylabel="mean accuracy in %")
+        axis.grid(alpha=0.3)
+        axis.legend(loc="best", fontsize=8)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+        return buffer.getvalue()

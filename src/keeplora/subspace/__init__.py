@@ -1,0 +1,1 @@
+"""Pure mathematics on tensors: no model, no configuration, no file."""

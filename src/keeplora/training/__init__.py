@@ -1,0 +1,1 @@
+"""One task's optimisation, and the checkpoints it resumes from."""

@@ -1,0 +1,245 @@
+"""One task's optimisation on `accelerate`: AdamW, a schedule, mixed precision, accumulation. Its only importer.
+
+Trains whatever requires a gradient in the model it is given, and knows nothing of methods or families.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, set_seed
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+from torch.utils.data import DataLoader
+
+from keeplora.config import Config
+from keeplora.layers.fused_forward import fused_layers
+from keeplora.layers.gradients import Track, silent
+from keeplora.layers.module_state import is_wrapped
+from keeplora.task import LearningError, Task, to_device
+from keeplora.training.checkpoints import Places
+from keeplora.training.state_file import NO_CHECKPOINTS, Checkpoints
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Config):
+    """How each task is optimised; the defaults are the paper's for MTIL."""
+
+    epochs: int = 10
+    """Passes over the training images of each task."""
+    batch_size: int = 64
+    """Images in a batch, on each process."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.01
+    """Decay of AdamW; it acts on trained parameters only."""
+    schedule: Literal["one_cycle", "cosine"] = "one_cycle"
+    """Learning rate over a task's steps."""
+    warmup: float = 0.03
+    """Share of the steps over which the rate of `cosine` rises."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Precision of the forward and backward pass; the statistics stay in float32."""
+    accumulation: int = 1
+    """Batches whose gradients are added up before a step."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("epochs", "batch_size", "accumulation"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ValueError(f"learning_rate = {self.learning_rate} must be a positive number")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise ValueError(f"weight_decay = {self.weight_decay} must not be negative")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup = {self.warmup} is a share; give a number from 0 to below 1")
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every generator that training draws from."""
+    set_seed(seed)
+
+
+def best_device() -> torch.device:
+    """Return the device that training will use, and meet the other processes if there are any."""
+    return torch.device(_accelerator("no").device)
+
+
+def fit(
+    model: nn.Module,
+    task: Task,
+    config: TrainConfig,
+    *,
+    penalty: Callable[[nn.Module], Tensor | None] = lambda model: None,
+    track: Track = silent,
+    checkpoints: Checkpoints = NO_CHECKPOINTS,
+) -> list[float]:
+    """Minimise a task's loss plus a penalty over the parameters that require a gradient.
+
+    Args:
+        model: The model to train, in place.
+        task: Gives sized `batches()` and the loss, in a single process for one of a batch's `parts()` after the other.
+        config: Epochs, optimiser, schedule and precision.
+        penalty: What to add to each batch's loss, of the weights alone, or None.
+        track: Shows progress over the batches.
+        checkpoints: Where to go on, and where to put the places at which one can.
+
+    Returns:
+        The mean loss of each epoch; empty if nothing requires a gradient.
+
+    Raises:
+        LearningError: If a loss or a gradient is not finite.
+        ValueError: If `batches()` has no length.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        return []
+    accelerator = _accelerator(config.mixed_precision)
+    batches = _prepared_batches(accelerator, task)
+    steps = config.epochs * math.ceil(len(batches) / config.accumulation)
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer.zero_grad()  # A training that was cut off may have left something.
+    scheduler = _schedule(optimizer, config, steps)
+    with fused_layers(model), _prepared(accelerator, model) as prepared:
+        optimizer = accelerator.prepare(optimizer)
+        state = {"optimizer": optimizer, "scheduler": scheduler}
+        places = Places(checkpoints, model, state, accelerator.scaler, config.epochs)
+        step = _Step(accelerator, prepared, optimizer, scheduler, task, penalty, config.accumulation)
+        for epoch in range(places.epoch, config.epochs):
+            rest = places.rest_of_epoch(batches, lambda n: accelerator.skip_first_batches(batches, n))
+            step.epoch(rest, len(batches), places, track, f"{task.name}: epoch {epoch + 1}/{config.epochs}")
+        return places.losses
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What one optimisation step needs, tied together."""
+
+    accelerator: Any
+    model: nn.Module
+    optimizer: Any
+    scheduler: LRScheduler
+    task: Task
+    penalty: Callable[[nn.Module], Tensor | None]
+    accumulation: int
+
+    def epoch(self, rest: Iterable[Any], total: int, places: Places, track: Track, description: str) -> None:
+        """Go through what is left of an epoch of so many batches."""
+        done = places.batch
+        for number, batch in enumerate(track(rest, description, total - done), done):
+            start = number - number % self.accumulation
+            group = min(self.accumulation, total - start)  # the last one of an epoch may be smaller
+            ends = number + 1 == start + group
+            place = f"{description}, batch {number + 1}"
+            with nullcontext() if ends else self.accelerator.no_sync(self.model):
+                places.add(self._backward(to_device(batch, self.accelerator.device), place, group))
+            if ends:
+                self._update(place)
+                places.after_step(is_last=number + 1 == total)
+
+    def _backward(self, batch: Any, place: str, group: int) -> float:
+        """Add a batch's share of the gradient of the mean over its group; return the batch's loss."""
+        if self._takes_parts() and len(parts := list(self.task.parts(batch))) > 1:
+            return self._backward_by_parts(parts, place, group)
+        with self.accelerator.autocast():
+            loss = self.task.loss(self.model, batch)
+            extra = self.penalty(self.model)
+        return self._add(loss if extra is None else loss + extra, place, group)
+
+    def _takes_parts(self) -> bool:
+        """Say whether nothing stands around the model that wants to be called once for a batch."""
+        return bool(self.accelerator.distributed_type == DistributedType.NO) and not is_wrapped(self.model)
+
+    def _backward_by_parts(self, parts: list[Any], place: str, group: int) -> float:
+        """Do the same part after part, so that what is kept for the backward pass is that of one part."""
+        counts = [self.task.num_examples(part) for part in parts]
+        value = 0.0
+        with self.task.frozen(self.model) as stand_ins:
+            for part, count in zip(parts, counts, strict=True):
+                with self.accelerator.autocast():
+                    loss = self.task.loss(self.model, part)
+                if count:
+                    value += count / sum(counts) * self._add(loss, place, group * sum(counts) / count)
+                for stand_in in stand_ins:
+                    stand_in.take()  # With the loss's weight, and the scaler's scale, in it.
+            for stand_in in stand_ins:
+                stand_in.backward()
+        with self.accelerator.autocast():
+            extra = self.penalty(self.model)
+        if extra is None:
+            return value
+        return value + (self._add(extra, place, group) if extra.requires_grad else float(extra))
+
+    def _add(self, loss: Tensor, place: str, divisor: float) -> float:
+        """Add the gradient of a loss by a divisor; return the loss."""
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise LearningError(
+                f"{place}: the loss is {value}. Lower learning_rate, or set mixed_precision to no;"
+                " finished tasks are kept"
+            )
+        self.accelerator.backward(loss / divisor)
+        return value
+
+    def _update(self, place: str) -> None:
+        self._require_finite_gradient(place)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.scheduler.step()
+
+    def _require_finite_gradient(self, place: str) -> None:
+        if self.accelerator.scaler is not None:
+            return  # Overflow is expected with a loss scale: the scaler skips the step and lowers the scale.
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+            raise LearningError(f"{place}: the gradient is not finite. Lower learning_rate; finished tasks are kept")
+
+
+def _accelerator(precision: str) -> Accelerator:
+    """Make an accelerator; accelerate keeps the precision of a process's first one until its state is reset."""
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()
+    return Accelerator(mixed_precision=precision)
+
+
+@contextmanager
+def _prepared(accelerator: Any, model: nn.Module) -> Iterator[nn.Module]:
+    """Lend a model to accelerate in training mode; take off its wrappers and give back the mode of each module."""
+    modes = {module: module.training for module in model.modules()}
+    prepared = accelerator.prepare(model.train())
+    try:
+        yield prepared
+    finally:
+        accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+        for module, training in modes.items():
+            module.training = training
+
+
+def _prepared_batches(accelerator: Any, task: Task) -> Any:
+    batches = task.batches()
+    if not isinstance(batches, Sized):
+        raise ValueError(f"task {task.name!r}: training needs the number of batches; let batches() return a DataLoader")
+    if len(batches) == 0:
+        raise ValueError(f"task {task.name!r} has no training batch")
+    return accelerator.prepare(batches) if isinstance(batches, DataLoader) else batches
+
+
+def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> LRScheduler:
+    if steps == 1:  # Either schedule would spend its only step at the end of the cycle, at a rate of nearly zero.
+        return LambdaLR(optimizer, lambda step: 1.0)
+    if config.schedule == "one_cycle":
+        return OneCycleLR(optimizer, max_lr=config.learning_rate, total_steps=steps)
+    warmup = config.warmup * steps
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, steps - warmup)))
+
+    return LambdaLR(optimizer, factor)
