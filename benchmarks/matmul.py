@@ -24,7 +24,7 @@ import tyro
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from keeplora.layers import input_covariance as moments
+from keeplora.layers import input_covariance
 from keeplora.layers.lora import linear_targets
 from keeplora.layers.residual_gradients import residuals_of
 from keeplora.methods.registry import KeepLoRA, LoRAFT, Method
@@ -120,7 +120,7 @@ def accumulations(num_rows: int, width: int) -> dict[str, tuple[int, Work]]:
     inputs = rows.unsqueeze(0)
     real = torch.rand(inputs.shape[:-1]) < 0.9
     halves, in_numpy = inputs.bfloat16(), rows.numpy().T
-    whole, masked, half = (moments.STATISTICS["second_moment"]() for _ in range(3))
+    whole, masked, half = (input_covariance.STATISTICS["second_moment"]() for _ in range(3))
     return {
         "mm": (num_rows, lambda: torch.mm(rows.T, rows, out=total)),
         "addmm_ in place": (num_rows, lambda: total.addmm_(rows.T, rows)),

@@ -46,7 +46,7 @@ def mean_gradients(model: nn.Module, task: Task, targets: list[str]) -> dict[str
     for batch in task.batches():
         model.zero_grad()
         task.loss(model, batch).backward()
-        n = task.num_examples(batch)
+        n = task.weight(batch)
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
                 gradient = parameter.grad.detach().cpu() * n
@@ -146,7 +146,7 @@ def token_matrices(
     current: list[object] = []
     handles = [
         model.get_submodule(name).register_forward_pre_hook(
-            lambda _, args, name=name: keep(name, args[0], task.real_rows(name, current[0]))
+            lambda _, args, name=name: keep(name, args[0], task.padding_mask(name, current[0]))
         )
         for name in targets
     ]

@@ -32,7 +32,7 @@ from keeplora.layers.residual_gradients import residuals_of
 from keeplora.methods.base import MethodConfig
 from keeplora.methods.registry import KeepLoRA, LoRAFT, Method
 from keeplora.subspace import linear_algebra as linalg
-from keeplora.subspace import protected as subspace
+from keeplora.subspace import protected
 from keeplora.task import Task
 from keeplora.training.profiling import Phases, measured
 from keeplora.training.trainer import TrainConfig, fit
@@ -113,7 +113,7 @@ class Given:
         return [(len(names) / len(some), some) for names, some in chosen]
 
     def _bases(self) -> dict[str, Tensor]:
-        principal = subspace.principal_bases(self.weights, self.shares)
+        principal = protected.principal_bases(self.weights, self.shares)
         generator = torch.Generator().manual_seed(self.config.seed)
         return {name: _filled(basis, self.config.learned_tasks, generator) for name, basis in principal.items()}
 
@@ -141,7 +141,7 @@ class Few(Task):
         self.name = task.name
         self.task = task
         self.count = count
-        self.real_rows = task.real_rows  # type: ignore[method-assign]
+        self.padding_mask = task.padding_mask  # type: ignore[method-assign]
         self.frozen = task.frozen  # type: ignore[method-assign]
 
     def batches(self) -> list[dict[str, Tensor]]:
@@ -153,7 +153,7 @@ class Few(Task):
         """Return the task's loss."""
         return self.task.loss(model, batch)
 
-    def num_examples(self, batch: dict[str, Tensor]) -> int:
+    def weight(self, batch: dict[str, Tensor]) -> int:
         """Return the size of the batch."""
         return len(next(iter(batch.values())))
 
@@ -209,7 +209,7 @@ def _units(given: Given) -> int:
     if config.phase in ("step", "watched_step"):
         return sum(1 for _ in given.workload.task.batches())
     if config.phase in ("gradient", "features"):
-        return sum(given.workload.task.num_examples(batch) for batch in given.workload.task.batches())
+        return sum(given.workload.task.weight(batch) for batch in given.workload.task.batches())
     if config.phase == "evaluate":
         return sum(len(given.workload.task.references(batch)) for batch in given.workload.task.test_batches())
     return 1
@@ -240,7 +240,7 @@ def _profiled(rows: int) -> Iterator[None]:
 
 def keeplora_bases(given: Given) -> list[Part]:
     """Find the principal bases by the library."""
-    return _by_layers(given, lambda names: subspace.principal_bases(_of(given.weights, names), given.shares))
+    return _by_layers(given, lambda names: protected.principal_bases(_of(given.weights, names), given.shares))
 
 
 def naive_bases(given: Given) -> list[Part]:
@@ -286,8 +286,8 @@ def library_step(make: Callable[[Given], Method]) -> Callable[[Given], list[Part
         adapted = method.before_task(given.workload.model, given.workload.task)
         _let_go(method, given)
         config = TrainConfig(epochs=1, batch_size=given.config.batch_size)
-        lesson = method.lesson(adapted, given.workload.task, config.epochs)
-        return [(1, lambda: fit(adapted, lesson, config, penalty=method.penalty))]
+        training_task = method.training_task(adapted, given.workload.task, config.epochs)
+        return [(1, lambda: fit(adapted, training_task, config, penalty=method.penalty))]
 
     return phase
 
@@ -338,7 +338,7 @@ def keeplora_update(given: Given) -> list[Part]:
     groups = given.groups(given.config.sample_layers)
     grams = {name: rows.T @ rows for _, names in groups for name in names for rows in [_rows_of(given, name)]}
     bases, share = given.bases, given.workload.options.feature_energy
-    return _by_layers(given, lambda names: subspace.new_directions(_of(bases, names), grams, share))
+    return _by_layers(given, lambda names: protected.new_directions(_of(bases, names), grams, share))
 
 
 def naive_update(given: Given) -> list[Part]:
@@ -366,7 +366,7 @@ def library_task(make: Callable[[Given], Method]) -> Callable[[Given], list[Part
         model, task = given.workload.model, given.workload.task
         adapted = method.before_task(model, task)
         config = TrainConfig(epochs=given.config.epochs, batch_size=given.config.batch_size)
-        fit(adapted, method.lesson(adapted, task, config.epochs), config, penalty=method.penalty)
+        fit(adapted, method.training_task(adapted, task, config.epochs), config, penalty=method.penalty)
         evaluate(method.after_task(adapted, task), [task])
 
     return lambda given: [(1, partial(learn, given, make(given)))]

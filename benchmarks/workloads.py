@@ -28,7 +28,7 @@ from keeplora.methods.registry import KeepLoRAConfig
 from keeplora.models.dual_encoder import ClassificationTask
 from keeplora.models.registry import StreamTask
 from keeplora.runs.config import load_stream
-from keeplora.task import Batch, StandIn
+from keeplora.task import Batch, DeferredGradient
 
 WORDS = (
     "red blue green old new small large wild long short dark pale north south river stone wood glass iron silk "
@@ -99,11 +99,11 @@ class PaddedClassification(ClassificationTask):
         return logits
 
     @contextmanager
-    def frozen(self, model: nn.Module) -> Iterator[list[StandIn]]:
+    def frozen(self, model: nn.Module) -> Iterator[list[DeferredGradient]]:
         """Keep nothing."""
         yield []
 
-    def real_rows(self, layer: str, batch: Batch) -> Tensor | None:
+    def padding_mask(self, layer: str, batch: Batch) -> Tensor | None:
         """Count every row."""
         return None
 
@@ -157,7 +157,7 @@ class TokenTask(StreamTask):
         answers: Tensor = batch["input_ids"][torch.arange(len(last)), last]
         return answers
 
-    def real_rows(self, layer: str, batch: Batch) -> Tensor | None:
+    def padding_mask(self, layer: str, batch: Batch) -> Tensor | None:
         """Leave padding out, unless it counts."""
         return None if self.padding_counts else batch["attention_mask"]
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from keeplora.layers import lora as adapter
+from keeplora.layers import lora
 from tiny import MLP, VectorTask, write_adapter
 
 NAMES = ("fc1", "fc2", "out")
@@ -17,7 +17,7 @@ def started(method, model, seed=9):
 def penalised(adapted, seed=3):
     """Give `b` random values, so that the update is not zero."""
     generator = torch.Generator().manual_seed(seed)
-    for layer in adapter.lora_layers(adapted).values():
+    for layer in lora.lora_layers(adapted).values():
         b = layer.lora_B["default"].weight
         b.data = 0.3 * torch.randn(b.shape, generator=generator)
     return adapted
@@ -25,7 +25,7 @@ def penalised(adapted, seed=3):
 
 def updates(adapted):
     """Return every layer's update in float64."""
-    return {name: b.double() @ a.double() for name, (a, b) in adapter.factors_of(adapted).items()}
+    return {name: b.double() @ a.double() for name, (a, b) in lora.factors_of(adapted).items()}
 
 
 def learn(method, model, seeds, task=VectorTask):
@@ -33,16 +33,16 @@ def learn(method, model, seeds, task=VectorTask):
     records = []
     for seed in seeds:
         torch.manual_seed(seed)
-        lesson = task(f"task{seed}", seed)
-        adapted = method.before_task(model, lesson)
+        training_task = task(f"task{seed}", seed)
+        adapted = method.before_task(model, training_task)
         steps = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.05)
-        for batch in [*lesson.batches()] * 2:
+        for batch in [*training_task.batches()] * 2:
             extra = method.penalty(adapted)
-            loss = lesson.loss(adapted, batch) + (0 if extra is None else extra)
+            loss = training_task.loss(adapted, batch) + (0 if extra is None else extra)
             steps.zero_grad()
             loss.backward()
             steps.step()
-        model = method.after_task(adapted, lesson)
+        model = method.after_task(adapted, training_task)
         records.append(method.record)
     return records, model
 

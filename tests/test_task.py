@@ -121,14 +121,14 @@ def test_a_task_without_batches_or_loss_says_which_method_is_missing():
     [torch.zeros(7, 2), (torch.zeros(7, 2), torch.zeros(3)), {"scale": torch.tensor(1.0), "x": [torch.ones(7)]}],
 )
 def test_examples_are_counted_by_the_first_tensor_with_a_length(batch):
-    assert Task().num_examples(batch) == 7
+    assert Task().weight(batch) == 7
 
 
-def test_a_batch_without_a_tensor_asks_for_num_examples():
+def test_a_batch_without_a_tensor_asks_for_weight():
     task = Task()
     task.name = "odd"
-    with pytest.raises(ValueError, match=r"'odd'.*num_examples"):
-        task.num_examples({"text": ["a", "b"]})
+    with pytest.raises(ValueError, match=r"'odd'.*weight"):
+        task.weight({"text": ["a", "b"]})
 
 
 def test_every_tensor_of_a_nested_batch_is_moved_and_the_rest_is_kept():

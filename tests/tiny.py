@@ -184,7 +184,7 @@ class TokenTask(Task):
     def outputs(self, model, batch):
         return model(**batch).logits
 
-    def real_rows(self, layer, batch):
+    def padding_mask(self, layer, batch):
         return batch["attention_mask"]
 
 

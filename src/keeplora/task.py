@@ -23,7 +23,7 @@ LONGEST_NAME = 200
 """Bytes of a task's name; file systems end at 255, and other names are made of it."""
 
 
-class StandIn:
+class DeferredGradient:
     """What a task computed once for many batches, and the leaf that takes its place in their losses.
 
     Gradients with respect to the leaf add up, so that what lies behind it is differentiated once for all batches.
@@ -56,10 +56,6 @@ class StandIn:
         return (self.made * (self.gradient / max(self.weight, 1)).to(self.made.dtype)).sum()
 
 
-class LearningError(ValueError):
-    """A task could not be learned with these settings: training diverged, or nothing is left to learn with."""
-
-
 class Task:
     """One task of a stream. A subclass gives `batches` and `loss`; the rest has defaults."""
 
@@ -73,14 +69,14 @@ class Task:
         """Return the loss of one batch as a scalar: the mean over its examples."""
         raise NotImplementedError(f"{type(self).__name__} must define loss(model, batch)")
 
-    def num_examples(self, batch: Batch) -> int:
+    def weight(self, batch: Batch) -> int:
         """Return how many examples a batch holds: the length of the first tensor in it, unless overridden."""
         for value in _leaves(batch):
             if isinstance(value, Tensor) and value.dim() > 0:
                 return len(value)
-        raise ValueError(f"task {self.name!r}: a batch holds no tensor; override num_examples(batch)")
+        raise ValueError(f"task {self.name!r}: a batch holds no tensor; override weight(batch)")
 
-    def real_rows(self, layer: str, batch: Batch) -> Tensor | None:
+    def padding_mask(self, layer: str, batch: Batch) -> Tensor | None:
         """Say which rows of a layer's input are real: True for real, False for padding, shaped as the input less d_in.
 
         None, the default, means that all rows are real. Padding rows never enter the statistics.
@@ -103,7 +99,7 @@ class Task:
         """Return what the order of the batches is drawn from, other than torch's own generator."""
         return ()
 
-    def parts(self, batch: Batch) -> Iterable[Batch]:
+    def micro_batches(self, batch: Batch) -> Iterable[Batch]:
         """Return the batches that one may be cut into, so that its loss is the mean of theirs by `num_examples`.
 
         Read by gradients, second moments, evaluation, and training where one process trains a model as it is.
@@ -112,10 +108,10 @@ class Task:
 
     def sample(self, batch: Batch) -> Batch:
         """Return what of a batch the merge check compares the outputs of: its first part, unless overridden."""
-        return next(iter(self.parts(batch)))
+        return next(iter(self.micro_batches(batch)))
 
     @contextmanager
-    def frozen(self, model: nn.Module) -> Iterator[Sequence[StandIn]]:
+    def frozen(self, model: nn.Module) -> Iterator[Sequence[DeferredGradient]]:
         """Promise that the weights stay as they are inside: a task may keep what depends on them alone.
 
         What it keeps with a gradient it hands out, at any time inside, as a stand-in, and uses its leaf.

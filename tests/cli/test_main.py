@@ -14,11 +14,11 @@ from rich.console import Console
 import tiny
 from keeplora import task
 from keeplora.cli import main as cli
-from keeplora.cli import progress as display
+from keeplora.cli import progress
 from keeplora.evaluation.accuracy_matrix import Results
 from keeplora.methods.registry import KeepLoRAConfig, MethodConfig
-from keeplora.models import registry as models
-from keeplora.runs.open import open_ledger
+from keeplora.models import registry
+from keeplora.runs.open import open_run
 
 TRAINING = "[defaults.train]\nepochs = 1\nbatch_size = 6\n"
 RANKS = "[defaults.keeplora]\nrank = 2\n[defaults.lora_ft]\nrank = 2\n"
@@ -37,7 +37,7 @@ def place(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def embedded(place, monkeypatch, tmp_path):
     monkeypatch.setattr(task, "BENCHMARKS", place)
-    monkeypatch.setitem(models.EMBEDDED, "mini", place / "model")
+    monkeypatch.setitem(registry.EMBEDDED, "mini", place / "model")
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
 
@@ -172,7 +172,7 @@ def test_evaluating_what_is_no_run_is_refused(capsys, tmp_path):
 
 
 def test_evaluating_a_run_that_has_not_begun_says_to_go_on_with_it(capsys, tmp_path):
-    with open_ledger(tmp_path / "run", {"benchmark": "mini", "method": "keeplora"}, ["task0"]):
+    with open_run(tmp_path / "run", {"benchmark": "mini", "method": "keeplora"}, ["task0"]):
         pass
     assert "no task is finished" in refused(capsys, "evaluate", tmp_path / "run")
 
@@ -293,8 +293,8 @@ def test_help_of_run_shows_the_benchmarks_own_defaults(capsys):
 
 def test_without_a_terminal_a_long_loop_tells_how_far_it_is_once_a_minute(monkeypatch, capsys):
     clock = iter(range(0, 10_000, 25))
-    monkeypatch.setattr(display.time, "monotonic", lambda: float(next(clock)))
-    shown = display.Display(Console(width=200))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    shown = progress.Display(Console(width=200))
     assert list(shown.track(range(6), "learning", 6)) == [0, 1, 2, 3, 4, 5]
     assert capsys.readouterr().out.splitlines() == ["learning: 3/6, 1 min left"]
 

@@ -9,9 +9,9 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 import tiny
 from keeplora.data.readers import read_splits
 from keeplora.evaluation.evaluate import evaluate
-from keeplora.layers.gradients import silent
 from keeplora.models.dual_encoder import DualEncoder
 from keeplora.models.registry import family_of
+from keeplora.progress import silent
 from keeplora.task import TaskSpec, read_benchmark
 
 TEMPLATES = ("a drawing of a {}.", "a photo of a big dark {} thing.")
@@ -79,13 +79,13 @@ def test_prompts_of_a_model_without_mask_fill_the_context_and_every_row_is_real(
     task = tasks_of(place, "siglip")[0]
     assert task.prompts.keys() == {"input_ids"}
     assert task.prompts["input_ids"].shape == (3, 12)
-    assert task.real_rows("text_model.encoder.layers.0.self_attn.q_proj", {}) is None
+    assert task.padding_mask("text_model.encoder.layers.0.self_attn.q_proj", {}) is None
 
 
 def test_padding_is_told_for_the_text_tower_only(place):
     task = tasks_of(place, "clip")[0]
-    assert torch.equal(task.real_rows("text_model.x", {}), task.prompts["attention_mask"])
-    assert task.real_rows("vision_model.x", {}) is None
+    assert torch.equal(task.padding_mask("text_model.x", {}), task.prompts["attention_mask"])
+    assert task.padding_mask("vision_model.x", {}) is None
 
 
 def test_scores_do_not_depend_on_the_batch_size(place):

@@ -296,11 +296,11 @@ def test_training_lends_layers_and_leaves_a_stock_model_behind():
 def with_small_parts(task, monkeypatch):
     monkeypatch.setattr("keeplora.models.dual_encoder.PIXELS_AT_ONCE", 2 * 3 * 16 * 16)
     batch = next(iter(task.batches()))
-    parts = list(task.parts(batch))
+    parts = list(task.micro_batches(batch))
     assert len(parts) > 1
     assert torch.cat([part["labels"] for part in parts]).equal(batch["labels"])
     assert torch.cat([part["pixel_values"] for part in parts]).equal(batch["pixel_values"])
-    assert max(task.num_examples(part) for part in parts) == 2
+    assert max(task.weight(part) for part in parts) == 2
     return task
 
 
@@ -308,7 +308,7 @@ class AsGiven(Task):
     """A task without parts, and nothing frozen."""
 
     def __init__(self, task):
-        self.name, self.batches, self.loss, self.num_examples = task.name, task.batches, task.loss, task.num_examples
+        self.name, self.batches, self.loss, self.weight = task.name, task.batches, task.loss, task.weight
 
 
 @pytest.mark.parametrize(("kind", "make"), [("clip", clip_model), ("siglip", siglip_model)])

@@ -445,7 +445,7 @@ def test_a_loss_without_a_gradient_in_evaluation_mode_is_an_error(collect):
 @pytest.mark.parametrize("collect", [mean_gradients, input_grams])
 def test_parts_without_examples_are_passed_over(collect):
     class Cut(VectorTask):
-        def parts(self, batch):
+        def micro_batches(self, batch):
             x, y = batch
             return [(x[:0], y[:0]), (x, y), (x[:0], y[:0])]
 
@@ -496,7 +496,7 @@ def test_bases_do_not_change_with_more_padding(features):
 
 def test_padding_would_change_the_gram_if_it_were_counted():
     class Unmasked(TokenTask):
-        def real_rows(self, layer, batch):
+        def padding_mask(self, layer, batch):
             return None
 
     model, name = llama_model(), SELF_ATTENTION.format(1, "q")
@@ -521,11 +521,11 @@ def test_a_layer_that_never_ran_is_an_error():
 
 def test_real_rows_of_another_shape_are_an_error():
     class Wrong(TokenTask):
-        def real_rows(self, layer, batch):
+        def padding_mask(self, layer, batch):
             return batch["attention_mask"][:, 1:]
 
     name = SELF_ATTENTION.format(0, "q")
-    with pytest.raises(ValueError, match=r"real_rows\('model.layers.0.self_attn.q_proj'\) has shape \(4, 6\)"):
+    with pytest.raises(ValueError, match=r"padding_mask\('model.layers.0.self_attn.q_proj'\) has shape \(4, 6\)"):
         input_grams(llama_model(), Wrong(), [name])
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tiny
-from keeplora.layers import lora as adapter
+from keeplora.layers import lora
 from keeplora.layers.gradients import input_grams
 from keeplora.layers.last_epoch import SEEN, SeenInputs, Watched, grams_of
 from keeplora.methods.registry import KeepLoRA, KeepLoRAConfig
@@ -15,7 +15,7 @@ from keeplora.runs.config import RunConfig
 from keeplora.runs.loop import run
 from keeplora.runs.phases import Unfinished
 from keeplora.subspace import linear_algebra as linalg
-from keeplora.subspace import protected as subspace
+from keeplora.subspace import protected
 from keeplora.training.state_file import Checkpoints, from_bytes, to_bytes
 from keeplora.training.trainer import TrainConfig, fit
 
@@ -29,7 +29,7 @@ def learned(features, train, model=None, task=None, targets=None):
     model, task = model or tiny.MLP(), task or tiny.VectorTask()
     method = KeepLoRA(KeepLoRAConfig(features=features, **OPTIONS | ({} if targets is None else {"targets": targets})))
     adapted = method.before_task(model, task)
-    fit(adapted, method.lesson(adapted, task, train.epochs), train)
+    fit(adapted, method.training_task(adapted, task, train.epochs), train)
     return method, method.after_task(adapted, task)
 
 
@@ -58,7 +58,7 @@ def test_only_the_last_epoch_counts():
 
     class Watching(tiny.VectorTask):
         def loss(self, model, batch):
-            if layers := adapter.lora_layers(model):  # None in the gradient pass.
+            if layers := lora.lora_layers(model):  # None in the gradient pass.
                 seen_inputs.append(len(layers["fc1"]._forward_pre_hooks))
             return super().loss(model, batch)
 
@@ -67,7 +67,7 @@ def test_only_the_last_epoch_counts():
     # The first layer reads the data itself, which no training changes.
     exact = input_grams(merged, tiny.VectorTask(), ["fc1"])
     bases = {"fc1": method.bases["fc1"][:, : -method.record.directions["fc1"].shape[1] or None]}
-    wanted = subspace.new_directions(bases, exact, 0.8)["fc1"]
+    wanted = protected.new_directions(bases, exact, 0.8)["fc1"]
     assert linalg.project_out(method.record.directions["fc1"].T, wanted).norm() < 1e-3
 
 
@@ -75,7 +75,7 @@ def test_one_layers_input_is_collected_once_for_all_that_share_it():
     model, task = tiny.clip_model(), tiny.classification_task()
     method = KeepLoRA(KeepLoRAConfig(features="last_epoch", rank=2, weight_energy=0.3))
     adapted = method.before_task(model, task)
-    fit(adapted, method.lesson(adapted, task, 1), replace(STILL, epochs=1))
+    fit(adapted, method.training_task(adapted, task, 1), replace(STILL, epochs=1))
     inputs = getattr(adapted, SEEN).inputs
     assert len(inputs.leaders) == 16
     assert len(inputs.statistics) == 8
@@ -92,7 +92,7 @@ def test_a_model_trained_without_the_lesson_is_an_error_that_says_the_cure():
 def test_a_model_whose_last_epoch_did_not_come_is_an_error_that_says_the_cure():
     method, task = KeepLoRA(KeepLoRAConfig(features="last_epoch", **OPTIONS)), tiny.VectorTask()
     adapted = method.before_task(tiny.MLP(), task)
-    fit(adapted, method.lesson(adapted, task, 4), STILL)
+    fit(adapted, method.training_task(adapted, task, 4), STILL)
     with pytest.raises(ValueError, match="for so many epochs"):
         method.after_task(adapted, task)
 
@@ -104,7 +104,7 @@ def test_batches_without_a_length_are_an_error_that_says_the_cure():
 
     method, task = KeepLoRA(KeepLoRAConfig(features="last_epoch", **OPTIONS)), Endless()
     with pytest.raises(ValueError, match="needs the number of batches; let batches"):
-        method.lesson(method.before_task(tiny.MLP(), task), task, 2)
+        method.training_task(method.before_task(tiny.MLP(), task), task, 2)
 
 
 def test_nothing_of_it_stays_in_the_merged_model():
@@ -116,7 +116,7 @@ def test_nothing_of_it_stays_in_the_merged_model():
 def test_a_lesson_is_the_task_itself_unless_the_option_is_set():
     task = tiny.VectorTask()
     method = KeepLoRA(KeepLoRAConfig(**OPTIONS))
-    assert method.lesson(method.before_task(tiny.MLP(), task), task, 3) is task
+    assert method.training_task(method.before_task(tiny.MLP(), task), task, 3) is task
 
 
 @pytest.mark.parametrize("num_seen", [0, 4, 7, 9])
@@ -182,7 +182,7 @@ def test_checkpoints_of_earlier_epochs_hold_no_gram():
     method = KeepLoRA(KeepLoRAConfig(features="last_epoch", **OPTIONS))
     adapted = method.before_task(tiny.MLP(), task)
     states = []
-    fit(adapted, method.lesson(adapted, task, 3), MOVING, checkpoints=Checkpoints(keep=states.append))
+    fit(adapted, method.training_task(adapted, task, 3), MOVING, checkpoints=Checkpoints(keep=states.append))
     sizes = [state["extra"][0][f"{SEEN}._extra_state"].numel() for state in states]
     assert sizes[:2] == [4, 4]
     assert sizes[2] > 11 * 11

@@ -6,7 +6,7 @@ from peft import PeftModel
 from safetensors.torch import load
 from torch import nn
 
-from keeplora.layers import lora as adapter
+from keeplora.layers import lora
 from tiny import (
     MLP,
     TokenTask,
@@ -45,7 +45,7 @@ def logits(model, task):
 
 def test_targets_are_linear_layers_by_name_or_end_of_name_in_the_models_order():
     model = llama_model()
-    names = adapter.linear_targets(model, ("v_proj", "q_proj", "layers.0.mlp.up_proj"))
+    names = lora.linear_targets(model, ("v_proj", "q_proj", "layers.0.mlp.up_proj"))
     assert names == [
         "model.layers.0.self_attn.q_proj",
         "model.layers.0.self_attn.v_proj",
@@ -53,27 +53,27 @@ def test_targets_are_linear_layers_by_name_or_end_of_name_in_the_models_order():
         "model.layers.1.self_attn.q_proj",
         "model.layers.1.self_attn.v_proj",
     ]
-    assert adapter.linear_targets(MLP(), ("out",)) == ["out"]
+    assert lora.linear_targets(MLP(), ("out",)) == ["out"]
 
 
 def test_a_suffix_ends_at_a_dot():
     model = nn.ModuleDict({"proj": nn.Linear(3, 4), "q_proj": nn.Linear(3, 4)})
-    assert adapter.linear_targets(model, ("proj",)) == ["proj"]
+    assert lora.linear_targets(model, ("proj",)) == ["proj"]
 
 
 def test_the_output_layer_of_multihead_attention_is_left_out():
     model = siglip_model()
     assert isinstance(model.get_submodule("vision_model.head.attention.out_proj"), nn.Linear)
-    names = adapter.linear_targets(model, ("out_proj",))
+    names = lora.linear_targets(model, ("out_proj",))
     assert len(names) == 4, "two blocks in each of two towers"
     assert not any("head" in name for name in names)
 
 
 def test_no_matching_layer_is_an_error_that_lists_the_names_there_are():
     with pytest.raises(ValueError, match="named w_q or w_k; set targets to some of: fc1, fc2, out"):
-        adapter.linear_targets(MLP(), ("w_q", "w_k"))
+        lora.linear_targets(MLP(), ("w_q", "w_k"))
     with pytest.raises(ValueError, match="some of: none"):
-        adapter.linear_targets(nn.Sequential(nn.ReLU()), ("q_proj",))
+        lora.linear_targets(nn.Sequential(nn.ReLU()), ("q_proj",))
 
 
 # Attaching
@@ -84,10 +84,10 @@ def test_each_layer_has_its_own_rank_and_alpha():
     rows = task.data[0][0]
     weights = {name: model.get_submodule(name).weight.detach().clone() for name in RANKS}
     factors = random_factors(model, RANKS)
-    adapted = adapter.attach(model, RANKS, ALPHAS, factors=factors)
+    adapted = lora.attach(model, RANKS, ALPHAS, factors=factors)
     reference = MLP()
     for name, (a, b) in factors.items():
-        layer = adapter.lora_layers(adapted)[name]
+        layer = lora.lora_layers(adapted)[name]
         assert layer.lora_A["default"].weight.equal(a)
         assert layer.lora_B["default"].weight.equal(b)
         assert not layer.lora_A["default"].weight.requires_grad
@@ -98,10 +98,10 @@ def test_each_layer_has_its_own_rank_and_alpha():
 
 
 def test_only_the_adapter_is_trained():
-    adapted = adapter.attach(MLP(), RANKS, ALPHAS, factors=random_factors(MLP(), RANKS))
+    adapted = lora.attach(MLP(), RANKS, ALPHAS, factors=random_factors(MLP(), RANKS))
     trained = {name.rsplit("base_model.model.")[-1] for name, p in adapted.named_parameters() if p.requires_grad}
     assert trained == {f"{name}.lora_B.default.weight" for name in RANKS}
-    both = adapter.attach(MLP(), RANKS, ALPHAS)
+    both = lora.attach(MLP(), RANKS, ALPHAS)
     assert sum(p.requires_grad for p in both.parameters()) == 6
 
 
@@ -112,8 +112,8 @@ def test_a_layer_whose_name_ends_in_a_targets_name_is_not_adapted_unasked():
             self.fc = nn.Linear(3, 4)
             self.inner = nn.ModuleDict({"fc": nn.Linear(4, 5)})
 
-    adapted = adapter.attach(Nested(), {"fc": 2}, {"fc": 1.0})
-    assert set(adapter.lora_layers(adapted)) == {"fc"}
+    adapted = lora.attach(Nested(), {"fc": 2}, {"fc": 1.0})
+    assert set(lora.lora_layers(adapted)) == {"fc"}
 
 
 def test_ranks_of_layers_whose_names_end_alike_are_told_apart():
@@ -125,7 +125,7 @@ def test_ranks_of_layers_whose_names_end_alike_are_told_apart():
             self.other = nn.Linear(6, 7)
 
     ranks, alphas = {"other": 1, "fc": 2, "inner.fc": 3}, {"other": 1.0, "fc": 3.0, "inner.fc": 0.5}
-    layers = adapter.lora_layers(adapter.attach(Nested(), ranks, alphas))
+    layers = lora.lora_layers(lora.attach(Nested(), ranks, alphas))
     assert {name: layer.r["default"] for name, layer in layers.items()} == ranks
     assert {name: layer.scaling["default"] * ranks[name] for name, layer in layers.items()} == pytest.approx(alphas)
 
@@ -146,14 +146,14 @@ class Nested(nn.Module):
 @pytest.mark.parametrize("ranks", [{"inner.fc": 2, "fc": 3}, {"fc": 3, "inner.fc": 2}])
 def test_ranks_of_namesakes_survive_saving_and_loading(ranks, tmp_path):
     alphas = {"inner.fc": 5.0, "fc": 0.5}
-    adapted = adapter.attach(Nested(), ranks, alphas, factors=random_factors(Nested(), ranks))
-    folder = write_adapter(tmp_path / "adapter", adapter.detach(adapted))
+    adapted = lora.attach(Nested(), ranks, alphas, factors=random_factors(Nested(), ranks))
+    folder = write_adapter(tmp_path / "adapter", lora.detach(adapted))
     rows = torch.randn(6, 4)
     torch.testing.assert_close(PeftModel.from_pretrained(Nested(), folder)(rows), adapted(rows))
 
 
 def test_the_base_model_is_named_and_the_factors_cast_in_a_copy():
-    saved = adapter.detach(adapter.attach(MLP(), RANKS, ALPHAS, factors=random_factors(MLP(), RANKS)))
+    saved = lora.detach(lora.attach(MLP(), RANKS, ALPHAS, factors=random_factors(MLP(), RANKS)))
     before = saved.files()
     changed = saved.based_on(MLP(), "somewhere").cast(torch.bfloat16)
     config = json.loads(changed.files()["adapter_config.json"])
@@ -165,10 +165,10 @@ def test_the_base_model_is_named_and_the_factors_cast_in_a_copy():
 
 
 def test_factors_of_gives_the_update():
-    adapted = adapter.attach(MLP(), RANKS, ALPHAS, factors=random_factors(MLP(), RANKS))
-    factors = adapter.factors_of(adapted)
+    adapted = lora.attach(MLP(), RANKS, ALPHAS, factors=random_factors(MLP(), RANKS))
+    factors = lora.factors_of(adapted)
     before = {name: MLP().get_submodule(name).weight.detach() for name in RANKS}
-    merged = adapter.merge(adapted)
+    merged = lora.merge(adapted)
     for name, (a, b) in factors.items():
         change = merged.get_submodule(name).weight.detach() - before[name]
         torch.testing.assert_close(b @ a, change, atol=1e-6, rtol=0)
@@ -187,10 +187,10 @@ BUILDS = {
 
 def trained(build, task, targets):
     model = build()
-    names = adapter.linear_targets(model, targets)
+    names = lora.linear_targets(model, targets)
     ranks = {name: 2 + i % 3 for i, name in enumerate(names)}
     alphas = {name: 1.0 + i % 2 for i, name in enumerate(names)}
-    adapted = adapter.attach(model, ranks, alphas, factors=random_factors(model, ranks))
+    adapted = lora.attach(model, ranks, alphas, factors=random_factors(model, ranks))
     train(adapted, task, epochs=1, lr=0.01)
     return adapted
 
@@ -199,17 +199,17 @@ def trained(build, task, targets):
 def test_a_saved_adapter_reloads_in_plain_peft_with_the_same_logits(kind, tmp_path):
     build, make_task, targets = BUILDS[kind]
     adapted = trained(build, make_task(), targets)
-    folder = write_adapter(tmp_path / "adapter", adapter.detach(adapted))
+    folder = write_adapter(tmp_path / "adapter", lora.detach(adapted))
     wanted = logits(adapted, make_task())
     assert not torch.allclose(wanted, logits(build(), make_task()), atol=1e-2), "the adapter matters"
     torch.testing.assert_close(logits(PeftModel.from_pretrained(build(), folder), make_task()), wanted)
-    merged = adapter.merge_from(build(), folder)
+    merged = lora.merge_from(build(), folder)
     torch.testing.assert_close(logits(merged, make_task()), wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_adapters_of_many_layers_but_not_all_adapt_exactly_theirs_together(tmp_path):
     """From 20 targets on PEFT shortens their names to common endings."""
-    names = adapter.linear_targets(clip_model(layers=5), ("q_proj", "v_proj", "out_proj"))
+    names = lora.linear_targets(clip_model(layers=5), ("q_proj", "v_proj", "out_proj"))
     one, two = names[3:], [*names[:4], *names[7:]]
     assert min(len(one), len(two)) >= 20
     plain = clip_model(layers=5)
@@ -217,15 +217,15 @@ def test_adapters_of_many_layers_but_not_all_adapt_exactly_theirs_together(tmp_p
         ranks = {name: 2 + i % 3 for i, name in enumerate(chosen)}
         alphas = {name: 1.0 + i % 2 for i, name in enumerate(chosen)}
         factors = random_factors(clip_model(layers=5), ranks, seed=number)
-        adapted = adapter.attach(clip_model(layers=5), ranks, alphas, factors=factors)
-        saved = adapter.detach(adapted)
+        adapted = lora.attach(clip_model(layers=5), ranks, alphas, factors=factors)
+        saved = lora.detach(adapted)
         write_adapter(tmp_path / str(number), saved)
         for name, (a, b) in saved.factors().items():
             plain.get_submodule(name).weight.data += b @ a
     model = PeftModel.from_pretrained(clip_model(layers=5), tmp_path / "0", adapter_name="one")
-    assert set(adapter.lora_layers(model)) == set(one)
+    assert set(lora.lora_layers(model)) == set(one)
     model.load_adapter(tmp_path / "1", adapter_name="two")
-    layers = adapter.lora_layers(model)
+    layers = lora.lora_layers(model)
     assert {name for name, layer in layers.items() if "one" in layer.r} == set(one)
     assert {name for name, layer in layers.items() if "two" in layer.r} == set(two)
     model.base_model.set_adapter(["one", "two"])
@@ -238,7 +238,7 @@ def test_merging_keeps_the_logits_and_leaves_a_plain_model(kind):
     build, make_task, targets = BUILDS[kind]
     adapted = trained(build, make_task(), targets)
     wanted = logits(adapted, make_task())
-    merged = adapter.merge(adapted)
+    merged = lora.merge(adapted)
     torch.testing.assert_close(logits(merged, make_task()), wanted, atol=1e-5, rtol=1e-5)
     assert type(merged) is type(build())
     assert list(merged.state_dict()) == list(build().state_dict())
@@ -248,12 +248,12 @@ def test_a_merge_that_would_not_be_finite_is_an_error():
     factors = random_factors(MLP(), RANKS)
     factors["fc2"][1][0, 0] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
-        adapter.merge(adapter.attach(MLP(), RANKS, ALPHAS, factors=factors))
+        lora.merge(lora.attach(MLP(), RANKS, ALPHAS, factors=factors))
 
 
 def test_equal_adapters_have_equal_bytes_and_different_ones_do_not():
     first, again, other = (
-        adapter.detach(adapter.attach(MLP(), RANKS, ALPHAS, factors=random_factors(MLP(), RANKS, seed))).files()
+        lora.detach(lora.attach(MLP(), RANKS, ALPHAS, factors=random_factors(MLP(), RANKS, seed))).files()
         for seed in (0, 0, 1)
     )
     assert first == again
@@ -263,7 +263,7 @@ def test_equal_adapters_have_equal_bytes_and_different_ones_do_not():
 
 def test_files_are_safetensors_and_json_and_hold_the_factors():
     factors = random_factors(MLP(), RANKS)
-    files = adapter.detach(adapter.attach(MLP(), RANKS, ALPHAS, factors=factors)).files()
+    files = lora.detach(lora.attach(MLP(), RANKS, ALPHAS, factors=factors)).files()
     assert set(files) == {"adapter_config.json", "adapter_model.safetensors"}
     weights = load(files["adapter_model.safetensors"])
     assert len(weights) == 6
@@ -273,14 +273,14 @@ def test_files_are_safetensors_and_json_and_hold_the_factors():
     config = json.loads(files["adapter_config.json"])
     assert config["peft_type"] == "LORA"
     assert sorted(config["target_modules"]) == ["fc1", "fc2", "out"]
-    read = adapter.SavedAdapter.config_from(files["adapter_config.json"])
+    read = lora.SavedAdapter.config_from(files["adapter_config.json"])
     assert read.rank_pattern == {"fc2": 2, "out": 4}
 
 
 def test_a_detached_adapter_does_not_change_with_the_model():
-    adapted = adapter.attach(MLP(), RANKS, ALPHAS, factors=random_factors(MLP(), RANKS))
-    saved = adapter.detach(adapted)
+    adapted = lora.attach(MLP(), RANKS, ALPHAS, factors=random_factors(MLP(), RANKS))
+    saved = lora.detach(adapted)
     before = saved.files()
     train(adapted, VectorTask(), epochs=1)
     assert saved.files() == before
-    assert adapter.detach(adapted).files() != before
+    assert lora.detach(adapted).files() != before

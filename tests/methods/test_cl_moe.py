@@ -12,7 +12,7 @@ from transformers import AutoModel
 
 import tiny
 from keeplora.cli import main as cli
-from keeplora.layers import lora as adapter
+from keeplora.layers import lora
 from keeplora.layers.lora import SavedAdapter
 from keeplora.methods.cl_moe import CLMoE, CLMoEConfig, kept_shares
 from keeplora.methods.cl_moe_router import Router
@@ -49,7 +49,7 @@ def learn(method, model, seeds, **options):
 def reread(record):
     """Return a record as it comes back from its files."""
     files = record.adapter.files()
-    saved = SavedAdapter(SavedAdapter.config_from(files[adapter.CONFIG_FILE]), load(files[adapter.WEIGHTS_FILE]))
+    saved = SavedAdapter(SavedAdapter.config_from(files[lora.CONFIG_FILE]), load(files[lora.WEIGHTS_FILE]))
     return TaskRecord(adapter=saved, state=load(save(record.state)), merged=record.merged)
 
 
@@ -175,7 +175,7 @@ def test_a_layers_output_is_the_papers_sum_with_the_nearest_tasks_router(seeds):
 def test_in_training_the_router_is_that_of_the_task_so_far():
     method = cl_moe()
     adapted = method.before_task(learn(method, MLP(), (0,))[0], task_of(1))
-    layer = adapter.lora_layers(adapted)["fc1"]
+    layer = lora.lora_layers(adapted)["fc1"]
     rows = task_of(1).data[0][0]
     got = (layer(rows) - layer.get_base_layer()(rows)).detach().double()
     of_instance = (rows.double() @ method.record.state["fc1.router"].double().T).softmax(-1)
@@ -216,7 +216,7 @@ def test_after_a_task_each_expert_is_its_earlier_self_and_what_was_trained_in_th
         old = method.record.adapter.factors() if seed else None
         adapted = method.before_task(model, task_of(seed))
         train(adapted, task_of(seed), lr=1.0)
-        trained = {name: (a.clone(), b.clone()) for name, (a, b) in adapter.factors_of(adapted).items()}
+        trained = {name: (a.clone(), b.clone()) for name, (a, b) in lora.factors_of(adapted).items()}
         model = method.after_task(adapted, task_of(seed))
         for name, factors in method.record.adapter.factors().items():
             kept = slow_kept(method.record.state[f"{name}.tasks"][:, :N], 1) if seed else [0.0] * N
@@ -299,7 +299,7 @@ def test_training_a_base_weight_is_an_error():
     method = cl_moe()
     adapted = method.before_task(MLP(), task_of(0))
     with torch.no_grad():
-        adapter.lora_layers(adapted)["fc2"].get_base_layer().weight.add_(0.1)
+        lora.lora_layers(adapted)["fc2"].get_base_layer().weight.add_(0.1)
     with pytest.raises(ValueError, match=r"'task0': the weight 'fc2.weight' of the base model was changed"):
         method.after_task(adapted, task_of(0))
 
@@ -308,7 +308,7 @@ def test_an_expert_that_is_not_finite_is_an_error_that_names_the_layer():
     method = cl_moe()
     adapted = method.before_task(MLP(), task_of(0))
     with torch.no_grad():
-        adapter.lora_layers(adapted)["fc2"].lora_B["default"].weight[0, 0] = float("nan")
+        lora.lora_layers(adapted)["fc2"].lora_B["default"].weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"'task0': the trained experts of layer 'fc2' are not finite"):
         method.after_task(adapted, task_of(0))
 

@@ -670,7 +670,7 @@ def test_every_method_learns_the_same_from_batches_in_parts(name, monkeypatch):
     for images in (100, 4):
         monkeypatch.setattr("keeplora.models.dual_encoder.PIXELS_AT_ONCE", images * 3 * 16 * 16)
         method, model = method_for(name, {}), clip_model()
-        for task in method.plan([classification_task("first", 0), classification_task("second", 1)]):
+        for task in method.schedule([classification_task("first", 0), classification_task("second", 1)]):
             adapted = method.before_task(model, task)
             fit(adapted, task, TrainConfig(epochs=2), penalty=method.penalty)
             model = method.after_task(adapted, task)

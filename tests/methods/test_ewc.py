@@ -3,7 +3,7 @@ import torch
 
 from keeplora.layers.fisher import fisher_diagonals
 from keeplora.methods.ewc import EWC, EWCConfig
-from keeplora.runs.directory import Ledger
+from keeplora.runs.directory import RunDirectory
 from penalties import MLP, NAMES, VectorTask, learn, penalised, require_an_equal_resumed_run, started, updates
 
 
@@ -95,9 +95,9 @@ def test_the_ledger_gives_the_fishers_back(tmp_path):
     learn(method, MLP(), seeds=(0,))
     manifest = {"config": {"method": "ewc", "benchmark": "b", "model": "m", "seed": 0, "more": []}, "tasks": ["task0"],
                 "tasks_finished": 0, "files": {}, "start": {}, "zero_shot": [0.1], "model_digest": "x"}  # fmt: skip
-    ledger = Ledger(tmp_path, manifest)
-    ledger.add_task(method.record, {"name": "task0", "scores": [0.5], "phases": {}}, None)
-    read, _ = ledger.record(0)
+    directory = RunDirectory(tmp_path, manifest)
+    directory.add_task(method.record, {"name": "task0", "scores": [0.5], "phases": {}}, None)
+    read, _ = directory.record(0)
     assert set(read.state) == set(NAMES)
     assert all(value.equal(method.fishers[name]) for name, value in read.state.items())
 

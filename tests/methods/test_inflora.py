@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.linalg import subspace_angles
 
-from keeplora.layers import lora as adapter
+from keeplora.layers import lora
 from keeplora.methods.inflora import InfLoRAConfig
 from keeplora.methods.registry import InfLoRA, LoRAFT, MethodConfig
 from tiny import MLP, NarrowTask, TokenTask, VectorTask, WideMLP, llama_model, train, write_adapter
@@ -50,7 +50,7 @@ def test_a_spans_the_top_of_the_new_tasks_inputs_outside_those_of_earlier_tasks(
         task = NarrowTask(f"task{seed}", seed)
         inputs, bases = inputs_of(model, task), {name: basis.double().numpy() for name, basis in method.bases.items()}
         adapted = method.before_task(model, task)
-        for name, layer in adapter.lora_layers(adapted).items():
+        for name, layer in lora.lora_layers(adapted).items():
             a = layer.lora_A["default"].weight.detach().double().numpy()
             basis = bases.get(name, np.zeros((a.shape[1], 0)))
             assert not layer.lora_A["default"].weight.requires_grad
@@ -138,7 +138,7 @@ def test_certificate_says_that_no_update_leaked():
 
 def test_the_share_rises_linearly_over_the_planned_tasks_and_stays_without_a_plan():
     method, tasks = inflora(feature_energy=0.5, last_feature_energy=0.9), [VectorTask(str(i), i) for i in range(4)]
-    assert method.plan(tasks) is tasks
+    assert method.schedule(tasks) is tasks
     shares, model = [], MLP()
     for task in tasks[:3]:
         shares.append(method.share)
@@ -153,13 +153,13 @@ def test_the_share_rises_linearly_over_the_planned_tasks_and_stays_without_a_pla
 def test_a_resumed_stream_goes_on_bit_by_bit(tmp_path):
     tasks = [NarrowTask(f"task{seed}", seed) for seed in range(3)]
     method, model = inflora(feature_energy=0.6), WideMLP()
-    method.plan(tasks)
+    method.schedule(tasks)
     records = []
     for task in tasks:
         model = learn(method, model, task)
         records.append(method.record)
     resumed, again = inflora(feature_energy=0.6), WideMLP()
-    resumed.plan(tasks)
+    resumed.schedule(tasks)
     for index, record in enumerate(records[:2]):
         again = resumed.replay(again, record, write_adapter(tmp_path / str(index), record.adapter))
     again = learn(resumed, again, tasks[2])
@@ -175,7 +175,7 @@ def test_the_rank_shrinks_to_the_free_directions_at_the_same_scaling_and_says_so
     method = inflora(rank=6, alpha=3.0)
     with caplog.at_level(logging.WARNING):
         adapted = method.before_task(WideMLP(), NarrowTask())
-    layers = adapter.lora_layers(adapted)
+    layers = lora.lora_layers(adapted)
     assert {name: layer.r["default"] for name, layer in layers.items()} == {"fc1": 4, "fc2": 6, "out": 6}
     assert {layer.scaling["default"] for layer in layers.values()} == {0.5}
     assert "1 of 3 layers have fewer directions to learn with than rank 6, and take these: fc1 (4)" in caplog.text
@@ -185,7 +185,7 @@ def test_layers_without_room_are_left_alone_until_none_has_any():
     method = inflora()
     learn(method, MLP(), VectorTask(), epochs=1)
     method.bases |= {name: torch.eye(MLP().get_submodule(name).in_features) for name in ("fc1", "fc2")}
-    assert set(adapter.lora_layers(method.before_task(MLP(), VectorTask()))) == {"out"}
+    assert set(lora.lora_layers(method.before_task(MLP(), VectorTask()))) == {"out"}
     method.bases["out"] = torch.eye(13)
     with pytest.raises(ValueError, match=r"'full': no layer has .* lower feature_energy or add targets"):
         method.before_task(MLP(), VectorTask("full"))
@@ -199,8 +199,8 @@ def test_padding_rows_never_enter_the_memory():
             ]
 
     method, other = (InfLoRA(InfLoRAConfig(rank=3)) for _ in range(2))
-    plain = adapter.factors_of(method.before_task(llama_model(), TokenTask()))
-    padded = adapter.factors_of(other.before_task(llama_model(), Padded()))
+    plain = lora.factors_of(method.before_task(llama_model(), TokenTask()))
+    padded = lora.factors_of(other.before_task(llama_model(), Padded()))
     for name, (a, _) in plain.items():
         assert subspace_angles(a.T.numpy(), padded[name][0].T.numpy()).max() < 1e-3
 

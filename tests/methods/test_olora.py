@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from keeplora.layers import lora as adapter
+from keeplora.layers import lora
 from keeplora.methods.olora import OLoRA, OLoRAConfig
 from penalties import MLP, NAMES, VectorTask, learn, penalised, require_an_equal_resumed_run, started
 
@@ -16,7 +16,7 @@ def double_sum(earlier, a, size):
 
 
 def factors(adapted):
-    return {name: layer.lora_A["default"].weight.detach() for name, layer in adapter.lora_layers(adapted).items()}
+    return {name: layer.lora_A["default"].weight.detach() for name, layer in lora.lora_layers(adapted).items()}
 
 
 def test_there_is_no_penalty_on_the_first_task():
@@ -42,10 +42,10 @@ def test_penalty_is_zero_exactly_where_the_factors_are_orthogonal():
     _, model = learn(method, MLP(), seeds=(0,))
     method.earlier = {name: torch.eye(a.shape[1])[:3] for name, a in method.earlier.items()}
     adapted = started(method, model)
-    for layer in adapter.lora_layers(adapted).values():
+    for layer in lora.lora_layers(adapted).values():
         layer.lora_A["default"].weight.data = torch.eye(layer.in_features)[3:6].clone()
     assert float(method.penalty(adapted).detach()) == 0
-    for layer in adapter.lora_layers(adapted).values():
+    for layer in lora.lora_layers(adapted).values():
         layer.lora_A["default"].weight.data[0, 0] = 0.1
     assert float(method.penalty(adapted).detach()) == pytest.approx(0.5 * 3 * 0.01, rel=1e-5)
 
@@ -53,7 +53,7 @@ def test_penalty_is_zero_exactly_where_the_factors_are_orthogonal():
 def test_the_norms_of_both_factors_are_added_from_the_first_task_on():
     method = olora(lambda_2=0.3)
     adapted = penalised(started(method, MLP()))
-    layers = adapter.lora_layers(adapted).values()
+    layers = lora.lora_layers(adapted).values()
     wanted = sum(
         float(side["default"].weight.detach().norm()) for layer in layers for side in (layer.lora_A, layer.lora_B)
     )

@@ -3,7 +3,7 @@ import torch
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from keeplora.layers import lora as adapter
+from keeplora.layers import lora
 from keeplora.methods.registry import LoRAFT, MethodConfig, SDLoRA
 from keeplora.methods.sd_lora import SDLoRAConfig
 from tiny import NarrowTask, VectorTask, WideMLP, classification_task, clip_model, train, write_adapter
@@ -55,8 +55,8 @@ def reference_stream(num_tasks):
     for seed in range(num_tasks):
         fresh = WideMLP()
         torch.manual_seed(seed)
-        fresh = adapter.attach(fresh, dict.fromkeys(NAMES, R * (seed + 1)), dict.fromkeys(NAMES, 1.0))
-        starts = {name: a[-R:].double() for name, (a, _) in adapter.factors_of(fresh).items()}
+        fresh = lora.attach(fresh, dict.fromkeys(NAMES, R * (seed + 1)), dict.fromkeys(NAMES, 1.0))
+        starts = {name: a[-R:].double() for name, (a, _) in lora.factors_of(fresh).items()}
         a = {name: start.requires_grad_() for name, start in starts.items()}
         b = {name: torch.zeros(len(base[f"{name}.weight"]), R).double().requires_grad_() for name in NAMES}
         scales = {name: [alpha.detach().requires_grad_() for alpha in alphas[name]] for name in NAMES}
@@ -132,13 +132,13 @@ def test_a_later_task_starts_from_the_same_function_and_trains_only_the_new_pair
     assert adapted(rows).equal(wanted)
     trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
     assert all("lora_" in name for name in trained)
-    sizes = [(layer.in_features, layer.out_features) for layer in adapter.lora_layers(adapted).values()]
+    sizes = [(layer.in_features, layer.out_features) for layer in lora.lora_layers(adapted).values()]
     assert sum(p.numel() for p in trained.values()) == sum(R * (d_in + d_out) + 2 for d_in, d_out in sizes)
-    update = {name: b @ a for name, (a, b) in adapter.factors_of(adapted).items()}
+    update = {name: b @ a for name, (a, b) in lora.factors_of(adapted).items()}
     assert not any(value.any() for value in update.values())
     train(adapted, task)
     trained_outputs = adapted(rows).detach()
-    before = {name: b @ a for name, (a, b) in adapter.factors_of(adapted).items()}
+    before = {name: b @ a for name, (a, b) in lora.factors_of(adapted).items()}
     torch.testing.assert_close(method.after_task(adapted, task)(rows), trained_outputs, atol=1e-5, rtol=0)
     for name, (a, b) in method.record.adapter.factors().items():
         torch.testing.assert_close(b @ a, before[name], atol=1e-6, rtol=0)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import CLIPModel
 
 from keeplora.evaluation.evaluate import evaluate
-from keeplora.layers import lora as adapter
+from keeplora.layers import lora
 from keeplora.layers.fused_forward import fused_layers
 from keeplora.layers.gradient_sketches import gradient_sketches
 from keeplora.layers.gradients import input_grams, mean_gradients
@@ -32,13 +32,13 @@ def all_rows(monkeypatch):
 
 
 def adapted(model):
-    targets = adapter.linear_targets(model, ("q_proj", "v_proj", "out_proj"))
+    targets = lora.linear_targets(model, ("q_proj", "v_proj", "out_proj"))
     generator = torch.Generator().manual_seed(0)
     factors = {}
     for name in targets:
         d_out, d_in = model.get_submodule(name).weight.shape
         factors[name] = (torch.randn(2, d_in, generator=generator), torch.randn(d_out, 2, generator=generator) / 9)
-    return adapter.attach(model, dict.fromkeys(targets, 2), dict.fromkeys(targets, 1.0), factors=factors)
+    return lora.attach(model, dict.fromkeys(targets, 2), dict.fromkeys(targets, 1.0), factors=factors)
 
 
 def rows_in_the_mlp(model, run):
@@ -108,7 +108,7 @@ def test_scores_are_those_of_all_rows(all_rows):
 
 def test_gradients_of_a_task_are_those_of_all_rows(all_rows):
     model, task = clip_model(), classification_task()
-    targets = adapter.linear_targets(model, TARGETS)
+    targets = lora.linear_targets(model, TARGETS)
     short = mean_gradients(model, task, targets)
     all_rows()
     for name, gradient in mean_gradients(model, classification_task(), targets).items():
@@ -118,7 +118,7 @@ def test_gradients_of_a_task_are_those_of_all_rows(all_rows):
 def test_statistics_of_the_last_layers_inputs_see_all_rows():
     model, task = clip_model(), classification_task()
     targets = [
-        name for name in adapter.linear_targets(model, TARGETS) if name.startswith("vision_model.encoder.layers.1.")
+        name for name in lora.linear_targets(model, TARGETS) if name.startswith("vision_model.encoder.layers.1.")
     ]
     assert len(targets) == 6
     for target in targets:  # Each alone: one hook is enough.

@@ -3,9 +3,9 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
 
-from keeplora.layers.gradients import silent
 from keeplora.models.dual_encoder import tokenise
 from keeplora.models.registry import FAMILIES, family_of
+from keeplora.progress import silent
 from keeplora.task import read_benchmark
 from tiny import classification_task, save_dual_encoder, siglip_model, tokenizer, write_benchmark
 
@@ -55,7 +55,7 @@ def test_loss_is_the_mean_cross_entropy_over_the_class_prompts_at_the_models_sca
                 scores.append(float(model.logit_scale.double().exp() * image @ text))
             losses.append(float(torch.logsumexp(torch.tensor(scores, dtype=torch.float64), 0)) - scores[label])
         assert float(task.loss(model, batch)) == pytest.approx(sum(losses) / len(losses), abs=1e-4)
-    assert task.num_examples(batch) == 5
+    assert task.weight(batch) == 5
 
 
 def test_evaluation_encodes_the_prompts_once_and_answers_as_before(stored):
@@ -150,10 +150,11 @@ def test_cutting_prompts_to_the_longest_changes_no_feature(stored):
 def test_real_rows_mask_the_text_tower_only():
     task = classification_task()
     batch = next(iter(task.batches()))
-    assert task.real_rows("text_model.encoder.layers.0.self_attn.q_proj", batch).equal(task.prompts["attention_mask"])
-    assert task.real_rows("vision_model.encoder.layers.0.self_attn.q_proj", batch) is None
+    mask = task.padding_mask("text_model.encoder.layers.0.self_attn.q_proj", batch)
+    assert mask.equal(task.prompts["attention_mask"])
+    assert task.padding_mask("vision_model.encoder.layers.0.self_attn.q_proj", batch) is None
     unmasked = classification_task(kind="siglip")
-    assert unmasked.real_rows("text_model.encoder.layers.0.self_attn.q_proj", batch) is None
+    assert unmasked.padding_mask("text_model.encoder.layers.0.self_attn.q_proj", batch) is None
 
 
 def test_a_failing_batch_does_not_leave_a_task_frozen():

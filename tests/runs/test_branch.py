@@ -15,7 +15,7 @@ from keeplora.methods.registry import METHODS, KeepLoRA, KeepLoRAConfig, LoRAFT,
 from keeplora.runs.branch import continued, fork, undo, with_more
 from keeplora.runs.loop import run
 from keeplora.runs.manifest import read_manifest
-from keeplora.runs.open import read_ledger
+from keeplora.runs.open import read_run
 from keeplora.runs.reopen import reopen
 from keeplora.runs.verify import certify
 from keeplora.training.trainer import TrainConfig
@@ -43,9 +43,9 @@ def config_of(place, output, name="keeplora", **changes):
 
 def updates_of(folder, places):
     """Sum, in float64, the updates of some tasks by the name of the weight."""
-    ledger, sums = read_ledger(folder), {}
+    directory, sums = read_run(folder), {}
     for index in places:
-        for name, (a, b) in ledger.record(index)[0].adapter.factors().items():
+        for name, (a, b) in directory.record(index)[0].adapter.factors().items():
             sums[f"{name}.weight"] = sums.get(f"{name}.weight", 0) + b.double() @ a.double()
     return sums
 
@@ -83,7 +83,7 @@ def test_the_directions_of_an_undone_task_are_free_again_and_those_of_the_others
     for old, new in (("01-task0", "01-task0"), ("03-task2", "02-task2"), ("04-task3", "03-task3")):
         before = (place / "whole/tasks" / old / "subspace.safetensors").read_bytes()
         assert (tmp_path / "undone/tasks" / new / "subspace.safetensors").read_bytes() == before
-    whole, undone = (read_ledger(folder).tasks[-1]["certificate"] for folder in (place / "whole", tmp_path / "undone"))
+    whole, undone = (read_run(folder).tasks[-1]["certificate"] for folder in (place / "whole", tmp_path / "undone"))
     taken = load_file(place / "whole/tasks/02-task1/subspace.safetensors")
     for name, layer in undone["layers"].items():
         assert layer["residual_dims"] == whole["layers"][name]["residual_dims"] + taken[name].shape[1]
@@ -94,12 +94,12 @@ def test_the_directions_of_an_undone_task_are_free_again_and_those_of_the_others
 @pytest.mark.slow
 def test_scores_are_evaluated_anew_from_the_undone_task_on_and_kept_before_it(place, tmp_path):
     undone = undo(place / "whole", "task1", tmp_path / "undone")
-    whole = read_ledger(place / "whole").results()
+    whole = read_run(place / "whole").results()
     assert undone.tasks == ["task0", "task2", "task3"]
     assert undone.zero_shot == [whole.zero_shot[i] for i in (0, 2, 3)]
     assert undone.accuracy[0] == [whole.accuracy[0][i] for i in (0, 2, 3)]
-    ledger, model, tasks = reopen(tmp_path / "undone")
-    assert evaluate(model, tasks) == undone.accuracy[-1] == ledger.results().accuracy[-1]
+    directory, model, tasks = reopen(tmp_path / "undone")
+    assert evaluate(model, tasks) == undone.accuracy[-1] == directory.results().accuracy[-1]
     assert json.loads((tmp_path / "undone/metrics.json").read_text())["accuracy"] == undone.accuracy
 
 
@@ -122,7 +122,7 @@ def test_several_tasks_are_undone_one_after_another(place, tmp_path):
     undo(tmp_path / "other", "task1", tmp_path / "way")
     for name in ("model/model.safetensors", "tasks/02-task2/subspace.safetensors"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "way" / name).read_bytes()
-    assert read_ledger(tmp_path / "two").results().accuracy == read_ledger(tmp_path / "way").results().accuracy
+    assert read_run(tmp_path / "two").results().accuracy == read_run(tmp_path / "way").results().accuracy
 
 
 @pytest.mark.slow
@@ -334,7 +334,7 @@ def test_a_fork_goes_on_with_other_settings_from_the_finished_tasks(place, tmp_p
     assert manifest["tasks_finished"] == 2
     assert "train.learning_rate was 0.05, is 0.01" in manifest["origin"]["changes"]
     results = run(slower)
-    whole = read_ledger(place / "whole").results()
+    whole = read_run(place / "whole").results()
     assert results.accuracy[:2] == whole.accuracy[:2]
     assert results.zero_shot == whole.zero_shot
     files, expected = tiny.tree(tmp_path / "fork"), tiny.tree(place / "whole")
@@ -411,7 +411,7 @@ def test_adding_tasks_to_a_finished_run_equals_one_run_with_all(place, tmp_path,
     first, second = parts
     run(config_of(place, tmp_path / "run", benchmark=str(first)))
     added = run(continued(tmp_path / "run", str(second)), extend=True)
-    whole = read_ledger(place / "whole").results()
+    whole = read_run(place / "whole").results()
     assert (added.tasks, added.zero_shot, added.accuracy) == (whole.tasks, whole.zero_shot, whole.accuracy)
     assert added.benchmark == f"{first} + {second}"
     assert tiny.lasting(tmp_path / "run")[0] == tiny.lasting(place / "whole")[0]
@@ -431,7 +431,7 @@ def test_tasks_may_be_added_one_run_at_a_time_and_to_the_same_file(place, tmp_pa
         else:
             run(continued(tmp_path / "run", str(benchmark)), extend=True)
     assert tiny.lasting(tmp_path / "run")[0] == tiny.lasting(place / "whole")[0]
-    assert read_ledger(tmp_path / "run").results().accuracy == read_ledger(place / "whole").results().accuracy
+    assert read_run(tmp_path / "run").results().accuracy == read_run(place / "whole").results().accuracy
 
 
 @pytest.mark.slow
@@ -472,7 +472,7 @@ def test_a_run_that_is_stopped_before_it_has_seen_the_new_tasks_stays_as_it_was(
 def test_the_same_stream_in_one_run_is_more_benchmarks(place, tmp_path, parts):
     first, second = parts
     results = run(config_of(place, tmp_path / "run", benchmark=str(first), more=(str(second),)))
-    assert results.accuracy == read_ledger(place / "whole").results().accuracy
+    assert results.accuracy == read_run(place / "whole").results().accuracy
 
 
 def test_what_cannot_be_continued_says_why(place, tmp_path, parts):
@@ -502,7 +502,7 @@ def test_more_tasks_come_with_the_settings_of_the_run_or_not_at_all(place, tmp_p
     ):
         with pytest.raises(ValueError, match=rf"goes on with the settings of .*{words}.*or --fork it"):
             with_more(tmp_path / "run", replace(same, **changes))
-    assert read_ledger(tmp_path / "run").is_complete
+    assert read_run(tmp_path / "run").is_complete
 
 
 # The command line
@@ -517,12 +517,12 @@ def test_the_commands_do_what_the_functions_do(place, tmp_path, parts, capsys, m
     assert tiny.lasting(tmp_path / "run")[0] == tiny.lasting(place / "whole")[0]
     cli.main(["undo", "run", "task3", "--output", "undone"])
     assert "Undone: task3" in capsys.readouterr().out
-    assert read_ledger(tmp_path / "undone").manifest["tasks"] == ["task0", "task1", "task2"]
+    assert read_run(tmp_path / "undone").manifest["tasks"] == ["task0", "task1", "task2"]
     run(config_of(place, tmp_path / "half", first_tasks=2))
     cli.main(["run", "--fork", "half", "--first-tasks", "3", "--learning-rate", "0.01", "--output", "forked"])
-    ledger = read_ledger(tmp_path / "forked")
-    assert (ledger.num_finished, ledger.manifest["config"]["train"]["learning_rate"]) == (3, 0.01)
-    assert ledger.manifest["config"]["options"]["rank"] == 2
+    directory = read_run(tmp_path / "forked")
+    assert (directory.num_finished, directory.manifest["config"]["train"]["learning_rate"]) == (3, 0.01)
+    assert directory.manifest["config"]["options"]["rank"] == 2
     cli.main(["run", "--fork", "half", "--first-tasks", "3", "--learning-rate", "0.01", "--output", "forked"])
     for command, words in {
         "run --continue run": "takes the new tasks from --benchmark",

@@ -15,10 +15,10 @@ import tiny
 from keeplora.methods.registry import KeepLoRAConfig
 from keeplora.models.dual_encoder import DualEncoder
 from keeplora.runs.config import RunConfig
-from keeplora.runs.directory import Ledger
+from keeplora.runs.directory import RunDirectory
 from keeplora.runs.loop import run
 from keeplora.runs.manifest import read_manifest
-from keeplora.runs.open import open_ledger
+from keeplora.runs.open import open_run
 from keeplora.training.trainer import TrainConfig
 
 
@@ -34,7 +34,7 @@ def after_first_task(results):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A complete run and one that was cut off after task 1, of one configuration."""
-    folder = tmp_path_factory.mktemp("ledger")
+    folder = tmp_path_factory.mktemp("directory")
     benchmark = tiny.write_benchmark(folder, tasks=2, per_class=4)
     config = RunConfig(
         benchmark=str(benchmark),
@@ -121,7 +121,7 @@ def test_the_metrics_file_is_what_the_task_files_say(place):
     metrics = json.loads((full / "metrics.json").read_text())
     rows = [json.loads((full / f"tasks/{name}/task.json").read_text())["scores"] for name in ("01-task0", "02-task1")]
     assert metrics["accuracy"] == rows
-    assert metrics == json.loads(json.dumps(Ledger(full, read_manifest(full)).results().to_json()))
+    assert metrics == json.loads(json.dumps(RunDirectory(full, read_manifest(full)).results().to_json()))
 
 
 def test_directions_are_stored_for_every_target_and_orthonormal(place):
@@ -162,7 +162,7 @@ def test_a_damaged_file_of_a_finished_task_is_named_on_resume(cut, name, harm):
 @pytest.mark.parametrize("name", TASK_FILES)
 def test_every_single_flipped_byte_is_noticed(place, tmp_path, name):
     shutil.copytree(place[0] / "full", tmp_path / "run")
-    ledger = Ledger(tmp_path / "run", read_manifest(tmp_path / "run"))
+    directory = RunDirectory(tmp_path / "run", read_manifest(tmp_path / "run"))
     path = tmp_path / "run/tasks/01-task0" / name
     good = path.read_bytes()
     for place_of_flip in {0, 7, len(good) // 3, len(good) - 1}:
@@ -170,15 +170,15 @@ def test_every_single_flipped_byte_is_noticed(place, tmp_path, name):
         bad[place_of_flip] ^= 0x80
         path.write_bytes(bad)
         with pytest.raises(ValueError, match="changed or damaged"):
-            ledger.read(f"tasks/01-task0/{name}")
+            directory.read(f"tasks/01-task0/{name}")
     path.write_bytes(good)
-    assert ledger.read(f"tasks/01-task0/{name}") == good
+    assert directory.read(f"tasks/01-task0/{name}") == good
 
 
 def test_an_opened_folder_without_content_starts_a_run(tmp_path):
     (tmp_path / "new").mkdir()
-    with open_ledger(tmp_path / "new", {"seed": 0}, ["a"]) as ledger:
-        assert ledger.num_finished == 0
+    with open_run(tmp_path / "new", {"seed": 0}, ["a"]) as directory:
+        assert directory.num_finished == 0
     assert read_manifest(tmp_path / "new")["phase"] == "running"
 
 
@@ -186,7 +186,7 @@ def test_a_folder_with_other_things_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with (
         pytest.raises(ValueError, match="is not empty and holds no run; give another --output"),
-        open_ledger(tmp_path, {}, ["a"]),
+        open_run(tmp_path, {}, ["a"]),
     ):
         pass
     assert tiny.tree(tmp_path) == {"thesis.tex": b"x"}
@@ -196,7 +196,7 @@ def test_a_file_instead_of_a_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     with (
         pytest.raises(ValueError, match="file is a file; give another --output"),
-        open_ledger(tmp_path / "file", {}, []),
+        open_run(tmp_path / "file", {}, []),
     ):
         pass
 
@@ -243,54 +243,54 @@ def test_another_configuration_is_refused_and_the_difference_named(cut, change, 
 
 
 def test_other_tasks_are_refused(tmp_path):
-    with open_ledger(tmp_path / "run", {"seed": 0}, ["a", "b"]) as ledger:
-        ledger.write("tasks/01-a/task.json", b"{}")
-        ledger.manifest["tasks_finished"] = 1
-        ledger.commit()
+    with open_run(tmp_path / "run", {"seed": 0}, ["a", "b"]) as directory:
+        directory.write("tasks/01-a/task.json", b"{}")
+        directory.manifest["tasks_finished"] = 1
+        directory.commit()
     with (
         pytest.raises(ValueError, match=r"tasks were \['a', 'b'\], are \['b', 'a'\]"),
-        open_ledger(tmp_path / "run", {"seed": 0}, ["b", "a"]),
+        open_run(tmp_path / "run", {"seed": 0}, ["b", "a"]),
     ):
         pass
 
 
 def test_a_run_without_a_finished_task_may_start_over_with_what_was_mended(tmp_path):
-    with open_ledger(tmp_path / "run", {"seed": 0}, ["a", "b"]) as ledger:
-        ledger.start("digest", [1.0, 2.0], {})
-    with open_ledger(tmp_path / "run", {"seed": 1}, ["b"]) as ledger:
-        assert "zero_shot" not in ledger.manifest
+    with open_run(tmp_path / "run", {"seed": 0}, ["a", "b"]) as directory:
+        directory.start("digest", [1.0, 2.0], {})
+    with open_run(tmp_path / "run", {"seed": 1}, ["b"]) as directory:
+        assert "zero_shot" not in directory.manifest
     assert read_manifest(tmp_path / "run")["config"] == {"seed": 1}
 
 
 def test_a_second_writer_is_refused_while_the_first_is_alive_and_let_in_after(tmp_path):
-    again = open_ledger(tmp_path / "run", {}, ["a"])
+    again = open_run(tmp_path / "run", {}, ["a"])
     with (
-        open_ledger(tmp_path / "run", {}, ["a"]),
+        open_run(tmp_path / "run", {}, ["a"]),
         pytest.raises(ValueError, match=rf"another process \(process {os.getpid()} on .*\) is writing"),
     ):
         again.__enter__()
-    with open_ledger(tmp_path / "run", {}, ["a"]) as ledger:
-        assert ledger.num_finished == 0
+    with open_run(tmp_path / "run", {}, ["a"]) as directory:
+        assert directory.num_finished == 0
 
 
 def test_the_lock_is_given_back_when_the_run_fails(tmp_path):
-    with pytest.raises(CutOff), open_ledger(tmp_path / "run", {}, ["a"]):
+    with pytest.raises(CutOff), open_run(tmp_path / "run", {}, ["a"]):
         raise CutOff
-    with open_ledger(tmp_path / "run", {}, ["a"]) as ledger:
-        assert ledger.num_finished == 0
+    with open_run(tmp_path / "run", {}, ["a"]) as directory:
+        assert directory.num_finished == 0
 
 
 def test_files_that_are_handed_in_take_effect_together(tmp_path):
-    with open_ledger(tmp_path / "run", {}, ["a"]) as ledger:
-        ledger.write("one", b"the old one")
-        ledger.write("two", b"the old two")
-        ledger.commit()
-        ledger.write("one", b"the new one")
-        ledger.remove("two")
-        assert ledger.read("one") == b"the old one"
-        assert ledger.read("two") == b"the old two"
-        ledger.commit()
-        assert ledger.read("one") == b"the new one"
+    with open_run(tmp_path / "run", {}, ["a"]) as directory:
+        directory.write("one", b"the old one")
+        directory.write("two", b"the old two")
+        directory.commit()
+        directory.write("one", b"the new one")
+        directory.remove("two")
+        assert directory.read("one") == b"the old one"
+        assert directory.read("two") == b"the old two"
+        directory.commit()
+        assert directory.read("one") == b"the new one"
     assert set(tiny.tree(tmp_path / "run")) == {"run.json", "one"}
 
 
@@ -303,10 +303,10 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
 
         return write
 
-    with open_ledger(tmp_path / "run", {}, ["a"]) as ledger:
-        ledger.write_folder("model", save("config", "part1", "part2"))
-        ledger.commit()
-        ledger.write_folder("model", save("config", "whole"))
-        ledger.commit()
-        ledger.require_intact()
+    with open_run(tmp_path / "run", {}, ["a"]) as directory:
+        directory.write_folder("model", save("config", "part1", "part2"))
+        directory.commit()
+        directory.write_folder("model", save("config", "whole"))
+        directory.commit()
+        directory.require_intact()
     assert set(tiny.tree(tmp_path / "run")) == {"run.json", "model/config", "model/whole"}

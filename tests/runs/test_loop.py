@@ -10,9 +10,9 @@ from transformers import AutoModel, AutoTokenizer
 import tiny
 from keeplora.evaluation.accuracy_matrix import Results
 from keeplora.evaluation.evaluate import evaluate
-from keeplora.layers.gradients import silent
 from keeplora.methods.registry import KeepLoRAConfig, MethodConfig
 from keeplora.models.dual_encoder import DualEncoder
+from keeplora.progress import silent
 from keeplora.runs.config import RunConfig
 from keeplora.runs.loop import run
 from keeplora.runs.manifest import read_manifest

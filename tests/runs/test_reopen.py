@@ -42,18 +42,18 @@ def test_every_method_goes_on_after_a_cut_and_opens_again_with_the_recorded_scor
         run(config_of(place, tmp_path / "cut", name), watch=cut)
     run(config_of(place, tmp_path / "cut", name))
     assert tiny.lasting(tmp_path / "cut") == tiny.lasting(tmp_path / "whole")
-    ledger, model, tasks = reopen(tmp_path / "cut")
-    assert evaluate(model, tasks) == ledger.results().accuracy[-1]
+    directory, model, tasks = reopen(tmp_path / "cut")
+    assert evaluate(model, tasks) == directory.results().accuracy[-1]
 
 
 @pytest.mark.slow
 def test_a_run_of_some_tasks_in_another_order_opens_with_its_own_stream(place, tmp_path):
     results = run(config_of(place, tmp_path / "run", order=2, first_tasks=2))
     assert len(results.tasks) == 2
-    ledger, model, tasks = reopen(tmp_path / "run")
+    directory, model, tasks = reopen(tmp_path / "run")
     assert [task.name for task in tasks] == results.tasks
     assert evaluate(model, tasks) == results.accuracy[-1]
-    assert ledger.manifest["config"]["order"] == 2
+    assert directory.manifest["config"]["order"] == 2
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from keeplora.runs.atomic_store import Store
 from keeplora.runs.disk import write_atomically
 from keeplora.runs.loop import run
 from keeplora.runs.manifest import manifest_bytes, read_manifest
-from keeplora.runs.open import open_ledger
+from keeplora.runs.open import open_run
 from keeplora.runs.verify import certify
 
 FIRST, SECOND = "tasks/01-task0", "tasks/02-task1"
@@ -414,9 +414,9 @@ def test_a_run_that_was_cut_off_is_certified_as_far_as_it_came(place, tmp_path):
 
 def test_a_run_that_has_only_begun_has_its_hashes_checked(tmp_path):
     config = {"benchmark": "mini", "method": "keeplora"}
-    with open_ledger(tmp_path / "run", config, ["task0"]) as ledger:
-        ledger.write("metrics.json", b"{}")
-        ledger.commit()
+    with open_run(tmp_path / "run", config, ["task0"]) as directory:
+        directory.write("metrics.json", b"{}")
+        directory.commit()
     proof = certify(tmp_path / "run")
     assert (proof.breaches, proof.tasks) == ([], [])
     assert proof.notes == ["no task is finished: only the files' hashes were checked"]

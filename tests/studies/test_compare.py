@@ -14,7 +14,7 @@ import torch
 from keeplora.cli.main import main
 from keeplora.methods.registry import METHODS, known_methods
 from keeplora.runs.config import RunConfig
-from keeplora.runs.directory import Ledger
+from keeplora.runs.directory import RunDirectory
 from keeplora.runs.manifest import read_manifest
 from keeplora.studies.compare.config import run_config
 from keeplora.studies.compare.process_pool import Workers
@@ -356,8 +356,10 @@ def test_the_quick_comparison_of_all_methods_and_variants_ends(given, tmp_path, 
     assert not found["failures"]
     assert len(found["runs"]) == 2 * len(known_methods())
     for name in METHODS:
-        ledger = Ledger(output / f"runs/{name}/order0-seed0", read_manifest(output / f"runs/{name}/order0-seed0"))
-        assert ledger.is_complete
+        directory = RunDirectory(
+            output / f"runs/{name}/order0-seed0", read_manifest(output / f"runs/{name}/order0-seed0")
+        )
+        assert directory.is_complete
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="reads the process table of Linux")

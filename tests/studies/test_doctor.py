@@ -16,8 +16,7 @@ from keeplora.models.registry import family_of
 from keeplora.runs.manifest import manifest_bytes, new_manifest
 from keeplora.runs.settings import run_defaults
 from keeplora.studies.doctor import diagnose as doctor
-from keeplora.studies.doctor import dry_run as rehearsal
-from keeplora.studies.doctor import output_directory as places
+from keeplora.studies.doctor import dry_run, output_directory
 from keeplora.studies.doctor.diagnose import diagnose
 from keeplora.studies.doctor.findings import Finding, listed, merged
 
@@ -240,7 +239,7 @@ def test_layers_without_room_for_the_rank_are_named(stream, model):
 def test_layers_that_no_gradient_reaches_are_named():
     network, task = tiny.MLP(), tiny.VectorTask()
     torch.nn.init.zeros_(network.out.weight)
-    assert rehearsal.unreached_layers(network, task, ["fc1", "fc2", "out"]) == ["fc1", "fc2"]
+    assert dry_run.unreached_layers(network, task, ["fc1", "fc2", "out"]) == ["fc1", "fc2"]
 
 
 def test_weights_that_are_not_finite_are_named(stream, model, tmp_path):
@@ -257,7 +256,7 @@ def test_a_failing_step_is_a_problem(stream, model, monkeypatch):
     def fail(*args, **options):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(rehearsal, "fit", fail)
+    monkeypatch.setattr(dry_run, "fit", fail)
     found = examine(stream, model)
     assert "a run would fail: no room" in only(found, "problem")
     assert "lower batch_size" in [one.cure for one in found.findings]
@@ -290,7 +289,7 @@ def test_a_run_that_is_there_already_is_a_note(stream, model):
 
 def test_a_clock_gives_the_first_batches_and_hands_the_source_back():
     task = tiny.VectorTask(sizes=(3, 3, 3, 3, 2))
-    with rehearsal.clocked(task, "batches", 2) as clock:
+    with dry_run.clocked(task, "batches", 2) as clock:
         assert len(task.batches()) == 2
         assert len(list(task.batches())) == 2
     assert len(task.batches()) == 5
@@ -299,13 +298,13 @@ def test_a_clock_gives_the_first_batches_and_hands_the_source_back():
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 8])
 def test_spread_takes_the_ends_first_and_everything_once(count):
-    order = rehearsal.spread(range(count))
+    order = dry_run.spread(range(count))
     assert sorted(order) == list(range(count))
     assert order[:2] == [0, count - 1][:count]
 
 
 def test_a_disk_without_room_is_a_problem(stream, model, monkeypatch):
-    monkeypatch.setattr(places.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(output_directory.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 9, 1))
     assert "MB free" in only(examine(stream, model), "problem")
 
 
@@ -325,7 +324,7 @@ def test_a_place_that_cannot_be_written_is_a_problem(stream, model, monkeypatch)
     def refuse(dir):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(places.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(output_directory.tempfile, "TemporaryFile", refuse)
     assert "cannot be written: Read-only file system" in only(examine(stream, model), "problem")
 
 

@@ -12,7 +12,8 @@ from keeplora.layers import gradients as collect
 from keeplora.layers.gradient_sketches import gradient_sketches
 from keeplora.layers.residual_gradients import exact_residuals, sketched_residuals
 from keeplora.methods.registry import KeepLoRA, KeepLoRAConfig
-from keeplora.subspace import gradient_sketch as sketch
+from keeplora.progress import silent
+from keeplora.subspace import gradient_sketch
 from keeplora.subspace import linear_algebra as linalg
 from keeplora.subspace.gradient_sketch import Sketch
 from keeplora.training.state_file import from_bytes, to_bytes
@@ -70,7 +71,7 @@ def test_the_angle_to_the_exact_directions_is_small_where_singular_values_fall_o
 def test_memory_is_that_of_two_narrow_pictures():
     found = Sketch(4000, torch.zeros(5000, 0), 4, seed=0)
     numbers = sum(part.numel() for part in (found.left, found.right, *found.sums))
-    assert numbers <= (4000 + 5000) * 4 * (sketch.RANGE + sketch.CORANGE)
+    assert numbers <= (4000 + 5000) * 4 * (gradient_sketch.RANGE + gradient_sketch.CORANGE)
     assert numbers < 4000 * 5000 / 20
 
 
@@ -104,7 +105,7 @@ CASES = {
 def test_the_pass_sketches_the_gradient_that_the_exact_one_averages(kind):
     build, make_task, names = CASES[kind]
     model, gradients = build(), collect.mean_gradients(build(), make_task(), names)
-    count = sum(make_task().num_examples(batch) for batch in make_task().batches())
+    count = sum(make_task().weight(batch) for batch in make_task().batches())
     sketches = {name: Sketch(len(gradients[name]), torch.zeros(gradients[name].shape[1], 0), 2, seed=3)
                 for name in names}  # fmt: skip
     flags = [parameter.requires_grad for parameter in model.parameters()]
@@ -123,7 +124,7 @@ def test_keeplora_starts_from_the_same_directions_by_a_sketch(kind):
     build, make_task, names = CASES[kind]
     bases = KeepLoRA(KeepLoRAConfig(targets=tuple(names), weight_energy=0.3))
     bases.protect_principal(build())
-    both = [residuals(build(), make_task(), bases.bases, 2, 1.0, collect.silent)
+    both = [residuals(build(), make_task(), bases.bases, 2, 1.0, silent)
             for residuals in (exact_residuals, sketched_residuals)]  # fmt: skip
     for name in names:
         exact, rows = (found[f"{name}.residual"] for found in both)
@@ -170,7 +171,7 @@ def sketches_of(model, task, rank=2):
 def as_the_exact_pass_finds(model, task, found):
     """Compare sketches with those of the gradients that autograd gives."""
     gradients = collect.mean_gradients(model, task, list(found))
-    count = sum(task.num_examples(batch) for batch in task.batches())
+    count = sum(task.weight(batch) for batch in task.batches())
     for name, one in found.items():
         whole = gradients[name] * count
         assert whole.abs().max() > 0
@@ -212,7 +213,7 @@ class Asking(VectorTask):
 
 
 class InParts(VectorTask):
-    def parts(self, batch):
+    def micro_batches(self, batch):
         return [(batch[0][:0], batch[1][:0]), *zip(batch[0].split(3), batch[1].split(3), strict=True)]
 
 

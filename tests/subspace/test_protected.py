@@ -123,7 +123,7 @@ def test_certificate_states_leak_orthonormality_and_what_is_left():
     before = {"layer": full[:, :5], "idle": full[:, :2]}
     skewed = torch.cat([full[:, :5], full[:, 5:8] + 0.01 * full[:, :1]], dim=1)
     a, b = torch.randn(3, 12), torch.randn(7, 3)
-    certificate = subspace.certify(before, {"layer": skewed, "idle": full[:, :2]}, {"layer": (a, b)})
+    certificate = subspace.certificates(before, {"layer": skewed, "idle": full[:, :2]}, {"layer": (a, b)})
     layer, idle = certificate["layer"], certificate["idle"]
     update = b.double() @ a.double()
     protected = full[:, :5].double()

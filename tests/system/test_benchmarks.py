@@ -22,11 +22,11 @@ import sketch
 import whole_task
 from keeplora.evaluation.evaluate import evaluate
 from keeplora.layers import gradients as collect
-from keeplora.layers import lora as adapter
+from keeplora.layers import lora
 from keeplora.layers.names import tower_share
 from keeplora.methods.registry import KeepLoRA
 from keeplora.subspace import linear_algebra as linalg
-from keeplora.subspace import protected as subspace
+from keeplora.subspace import protected
 from workloads import Workload, WorkloadConfig, load, prompts_of
 
 BENCHMARKS = Path(phases.__file__).parent
@@ -59,7 +59,7 @@ def workload(request) -> Workload:
 
 @pytest.fixture
 def bases(workload):
-    return subspace.principal_bases(weights_of(workload), shares_of(workload))
+    return protected.principal_bases(weights_of(workload), shares_of(workload))
 
 
 def weights_of(workload):
@@ -99,7 +99,7 @@ def test_naive_starts_in_the_span_of_the_librarys_start(workload, bases):
 
 def test_naive_protects_the_subspaces_of_the_library_where_both_read_the_same_rows(workload, bases):
     grams = collect.input_grams(workload.model, workload.task, workload.targets)
-    exact = subspace.new_directions(bases, grams, 0.9)
+    exact = protected.new_directions(bases, grams, 0.9)
     matrices = naive.token_matrices(workload.model, workload.task, workload.targets, features="all")
     found = naive.new_directions(bases, matrices, 0.9)
     assert sum(directions.shape[1] for directions in exact.values()) > 0
@@ -131,7 +131,7 @@ def test_naive_starts_and_merges_without_changing_what_it_should_not(workload, b
         torch.testing.assert_close(workload.task.outputs(merged, batch), trained, rtol=1e-3, atol=1e-3)
     assert len(losses) == 2
     assert not torch.allclose(trained, before)
-    assert adapter.linear_targets(merged, workload.options.targets) == workload.targets
+    assert lora.linear_targets(merged, workload.options.targets) == workload.targets
 
 
 def test_the_library_runs_on_every_workload(workload):

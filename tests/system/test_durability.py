@@ -16,14 +16,14 @@ import pytest
 import torch
 
 import tiny
-from keeplora.layers import gradients as collect
+from keeplora.layers import gradients
 from keeplora.methods.registry import KeepLoRAConfig
 from keeplora.runs import disk
 from keeplora.runs.config import RunConfig
-from keeplora.runs.directory import UNFINISHED, Ledger
+from keeplora.runs.directory import UNFINISHED, RunDirectory
 from keeplora.runs.loop import run
 from keeplora.runs.manifest import read_manifest
-from keeplora.runs.open import read_ledger
+from keeplora.runs.open import read_run
 from keeplora.runs.phases import Unfinished
 from keeplora.runs.verify import certify
 from keeplora.training.profiling import Clock
@@ -71,7 +71,7 @@ def processes():
 
 def report_phases(pipe):
     """Send the name of every phase when it begins."""
-    phase, finish = Clock.phase, Ledger.commit_tasks
+    phase, finish = Clock.phase, RunDirectory.commit_tasks
 
     def begun(self, name):
         pipe.send(name)
@@ -81,7 +81,7 @@ def report_phases(pipe):
         pipe.send("record")
         return finish(self, *args)
 
-    Clock.phase, Ledger.commit_tasks = begun, finished
+    Clock.phase, RunDirectory.commit_tasks = begun, finished
 
 
 class Crash(BaseException):
@@ -265,13 +265,13 @@ def test_training_goes_on_from_the_last_checkpoint_and_computes_nothing_again(co
     now = read_manifest(cut.output)["now"]
     assert (now["task"], now["phase"]) == ("task1", "train")
     collected = []
-    real = collect.mean_gradients
+    real = gradients.mean_gradients
 
     def collecting(model, task, *args, **options):
         collected.append(task.name)
         return real(model, task, *args, **options)
 
-    monkeypatch.setattr(collect, "mean_gradients", collecting)
+    monkeypatch.setattr(gradients, "mean_gradients", collecting)
     seen = []
 
     def track(items, description, total=None):
@@ -332,7 +332,7 @@ def test_the_end_of_training_is_kept_however_rare_the_checkpoints(config, whole,
         raise CutOff
 
     with monkeypatch.context() as patch:
-        patch.setattr(collect, "input_grams", end)
+        patch.setattr(gradients, "input_grams", end)
         with pytest.raises(CutOff):
             run(rare)
     assert read_manifest(rare.output)["now"]["phase"] == "train"
@@ -361,7 +361,7 @@ def test_a_symbolic_link_in_a_run_is_refused_and_what_it_points_to_is_left_alone
     else:
         (linked / name).unlink(missing_ok=True)
     (linked / name).symlink_to(victim if "." not in name and name != "lock" else victim / "precious")
-    for action in (lambda: run(replace(config, output=linked)), lambda: certify(linked), lambda: read_ledger(linked)):
+    for action in (lambda: run(replace(config, output=linked)), lambda: certify(linked), lambda: read_run(linked)):
         with pytest.raises(ValueError, match=r"is a symbolic link; a run directory has none|holds no run"):
             action()
     assert tiny.tree(victim) == {"precious": b"x"}
@@ -374,7 +374,7 @@ def test_a_run_is_read_while_it_is_being_written(config, tmp_path, monkeypatch):
 
     def watched(source, target):
         real(source, target)
-        seen.append(read_ledger(live.output).num_finished)
+        seen.append(read_run(live.output).num_finished)
 
     with monkeypatch.context() as patch:
         patch.setattr(disk, "rename", watched)

@@ -17,7 +17,7 @@ import tiny
 from keeplora import task
 from keeplora.cli import main as cli
 from keeplora.methods.registry import KeepLoRAConfig
-from keeplora.models import registry as models
+from keeplora.models import registry
 from keeplora.runs.config import RunConfig
 from keeplora.runs.disk import write_atomically
 from keeplora.runs.loop import run
@@ -151,7 +151,7 @@ def elsewhere(place, tmp_path, monkeypatch):
 
     monkeypatch.setattr(sys.modules["keeplora.runs.loop"], "learn", learn)
     monkeypatch.setattr(task, "BENCHMARKS", place)
-    monkeypatch.setitem(models.EMBEDDED, "mini", place / "model")
+    monkeypatch.setitem(registry.EMBEDDED, "mini", place / "model")
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
 

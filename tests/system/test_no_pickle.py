@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 import tiny
 from keeplora.cli import main as cli
-from keeplora.layers import lora as adapter
+from keeplora.layers import lora
 from keeplora.methods.registry import KeepLoRAConfig
 from keeplora.models.registry import family_of
 from keeplora.runs.config import RunConfig
@@ -49,12 +49,12 @@ def test_a_model_that_is_there_in_both_forms_is_read_from_safetensors(tmp_path):
 
 
 def test_a_pickled_adapter_is_refused_unread(tmp_path):
-    adapted = adapter.attach(tiny.MLP(), {"fc1": 2}, {"fc1": 1.0})
-    folder = tiny.write_adapter(tmp_path / "adapter", adapter.detach(adapted))
+    adapted = lora.attach(tiny.MLP(), {"fc1": 2}, {"fc1": 1.0})
+    folder = tiny.write_adapter(tmp_path / "adapter", lora.detach(adapted))
     (folder / "adapter_model.safetensors").unlink()
     torch.save(Bomb(tmp_path / "exploded"), folder / "adapter_model.bin")
     with pytest.raises(ValueError, match=r"has no adapter_model\.safetensors; adapters are read from"):
-        adapter.merge_from(tiny.MLP(), folder)
+        lora.merge_from(tiny.MLP(), folder)
     assert not (tmp_path / "exploded").exists()
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from keeplora.training import profiling as measure
+from keeplora.training import profiling
 
 
 @pytest.mark.parametrize("status", [None, "Name:\tpython\n"], ids=["no file", "no line"])
@@ -8,8 +8,8 @@ def test_peak_memory_is_known_where_the_kernel_does_not_tell_it(tmp_path, monkey
     path = tmp_path / "status"
     if status:
         path.write_text(status)
-    monkeypatch.setattr(measure, "STATUS", path)
-    clock = measure.Clock()
+    monkeypatch.setattr(profiling, "STATUS", path)
+    clock = profiling.Clock()
     with clock.phase("train"):
         pass
     assert clock.read()["train"]["peak_memory_mb"] > 1
@@ -17,8 +17,8 @@ def test_peak_memory_is_known_where_the_kernel_does_not_tell_it(tmp_path, monkey
 
 def test_time_inside_an_inner_phase_counts_for_that_one_alone_and_attempts_add_up(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
-    clock = measure.Clock({"gradient": {"seconds": 100.0, "peak_memory_mb": 1e9}})
+    monkeypatch.setattr(profiling.time, "perf_counter", lambda: now[0])
+    clock = profiling.Clock({"gradient": {"seconds": 100.0, "peak_memory_mb": 1e9}})
     with clock.phase("initialise"):
         now[0] += 1
         with clock.phase("gradient"):
@@ -33,8 +33,8 @@ def test_time_inside_an_inner_phase_counts_for_that_one_alone_and_attempts_add_u
 
 def test_a_phase_that_fails_does_not_stay_open(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
-    clock = measure.Clock()
+    monkeypatch.setattr(profiling.time, "perf_counter", lambda: now[0])
+    clock = profiling.Clock()
     with clock.phase("outer"):
         with pytest.raises(KeyError), clock.phase("inner"):
             raise KeyError

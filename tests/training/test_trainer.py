@@ -13,11 +13,12 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader, TensorDataset
 
 import tiny
-from keeplora.layers import lora as adapter
+from keeplora.errors import LearningError
+from keeplora.layers import lora
 from keeplora.layers.last_epoch import SEEN, grams_of
 from keeplora.methods.registry import Joint, KeepLoRA, KeepLoRAConfig, LoRAFT, MethodConfig
 from keeplora.models.dual_encoder import ClassificationTask
-from keeplora.task import LearningError, StandIn
+from keeplora.task import DeferredGradient
 from keeplora.training.trainer import TrainConfig, best_device, fit, seed_everything
 
 
@@ -315,8 +316,8 @@ def trained_by_parts(monkeypatch, size, *, method=None, penalty=lambda model: No
     adapted = method.before_task(tiny.clip_model(), task)
     task.seen.clear()
     config = replace(TrainConfig(epochs=2, learning_rate=1e-2), **changes)
-    losses = fit(adapted, method.lesson(adapted, task, 2), config, penalty=penalty)
-    return losses, {name: b for name, (_, b) in adapter.factors_of(adapted).items()}, task.seen
+    losses = fit(adapted, method.training_task(adapted, task, 2), config, penalty=penalty)
+    return losses, {name: b for name, (_, b) in lora.factors_of(adapted).items()}, task.seen
 
 
 @pytest.mark.parametrize("changes", [{}, {"accumulation": 2}], ids=["every batch", "accumulated"])
@@ -355,8 +356,8 @@ def test_the_last_epoch_is_watched_by_parts_too(monkeypatch):
         method, task = KeepLoRA(options), tiny.classification_task()
         task.__class__, task.seen = Recorded, []
         adapted = method.before_task(tiny.clip_model(), task)
-        lesson = method.lesson(adapted, task, 2)
-        fit(adapted, lesson, TrainConfig(epochs=2, learning_rate=1e-9))
+        training_task = method.training_task(adapted, task, 2)
+        fit(adapted, training_task, TrainConfig(epochs=2, learning_rate=1e-9))
         assert max(task.seen) == min(size, 6)
         return grams_of(getattr(adapted, SEEN), task, torch.device("cpu"))
 
@@ -402,17 +403,19 @@ def test_a_training_that_was_cut_off_leaves_no_gradient_to_the_next(monkeypatch)
 
 def test_gradients_at_a_half_precision_leaf_add_up_in_float32():
     behind = torch.ones(3, dtype=torch.bfloat16, requires_grad=True)
-    stand_in = StandIn(behind * 1)
+    one = DeferredGradient(behind * 1)
     for _ in range(1000):
-        stand_in.leaf.sum().backward()
-        stand_in.take()
-    assert stand_in.gradient.tolist() == [1000.0] * 3
-    stand_in.backward()
+        one.leaf.sum().backward()
+        one.take()
+    assert one.gradient.tolist() == [1000.0] * 3
+    one.backward()
     torch.testing.assert_close(behind.grad, torch.full((3,), 1000.0).bfloat16())
 
 
 def test_what_nobody_keeps_is_not_put_together(monkeypatch):
-    monkeypatch.setattr("keeplora.training.checkpoints.Places._state", lambda self: pytest.fail("a state was made"))
+    monkeypatch.setattr(
+        "keeplora.training.checkpoints.TrainingState._state", lambda self: pytest.fail("a state was made")
+    )
     fit(tiny.MLP(), tiny.VectorTask(), TrainConfig(epochs=2))
 
 
@@ -428,7 +431,9 @@ def test_a_part_whose_loss_is_no_number_names_the_batch(monkeypatch):
 
 def test_joint_training_encodes_the_prompts_of_a_batch_once(monkeypatch):
     monkeypatch.setattr("keeplora.models.dual_encoder.PIXELS_AT_ONCE", 2 * 3 * tiny.SIZE**2)
-    union = Joint(MethodConfig()).plan([tiny.classification_task("first", 0), tiny.classification_task("second", 1)])[0]
+    union = Joint(MethodConfig()).schedule(
+        [tiny.classification_task("first", 0), tiny.classification_task("second", 1)]
+    )[0]
     model, calls = tiny.clip_model(), []
     model.text_model.register_forward_hook(lambda *args: calls.append(1))
     fit(model, union, TrainConfig(epochs=1))
@@ -444,12 +449,12 @@ def test_a_penalty_without_a_gradient_counts_in_the_loss_and_changes_no_weight(m
 
 def test_parts_without_examples_are_passed_over():
     class Cut(tiny.VectorTask):
-        def parts(self, batch):
+        def micro_batches(self, batch):
             x, y = batch
             return [(x[:0], y[:0]), (x[:3], y[:3]), (x[3:], y[3:]), (x[:0], y[:0])]
 
     class Nothing(tiny.VectorTask):
-        def parts(self, batch):
+        def micro_batches(self, batch):
             return []
 
     models = []

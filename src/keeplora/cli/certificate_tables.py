@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from keeplora.evaluation.capacity import MOST, Capacity, LayerRoom, forecast
+from keeplora.evaluation.capacity import MOST, Capacity, LayerCapacity, forecast
 from keeplora.runs.verify import Proof, TaskProof
 from keeplora.subspace.protected import LayerCertificate
 
@@ -122,19 +122,19 @@ def _short_names(kinds: list[str]) -> dict[str, str]:
     return short if len(set(short.values())) == len(kinds) else {kind: kind for kind in kinds}
 
 
-def _bar(room: LayerRoom) -> Text:
+def _bar(room: LayerCapacity) -> Text:
     """Draw the share of a layer that is free; red where the rank finds no room, yellow where it is less than twice."""
     filled = math.ceil(BAR * room.share)
     color = "red" if room.left[-1] < room.rank else "yellow" if room.left[-1] < 2 * room.rank else "green"
     return Text("━" * filled, style=color) + Text("─" * (BAR - filled), style="dim")
 
 
-def _taken(rooms: list[LayerRoom]) -> str:
+def _taken(rooms: list[LayerCapacity]) -> str:
     added = [room.added for room in rooms if room.added is not None]
     return f"{max(added):.1f}" if added else "?"
 
 
-def _fitting(rooms: list[LayerRoom]) -> str:
+def _fitting(rooms: list[LayerCapacity]) -> str:
     tasks = [room.full_rank_tasks for room in rooms if room.full_rank_tasks is not None]
     if len(tasks) < len(rooms):
         return "?"

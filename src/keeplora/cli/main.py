@@ -23,7 +23,7 @@ from keeplora.cli.progress import (
     matrix_table,
     principal_table,
 )
-from keeplora.cli.runs import certify, evaluate, export, resume, show_room, show_run, undo
+from keeplora.cli.runs import certify, evaluate, export, resume, show_capacity, show_run, undo
 from keeplora.config import read_toml
 from keeplora.data.cache import kept
 from keeplora.report.html import heat_maps, write_report
@@ -31,7 +31,7 @@ from keeplora.runs.branch import fork as fork_run
 from keeplora.runs.branch import with_more
 from keeplora.runs.config import RunConfig
 from keeplora.runs.loop import run as run_stream
-from keeplora.runs.open import read_ledger
+from keeplora.runs.open import read_run
 from keeplora.runs.reopen import config_of
 from keeplora.runs.settings import run_defaults
 from keeplora.studies.compare.process_pool import silence_libraries
@@ -86,7 +86,7 @@ def demo(output: Path = Path("runs/demo"), *, seed: int = 0) -> None:
         ]
     for method, run_results in zip(DEMO_METHODS, runs, strict=True):
         console.print(matrix_table(run_results))
-        show_room(output / method)
+        show_capacity(output / method)
     write_report(runs, output / "report.html")
     (output / "heat_maps.png").write_bytes(heat_maps(runs))
     console.print(f"Report: {escape(str(output / 'report.html'))}")
@@ -199,7 +199,7 @@ def _with_default(arguments: list[str]) -> Any:
             f" resume {named['continue']}"
         )
     if folder := named["continue"] or named["fork"]:
-        config = config_of(read_ledger(Path(folder)))
+        config = config_of(read_run(Path(folder)))
         if named["method"] not in (None, config.method):
             raise ValueError(f"{folder} was learned by {config.method}, and goes on with it; leave out --method")
         config = dataclasses.replace(config, output=Path(folder) if named["continue"] else RunConfig.output)

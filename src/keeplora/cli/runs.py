@@ -19,7 +19,7 @@ from keeplora.runs.branch import undo as undo_task
 from keeplora.runs.disk import write_atomically
 from keeplora.runs.export.formats import ExportConfig, export_run
 from keeplora.runs.loop import run as run_stream
-from keeplora.runs.open import read_ledger
+from keeplora.runs.open import read_run
 from keeplora.runs.reopen import config_of, reopen
 from keeplora.runs.verify import certify as certify_run
 
@@ -35,10 +35,10 @@ def evaluate(run: tyro.conf.Positional[Path], *, split: Literal["test", "validat
     """
     display = Display(console)
     with display.shown():
-        ledger, model, tasks = reopen(run, split=split, track=display.track)
+        directory, model, tasks = reopen(run, split=split, track=display.track)
         scores = evaluate_model(model, tasks, track=display.track)
-    recorded = ledger.manifest["config"]["evaluation"]
-    console.print(evaluation_table(ledger.results(), recorded, scores, split or recorded))
+    recorded = directory.manifest["config"]["evaluation"]
+    console.print(evaluation_table(directory.results(), recorded, scores, split or recorded))
 
 
 def export(run: tyro.conf.Positional[Path], flags: tyro.conf.OmitArgPrefixes[ExportConfig]) -> None:
@@ -94,7 +94,7 @@ def resume(
         checkpoint_steps: Optimiser steps from one checkpoint to the next; at the end of each epoch if not given.
         checkpoint_minutes: The most minutes from one checkpoint to the next.
     """
-    config = config_of(read_ledger(run))
+    config = config_of(read_run(run))
     config = replace(config, checkpoint_steps=checkpoint_steps, checkpoint_minutes=checkpoint_minutes)
     display = Display(console)
     with display.shown():
@@ -125,12 +125,12 @@ def undo(run: tyro.conf.Positional[Path], task: tyro.conf.Positional[str], *, ou
 def show_run(results: Results, folder: Path) -> None:
     """Print the scores of a run, the room that its layers have left, and where it is."""
     console.print(matrix_table(results))
-    show_room(folder)
+    show_capacity(folder)
     console.print(f"Run directory: {escape(str(folder))}")
 
 
-def show_room(run: Path) -> None:
+def show_capacity(run: Path) -> None:
     """Print the room that a run's layers have left; nothing if its method protects nothing."""
-    capacity = capacity_of(read_ledger(run).tasks)
+    capacity = capacity_of(read_run(run).tasks)
     for line in gauge_lines(capacity) if capacity else ():
         console.print(line, highlight=False)

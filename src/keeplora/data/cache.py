@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from keeplora.data.images import Examples
 from keeplora.data.mapped_file import map_bytes
-from keeplora.layers.gradients import Track
+from keeplora.progress import Track
 
 Item = tuple[Tensor, int]
 

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class LayerRoom:
+class LayerCapacity:
     """The free input dimensions of one layer after each task, and what they are enough for."""
 
     d_in: int
@@ -80,16 +80,16 @@ class Capacity:
 
     tasks: tuple[str, ...]
     """The finished tasks."""
-    layers: dict[str, LayerRoom] = field(default_factory=dict)
+    layers: dict[str, LayerCapacity] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
         """The rank that an update has where there is room for it."""
         return max(room.rank for room in self.layers.values())
 
-    def by_kind(self) -> dict[str, list[LayerRoom]]:
+    def by_kind(self) -> dict[str, list[LayerCapacity]]:
         """Group the layers of equal name but for the numbers in it, so that all blocks of a tower are together."""
-        groups: dict[str, list[LayerRoom]] = {}
+        groups: dict[str, list[LayerCapacity]] = {}
         for name, room in self.layers.items():
             groups.setdefault(re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name), []).append(room)
         return groups
@@ -108,7 +108,7 @@ def capacity_of(tasks: Sequence[Mapping[str, Any]]) -> Capacity | None:
     """Return the room that the finished tasks have left, or None if nothing is protected.
 
     Args:
-        tasks: What `task.json` holds of each, such as `Ledger.tasks`.
+        tasks: What `task.json` holds of each, such as `RunDirectory.tasks`.
 
     Raises:
         ValueError: If a certificate is damaged; the message names the task.
@@ -128,7 +128,7 @@ def capacity_of(tasks: Sequence[Mapping[str, Any]]) -> Capacity | None:
     for name, last in layers[-1].items():
         d_in = _width(last)
         left = tuple(found[name].residual_dims for found in layers)
-        rooms[name] = LayerRoom(d_in=d_in, left=left, rank=min(max(rank, 1), d_in))
+        rooms[name] = LayerCapacity(d_in=d_in, left=left, rank=min(max(rank, 1), d_in))
     return Capacity(tasks=tuple(name for name, _ in certified), layers=rooms)
 
 

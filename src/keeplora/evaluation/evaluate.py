@@ -7,9 +7,9 @@ from torch import nn
 
 from keeplora.evaluation.metrics import METRICS
 from keeplora.layers.fused_forward import fused_layers
-from keeplora.layers.gradients import Track, silent
 from keeplora.layers.module_state import device_of, evaluation_mode
 from keeplora.models.registry import StreamTask
+from keeplora.progress import Track, silent
 from keeplora.task import to_device
 
 
@@ -25,7 +25,7 @@ def _score(model: nn.Module, task: StreamTask, track: Track) -> float:
     # Not inference mode: what a model or a task caches inside could not be trained with afterwards.
     with torch.no_grad(), evaluation_mode(model), fused_layers(model), task.frozen(model):
         for batch in track(batches, f"{task.name}: evaluating", total):
-            for part in task.parts(to_device(batch, device_of(model))):
+            for part in task.micro_batches(to_device(batch, device_of(model))):
                 predictions.append(task.predict(model, part).cpu())
                 references.append(task.references(part).cpu())
     return METRICS[task.metric](torch.cat(predictions), torch.cat(references))

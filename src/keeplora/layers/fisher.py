@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from keeplora.layers.gradients import Track, mean_over_examples, silent
+from keeplora.layers.gradients import mean_over_examples
+from keeplora.progress import Track, silent
 from keeplora.task import Batch, Task
 
 
@@ -48,16 +49,16 @@ class _Cut(Task):
     def batches(self) -> Iterable[Batch]:
         return self.task.batches()
 
-    def parts(self, batch: Batch) -> Iterable[Batch]:
-        count = self.task.num_examples(batch)
+    def micro_batches(self, batch: Batch) -> Iterable[Batch]:
+        count = self.task.weight(batch)
         size = self.batch_size or count
         return [_part(batch, count, slice(start, start + size)) for start in range(0, count, size)]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return self.task.loss(model, batch)
 
-    def num_examples(self, batch: Batch) -> int:
-        return self.task.num_examples(batch)
+    def weight(self, batch: Batch) -> int:
+        return self.task.weight(batch)
 
 
 def _part(batch: Batch, count: int, part: slice) -> Batch:

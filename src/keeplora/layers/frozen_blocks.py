@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from keeplora.layers import lora as adapter
+from keeplora.layers import lora
 
 
 def hold(adapted: nn.Module, directions: dict[str, tuple[Tensor, Tensor]], r: int) -> None:
@@ -18,23 +18,23 @@ def hold(adapted: nn.Module, directions: dict[str, tuple[Tensor, Tensor]], r: in
         directions: The factors `(a [k r, d_in], b [d_out, k r])` of each layer's directions, free of any scaling.
         r: The rank of one block.
     """
-    layers = adapter.lora_layers(adapted)
+    layers = lora.lora_layers(adapted)
     for name, (a, b) in directions.items():
         layer = layers[name]
-        down, up = (factors[adapter.ADAPTER].weight.detach() for factors in (layer.lora_A, layer.lora_B))
-        layer.lora_A[adapter.ADAPTER] = _Down(a.to(down), down[-r:].clone())
-        layer.lora_B[adapter.ADAPTER] = _Up(b.to(up) / layer.scaling[adapter.ADAPTER], up[:, -r:].clone())
+        down, up = (factors[lora.ADAPTER].weight.detach() for factors in (layer.lora_A, layer.lora_B))
+        layer.lora_A[lora.ADAPTER] = _Down(a.to(down), down[-r:].clone())
+        layer.lora_B[lora.ADAPTER] = _Up(b.to(up) / layer.scaling[lora.ADAPTER], up[:, -r:].clone())
 
 
 def release(adapted: nn.Module) -> dict[str, Tensor]:
     """Make the layers plain LoRA layers again, with the same update; return the trained numbers `[k]` of each."""
     changes = {}
-    for name, layer in adapter.lora_layers(adapted).items():
-        up = layer.lora_B[adapter.ADAPTER]
+    for name, layer in lora.lora_layers(adapted).items():
+        up = layer.lora_B[lora.ADAPTER]
         if isinstance(up, _Up):
             changes[name] = up.changes.detach().cpu()
-            a, b = layer.lora_A[adapter.ADAPTER].weight.detach(), up.weight.detach()
-            layer.lora_A[adapter.ADAPTER], layer.lora_B[adapter.ADAPTER] = _plain(a), _plain(b)
+            a, b = layer.lora_A[lora.ADAPTER].weight.detach(), up.weight.detach()
+            layer.lora_A[lora.ADAPTER], layer.lora_B[lora.ADAPTER] = _plain(a), _plain(b)
     return changes
 
 

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.activations import QuickGELUActivation
 
-from keeplora.layers import lora as adapter
+from keeplora.layers import lora
 from keeplora.layers.module_state import is_watched
 
 EXACT = (torch.float32, torch.float64)
@@ -37,7 +37,7 @@ def fused_layers(model: nn.Module) -> Iterator[None]:
     faster: dict[nn.Module, Callable[..., Tensor]] = {
         module: quick_gelu for module in model.modules() if type(module) is QuickGELUActivation
     }
-    faster |= {layer: partial(_forward, layer) for layer in adapter.lora_layers(model).values() if _is_plain(layer)}
+    faster |= {layer: partial(_forward, layer) for layer in lora.lora_layers(model).values() if _is_plain(layer)}
     try:
         for module, forward in faster.items():
             if "forward" not in vars(module):
@@ -109,10 +109,10 @@ class _LoRALinear(torch.autograd.Function):
         return of_x, None, None, None, of_b
 
 
-def _is_plain(layer: adapter.LoraLinear) -> bool:
+def _is_plain(layer: lora.LoraLinear) -> bool:
     """Say whether a layer computes what `lora_linear` does, and nobody watches or replaces the layers inside it."""
-    name = adapter.ADAPTER
-    if type(layer) is not adapter.LoraLinear or layer.active_adapters != [name] or name not in layer.lora_A:
+    name = lora.ADAPTER
+    if type(layer) is not lora.LoraLinear or layer.active_adapters != [name] or name not in layer.lora_A:
         return False
     base = layer.get_base_layer()
     inside = (base, layer.lora_A[name], layer.lora_B[name])
@@ -127,18 +127,18 @@ def _is_plain(layer: adapter.LoraLinear) -> bool:
     )
 
 
-def _forward(layer: adapter.LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _forward(layer: lora.LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Take the faster way where it is one, rounds no more than the stock one does, and is still what the layer does."""
     if args or kwargs or not _is_plain(layer) or not _pays(layer, x):
         return cast(Tensor, type(layer).forward(layer, x, *args, **kwargs))
-    base, name = layer.get_base_layer(), adapter.ADAPTER
+    base, name = layer.get_base_layer(), lora.ADAPTER
     b = layer.scaling[name] * layer.lora_B[name].weight
     return lora_linear(x, cast(Tensor, base.weight), base.bias, layer.lora_A[name].weight, b)
 
 
-def _pays(layer: adapter.LoraLinear, x: Tensor) -> bool:
+def _pays(layer: lora.LoraLinear, x: Tensor) -> bool:
     """Say whether the rows are many enough, and everything is in one precision that is exact."""
-    weight, name = cast(Tensor, layer.get_base_layer().weight), adapter.ADAPTER
+    weight, name = cast(Tensor, layer.get_base_layer().weight), lora.ADAPTER
     d_out, d_in = weight.shape
     dtypes = {x.dtype, weight.dtype, layer.lora_A[name].weight.dtype, layer.lora_B[name].weight.dtype}
     is_exact = len(dtypes) == 1 and x.dtype in EXACT and not torch.is_autocast_enabled(x.device.type)

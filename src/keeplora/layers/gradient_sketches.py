@@ -7,8 +7,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from keeplora.layers.gradients import Track, add_gradients, require_finite, silent, sum_over_processes
+from keeplora.layers.gradients import add_gradients, require_finite, sum_over_processes
 from keeplora.layers.module_state import device_of, only_these_require_grad
+from keeplora.progress import Track, silent
 from keeplora.subspace.gradient_sketch import Sketch
 from keeplora.task import Task
 

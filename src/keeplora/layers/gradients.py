@@ -13,21 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from keeplora.errors import LearningError
 from keeplora.layers.fused_forward import fused_layers
 from keeplora.layers.input_covariance import STATISTICS, InputMoments
 from keeplora.layers.module_state import device_of, evaluation_mode, only_these_require_grad
-from keeplora.task import Batch, LearningError, Task, to_device
-
-Track = Callable[[Iterable[Batch], str, int | None], Iterable[Batch]]
-"""Wraps an iterable of batches to show progress, given what is being done and how many batches there are, if known."""
+from keeplora.progress import Track, silent
+from keeplora.task import Batch, Task, to_device
 
 Statistic = Callable[[Tensor, int], Tensor]
 """Makes a statistic `[d_out, d_in]` of the gradient of a mean loss and the number of examples it is the mean of."""
-
-
-def silent(batches: Iterable[Batch], description: str, total: int | None = None) -> Iterable[Batch]:
-    """Show no progress."""
-    return batches
 
 
 def mean_gradients(
@@ -90,10 +84,10 @@ def add_gradients(model: nn.Module, task: Task, add: AddGradient, share: float, 
         ValueError: If no loss depends on what requires a gradient.
     """
     count, reached = 0, False
-    with evaluation_mode(model), fused_layers(model), task.frozen(model) as stand_ins:
+    with evaluation_mode(model), fused_layers(model), task.frozen(model) as deferred:
         for batch in batches_of(model, task, share, track, "gradient"):
-            for part in task.parts(batch):
-                num_examples = task.num_examples(part)
+            for part in task.micro_batches(batch):
+                num_examples = task.weight(part)
                 if num_examples == 0:
                     continue
                 loss = task.loss(model, part)
@@ -102,11 +96,11 @@ def add_gradients(model: nn.Module, task: Task, add: AddGradient, share: float, 
                 if not loss.requires_grad:
                     continue
                 reached = True
-                gradients = add(loss, [stand_in.leaf for stand_in in stand_ins], num_examples, num_examples)
-                for stand_in, gradient in zip(stand_ins, gradients, strict=True):
-                    stand_in.add(gradient, num_examples)
-        for stand_in in stand_ins:
-            add(stand_in.surrogate(), [], count, stand_in.weight)
+                gradients = add(loss, [one.leaf for one in deferred], num_examples, num_examples)
+                for one, gradient in zip(deferred, gradients, strict=True):
+                    one.add(gradient, num_examples)
+        for one in deferred:
+            add(one.surrogate(), [], count, one.weight)
     if count and not reached:
         raise ValueError(
             f"task {task.name!r}: the loss depends on no target layer when the model is in evaluation mode, in which"
@@ -150,7 +144,7 @@ def input_grams(
 ) -> dict[str, Tensor]:
     """Accumulate the second moment of every target layer's input over a task's examples (X X^T of Eq. 9).
 
-    Padding rows, as `task.real_rows` tells them, are left out. Layers that receive the very same tensor, such as the
+    Padding rows, as `task.padding_mask` tells them, are left out. Layers that receive the very same tensor, such as the
     query, key and value projections of a block, share one gram: the values of the result are then one object.
 
     Args:
@@ -172,7 +166,7 @@ def input_grams(
     watching = inputs.watching({name: model.get_submodule(name) for name in targets})
     with torch.no_grad(), evaluation_mode(model), fused_layers(model), task.frozen(model), watching:
         for batch in batches_of(model, task, 1.0, track, "features"):
-            for part in task.parts(batch) if inputs.kind.takes_parts else [batch]:
+            for part in task.micro_batches(batch) if inputs.kind.takes_micro_batches else [batch]:
                 inputs.next_batch(part)
                 task.loss(model, part)
     return summed_grams(inputs, targets)

@@ -14,7 +14,7 @@ from keeplora.task import Batch, Task
 class SecondMoment:
     """Sum of outer products of all rows."""
 
-    takes_parts: ClassVar[bool] = True
+    takes_micro_batches: ClassVar[bool] = True
     """Whether it is the same however the rows are cut into batches."""
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class SecondMoment:
 class BatchMean:
     """Inputs averaged over batches by their place in the batch, as the released code does; then outer products."""
 
-    takes_parts: ClassVar[bool] = False
+    takes_micro_batches: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
@@ -111,15 +111,15 @@ class InputMoments:
                 )
             if leader == name:
                 self._seen.append((weakref.ref(inputs), version, name))
-                self.statistics.setdefault(name, self.kind()).add(inputs, self._real_rows(name, inputs))
+                self.statistics.setdefault(name, self.kind()).add(inputs, self._padding_mask(name, inputs))
 
         return add_input
 
-    def _real_rows(self, name: str, inputs: Tensor) -> Tensor | None:
-        real = self.task.real_rows(name, self._batch)
+    def _padding_mask(self, name: str, inputs: Tensor) -> Tensor | None:
+        real = self.task.padding_mask(name, self._batch)
         if real is not None and real.shape != inputs.shape[:-1]:
             raise ValueError(
-                f"task {self.task.name!r}: real_rows({name!r}) has shape {tuple(real.shape)}, the layer's input has"
+                f"task {self.task.name!r}: padding_mask({name!r}) has shape {tuple(real.shape)}, the layer's input has"
                 f" {tuple(inputs.shape)}; return one flag for each row, or None"
             )
         return None if real is None else real.to(inputs.device, torch.bool)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from keeplora.layers.gradients import summed_grams
 from keeplora.layers.input_covariance import InputMoments, SecondMoment
-from keeplora.task import Batch, StandIn, Task
+from keeplora.task import Batch, DeferredGradient, Task
 
 SEEN = "task_inputs"
 """Name under which what was seen joins the adapted model."""
@@ -86,20 +86,20 @@ class Watched(Task):
         """Return the task's batches."""
         return self.task.batches()
 
-    def parts(self, batch: Batch) -> list[Part]:
+    def micro_batches(self, batch: Batch) -> list[Part]:
         """Cut a batch as the task does."""
-        parts = list(self.task.parts(batch))
+        parts = list(self.task.micro_batches(batch))
         return [Part(part, number == len(parts)) for number, part in enumerate(parts, start=1)]
 
     @contextmanager
-    def frozen(self, model: nn.Module) -> Iterator[Sequence[StandIn]]:
+    def frozen(self, model: nn.Module) -> Iterator[Sequence[DeferredGradient]]:
         """Let the task keep what depends on the weights alone."""
-        with self.task.frozen(model) as stand_ins:
-            yield stand_ins
+        with self.task.frozen(model) as deferred:
+            yield deferred
 
-    def num_examples(self, batch: Batch | Part) -> int:
+    def weight(self, batch: Batch | Part) -> int:
         """Return the number of examples in a batch or a part."""
-        return self.task.num_examples(batch.batch if isinstance(batch, Part) else batch)
+        return self.task.weight(batch.batch if isinstance(batch, Part) else batch)
 
     def loss(self, model: nn.Module, batch: Batch | Part) -> Tensor:
         """Return the task's loss, and look at the inputs of the layers in the last epoch."""
@@ -125,12 +125,13 @@ def grams_of(seen: SeenInputs | None, task: Task, device: torch.device) -> dict[
     """Return the grams `[d_in, d_in]` of all layers by name, over all processes, on a device.
 
     Raises:
-        ValueError: If the model was not trained on a lesson, or not until the end of its last epoch.
+        ValueError: If the model was not trained on a training_task, or not until the end of its last epoch.
     """
     if seen is None or seen.num_batches < seen.num_wanted:
         raise ValueError(
             f"task {task.name!r}: features = 'last_epoch' needs the model to be trained on what"
-            " method.lesson(model, task, epochs) returns, for so many epochs; do so, or set features = 'second_moment'"
+            " method.training_task(model, task, epochs) returns, for so many epochs; do so, or set features ="
+            " 'second_moment'"
         )
     for moment in seen.inputs.statistics.values():
         assert isinstance(moment, SecondMoment)

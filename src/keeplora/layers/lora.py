@@ -16,8 +16,8 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from keeplora.errors import LearningError
 from keeplora.runs.schemas import read_adapter_config
-from keeplora.task import LearningError
 
 ADAPTER = "default"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from keeplora.layers import gradients as collect
 from keeplora.layers.gradient_sketches import gradient_sketches
-from keeplora.layers.gradients import Track
+from keeplora.progress import Track
 from keeplora.subspace import linear_algebra as linalg
 from keeplora.subspace import protected as subspace
 from keeplora.subspace.gradient_sketch import Sketch

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from keeplora.config import Config
-from keeplora.layers import lora as adapter
-from keeplora.layers.gradients import Track, silent
+from keeplora.errors import LearningError
+from keeplora.layers import lora
 from keeplora.layers.module_state import device_of, evaluation_mode
 from keeplora.methods.task_record import TaskRecord
+from keeplora.progress import Track, silent
 from keeplora.subspace.protected import LEAK_ALLOWED
-from keeplora.task import LearningError, Task, to_device
+from keeplora.task import Task, to_device
 
 Once = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
 """Returns what a phase of a task found, given its name and how to compute it; a run computes it only once."""
@@ -83,7 +84,7 @@ class Method:
         self._required_grad: dict[str, bool] = {}
         self._fingerprints: dict[str, Tensor] = {}
 
-    def plan(self, tasks: Sequence[Task]) -> Sequence[Task]:
+    def schedule(self, tasks: Sequence[Task]) -> Sequence[Task]:
         """Return what to learn at each place of a stream: its tasks, one by one."""
         return tasks
 
@@ -93,13 +94,11 @@ class Method:
         Raises:
             ValueError: If no layer matches the targets.
         """
-        targets = adapter.linear_targets(model, self.config.targets)
-        self.borrow(model)
-        return adapter.attach(
-            model, dict.fromkeys(targets, self.config.rank), dict.fromkeys(targets, self.config.alpha)
-        )
+        targets = lora.linear_targets(model, self.config.targets)
+        self.snapshot(model)
+        return lora.attach(model, dict.fromkeys(targets, self.config.rank), dict.fromkeys(targets, self.config.alpha))
 
-    def lesson(self, model: nn.Module, task: Task, epochs: int) -> Task:
+    def training_task(self, model: nn.Module, task: Task, epochs: int) -> Task:
         """Return what to train the adapted model on, for so many epochs: the task, here as it is.
 
         Training asks it for the loss of each batch, or of each of its `parts`, once.
@@ -116,12 +115,12 @@ class Method:
         Raises:
             ValueError: If the merge changed the outputs or a weight would not be finite.
         """
-        saved = adapter.detach(model)
+        saved = lora.detach(model)
         merged, error = self.merge_checked(model, task)
         self.keep(TaskRecord(adapter=saved, merge_error=error))
         return merged
 
-    def remember(self, record: TaskRecord) -> None:
+    def add_task(self, record: TaskRecord) -> None:
         """Take up what later tasks need to know of a finished one: here nothing."""
 
     def keep(self, record: TaskRecord) -> None:
@@ -131,15 +130,15 @@ class Method:
 
     def _take_up(self, record: TaskRecord) -> None:
         self._learned.append(record.digest())
-        self.remember(record)
+        self.add_task(record)
 
     def replay(self, model: nn.Module, record: TaskRecord, folder: Path) -> nn.Module:
         """Redo a finished task from its record and the folder of its adapter; return the merged model."""
         self._take_up(record)
         if record.adapter is None:
             return model
-        self.borrow(model)
-        return self.give_back(adapter.merge_from(model, folder))
+        self.snapshot(model)
+        return self.restore(lora.merge_from(model, folder))
 
     def undo(self, model: nn.Module, record: TaskRecord) -> nn.Module:
         """Take a task out again: its update out of the model's weights, and what it protected out of the method.
@@ -159,14 +158,14 @@ class Method:
         if (learned := record.digest()) not in self._learned:
             raise ValueError("this record is of no task that the method has learned and not undone")
         self._learned.remove(learned)
-        self.forget(record)
+        self.remove_task(record)
         with torch.no_grad():
             for name, (a, b) in ({} if record.adapter is None else record.adapter.factors()).items():
                 weight = model.get_parameter(f"{name}.weight")
                 weight.copy_(weight.float() - (b @ a).to(weight.device))
         return model
 
-    def forget(self, record: TaskRecord) -> None:
+    def remove_task(self, record: TaskRecord) -> None:
         """Undo what `remember` did for a task: here nothing."""
 
     def protected(self, model: nn.Module) -> dict[str, Tensor]:
@@ -178,12 +177,12 @@ class Method:
         """The largest share of an update that may lie inside what is protected; 1 if nothing is promised."""
         return LEAK_ALLOWED
 
-    def borrow(self, model: nn.Module) -> None:
+    def snapshot(self, model: nn.Module) -> None:
         """Remember which parameters required a gradient, and what the weights were."""
         self._required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self._fingerprints = {name: _fingerprint(parameter) for name, parameter in model.named_parameters()}
 
-    def give_back(self, model: nn.Module) -> nn.Module:
+    def restore(self, model: nn.Module) -> nn.Module:
         """Let the parameters require a gradient as they did before the task."""
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self._required_grad[name])
@@ -191,7 +190,7 @@ class Method:
 
     def _require_untouched(self, model: nn.Module, task: Task) -> None:
         """Check that training changed the adapter alone: only then does the certificate speak for the weights."""
-        for name, parameter in adapter.base_parameters(model).items():
+        for name, parameter in lora.base_parameters(model).items():
             if name in self._fingerprints and not torch.equal(_fingerprint(parameter), self._fingerprints[name]):
                 raise ValueError(
                     f"task {task.name!r}: the weight {name!r} of the base model was changed during training; train only"
@@ -207,9 +206,9 @@ class Method:
         self._require_untouched(model, task)
         batch = task.sample(to_device(next(iter(task.batches())), device_of(model)))
         # The base model with its adapter inside: a trainer may have left a wrapper of other precision around it.
-        before = _outputs(adapter.inner(model), task, batch)
+        before = _outputs(lora.inner(model), task, batch)
         dtype = next(model.parameters()).dtype
-        merged = self.give_back(adapter.merge(model))
+        merged = self.restore(lora.merge(model))
         error = float((_outputs(merged, task, batch) - before).abs().max())
         allowed = 4 * math.sqrt(torch.finfo(dtype).eps) * max(1.0, float(before.abs().max()))
         if not math.isfinite(error):

@@ -30,13 +30,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from keeplora.layers import lora as adapter
-from keeplora.layers.gradients import Track, silent
+from keeplora.errors import LearningError
+from keeplora.layers import lora
 from keeplora.layers.module_state import device_of
 from keeplora.methods.base import Method, MethodConfig
 from keeplora.methods.cl_moe_router import Router, Tower, add_experts
 from keeplora.methods.task_record import TaskRecord
-from keeplora.task import LearningError, Task
+from keeplora.progress import Track, silent
+from keeplora.task import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,20 +87,20 @@ class CLMoE(Method):
         Raises:
             ValueError: If no layer matches the targets.
         """
-        targets = adapter.linear_targets(model, self.config.targets)
+        targets = lora.linear_targets(model, self.config.targets)
         while self._handles:
             self._handles.pop().remove()
-        self.borrow(model)
+        self.snapshot(model)
         n, device, scaling = self.config.num_experts, device_of(model), self.config.alpha / self.config.rank
         factors = {name: (a.to(device), b.to(device) / scaling) for name, (a, b) in self._experts.items()}
         ranks, alphas = dict.fromkeys(targets, n * self.config.rank), dict.fromkeys(targets, n * self.config.alpha)
-        adapted = adapter.attach(model, ranks, alphas, factors=factors)
-        adapter.thaw_a(adapted)
-        layers = adapter.lora_layers(adapted)
+        adapted = lora.attach(model, ranks, alphas, factors=factors)
+        lora.thaw_a(adapted)
+        layers = lora.lora_layers(adapted)
         towers: dict[str, Tower] = defaultdict(Tower)
         routers = [self._router(name, layer.in_features, towers).to(device) for name, layer in layers.items()]
         for layer, router in zip(layers.values(), routers, strict=True):
-            layer.lora_A[adapter.ADAPTER].register_forward_hook(router.scale)
+            layer.lora_A[lora.ADAPTER].register_forward_hook(router.scale)
         adapted.add_module("lora_routers", nn.ModuleList(routers))
         return adapted
 
@@ -112,26 +113,26 @@ class CLMoE(Method):
         self._require_untouched(model, task)
         routers = cast(list[Router], model.get_submodule("lora_routers"))
         state: dict[str, Tensor] = {}
-        for name, router in zip(adapter.lora_layers(model), routers, strict=True):
+        for name, router in zip(lora.lora_layers(model), routers, strict=True):
             if dist.is_initialized():
                 dist.all_reduce(router.sums)
             state[f"{name}.router"] = router.weight.detach().cpu().clone()
             state[f"{name}.tasks"] = router.known_tasks().cpu()
         self._mix(model, state, task)
-        saved = adapter.detach(model)
-        base = self.give_back(adapter.unload(model))
+        saved = lora.detach(model)
+        base = self.restore(lora.unload(model))
         self.keep(TaskRecord(adapter=saved, state=state, merged=False))
         self._put_beside(base)
         return base
 
-    def remember(self, record: TaskRecord) -> None:
+    def add_task(self, record: TaskRecord) -> None:
         """Take up the experts and the routers of all tasks so far."""
         assert record.adapter is not None, "CL-MoE always leaves its experts behind"
         self._experts, self._routing = record.adapter.factors(), record.state
 
     def replay(self, model: nn.Module, record: TaskRecord, folder: Path) -> nn.Module:
         """Put what a finished task recorded beside the base model, in the place of what is there."""
-        self.remember(record)
+        self.add_task(record)
         self._put_beside(model)
         return model
 
@@ -143,8 +144,8 @@ class CLMoE(Method):
         return Router(nn.Linear(d_in, n, bias=False).weight, torch.zeros(0, n + d_in), share, tower)
 
     def _mix(self, adapted: nn.Module, state: dict[str, Tensor], task: Task) -> None:
-        layers = adapter.lora_layers(adapted)
-        for name, (a, b) in adapter.factors_of(adapted).items():
+        layers = lora.lora_layers(adapted)
+        for name, (a, b) in lora.factors_of(adapted).items():
             if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
                 raise LearningError(f"task {task.name!r}: the trained experts of layer {name!r} are not finite")
             routers = state[f"{name}.tasks"][:, : self.config.num_experts].to(a.device)
@@ -153,7 +154,7 @@ class CLMoE(Method):
                 kept = shares.repeat_interleave(self.config.rank)
                 old_a, old_b = (factor.to(a.device) for factor in self._experts[name])
                 a, b = torch.lerp(a, old_a, kept.unsqueeze(1)), torch.lerp(b, old_b, kept)
-                adapter.set_factors(layers[name], a, b * self.config.rank / self.config.alpha)
+                lora.set_factors(layers[name], a, b * self.config.rank / self.config.alpha)
 
     def _put_beside(self, model: nn.Module) -> None:
         while self._handles:

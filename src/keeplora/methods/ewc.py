@@ -14,12 +14,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from keeplora.layers import lora as adapter
+from keeplora.layers import lora
 from keeplora.layers.fisher import fisher_diagonals
-from keeplora.layers.gradients import Track, silent
 from keeplora.methods.base import MethodConfig
 from keeplora.methods.penalty import Penalised, trained_update
 from keeplora.methods.task_record import TaskRecord
+from keeplora.progress import Track, silent
 from keeplora.task import Task
 
 
@@ -74,7 +74,7 @@ class EWC(Penalised):
             ValueError: If a weight of the base model was trained, or would not be finite.
         """
         self.layers = {}
-        saved = adapter.detach(model)
+        saved = lora.detach(model)
         merged, error = self.merge_checked(model, task)
         fishers = self.once("features", lambda: self._fishers(merged, task, list(saved.factors())))
         for name, earlier in self.fishers.items():
@@ -85,6 +85,6 @@ class EWC(Penalised):
     def _fishers(self, merged: nn.Module, task: Task, layers: list[str]) -> dict[str, Tensor]:
         return fisher_diagonals(merged, task, layers, batch_size=self.config.fisher_batch, track=self.track)
 
-    def remember(self, record: TaskRecord) -> None:
+    def add_task(self, record: TaskRecord) -> None:
         """Take up the Fisher of all tasks up to a finished one."""
         self.fishers = dict(record.state)

@@ -18,14 +18,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from keeplora.layers import gradients as collect
-from keeplora.layers import lora as adapter
-from keeplora.layers.gradients import Track, silent
+from keeplora.errors import LearningError
+from keeplora.layers import gradients, lora
 from keeplora.layers.ranks import alphas_for, warn_of_small_ranks
 from keeplora.methods.base import Method, MethodConfig
 from keeplora.methods.task_record import TaskRecord
+from keeplora.progress import Track, silent
 from keeplora.subspace import protected as subspace
-from keeplora.task import LearningError, Task
+from keeplora.task import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class InfLoRA(Method):
         # More than this, and the directions of rounding noise would fill every layer at once.
         return min(first + rise * self._num_learned / self._num_tasks, 1 - subspace.ROUNDING)
 
-    def plan(self, tasks: Sequence[Task]) -> Sequence[Task]:
+    def schedule(self, tasks: Sequence[Task]) -> Sequence[Task]:
         """Return the tasks, one by one, and take up their number: the threshold rises over it."""
         self._num_tasks = len(tasks)
         return tasks
@@ -88,8 +88,8 @@ class InfLoRA(Method):
         d_outs = {name: len(model.get_parameter(f"{name}.weight")) for name in rows}
         factors = {name: (a, a.new_zeros(d_outs[name], len(a))) for name, a in rows.items()}
         ranks = {name: len(a) for name, a in rows.items()}
-        self.borrow(model)
-        return adapter.attach(model, ranks, alphas_for(ranks, self.config.alpha, self.config.rank), factors=factors)
+        self.snapshot(model)
+        return lora.attach(model, ranks, alphas_for(ranks, self.config.alpha, self.config.rank), factors=factors)
 
     def after_task(self, model: nn.Module, task: Task) -> nn.Module:
         """Merge the update, protect the task's dominant input directions, and certify that none leaked.
@@ -97,40 +97,40 @@ class InfLoRA(Method):
         Raises:
             ValueError: If the update is not finite or left its subspace, or the merge changed the outputs.
         """
-        updates, saved = adapter.factors_of(model), adapter.detach(model)
+        updates, saved = lora.factors_of(model), lora.detach(model)
         subspace.require_no_leak(updates, self.bases, task.name)
         merged, error = self.merge_checked(model, task)
         added = self.once("features", lambda: self._new_directions(merged, task))
-        certificate = subspace.certify(self.bases, subspace.extend_bases(self.bases, added), updates)
+        certificate = subspace.certificates(self.bases, subspace.extend_bases(self.bases, added), updates)
         self.keep(TaskRecord(adapter=saved, directions=added, certificate=certificate, merge_error=error))
         return merged
 
-    def remember(self, record: TaskRecord) -> None:
+    def add_task(self, record: TaskRecord) -> None:
         """Protect the directions that a task recorded."""
         self._num_learned += 1
         empty = {name: value[:, :0] for name, value in record.directions.items()}
         self.bases = subspace.extend_bases(empty | self.bases, record.directions)
 
-    def forget(self, record: TaskRecord) -> None:
+    def remove_task(self, record: TaskRecord) -> None:
         """Protect the directions that a task recorded no longer."""
         self.bases = subspace.take_out(self.bases, record.directions)
         self._num_learned -= 1
 
     def _new_directions(self, merged: nn.Module, task: Task) -> dict[str, Tensor]:
-        grams = collect.input_grams(merged, task, list(self.bases), track=self.track)
+        grams = gradients.input_grams(merged, task, list(self.bases), track=self.track)
         if self.config.energy == "squared":
             grams = {name: gram @ gram for name, gram in grams.items()}
         return subspace.new_directions(self.bases, grams, self.share)
 
     def protected(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the bases; those of the target layers are empty before the first task."""
-        targets = adapter.linear_targets(model, self.config.targets)
+        targets = lora.linear_targets(model, self.config.targets)
         weights = {name: model.get_parameter(f"{name}.weight").detach() for name in targets}
         empty = {name: weight.new_zeros(weight.shape[1], 0, dtype=torch.float32) for name, weight in weights.items()}
         return {name: self.bases.get(name, none).to(none.device) for name, none in empty.items()}
 
     def _residual_rows(self, model: nn.Module, task: Task) -> dict[str, Tensor]:
-        grams = collect.input_grams(model, task, list(self.bases), track=self.track)
+        grams = gradients.input_grams(model, task, list(self.bases), track=self.track)
         rank, seed = self.config.rank, self.seed
         rows = {name: subspace.leading_inputs(gram, self.bases[name], rank, seed=seed) for name, gram in grams.items()}
         if not any(len(a) for a in rows.values()):

@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from keeplora.layers import lora as adapter
-from keeplora.layers.gradients import Track, silent
+from keeplora.layers import lora
 from keeplora.layers.ranks import alphas_for
 from keeplora.methods.base import Method, MethodConfig
 from keeplora.methods.task_record import TaskRecord
-from keeplora.task import Batch, StandIn, Task
+from keeplora.progress import Track, silent
+from keeplora.task import Batch, DeferredGradient, Task
 
 
 class Joint(Method):
@@ -33,7 +33,7 @@ class Joint(Method):
         self.is_done = False
         self._num_tasks = 1
 
-    def plan(self, tasks: Sequence[Task]) -> Sequence[Task]:
+    def schedule(self, tasks: Sequence[Task]) -> Sequence[Task]:
         """Return the union of the tasks for every place of the stream.
 
         Raises:
@@ -52,22 +52,22 @@ class Joint(Method):
         Raises:
             ValueError: If no layer matches the targets.
         """
-        self.borrow(model)
+        self.snapshot(model)
         if self.is_done:
             return model.requires_grad_(False)
-        targets = adapter.linear_targets(model, self.config.targets)
+        targets = lora.linear_targets(model, self.config.targets)
         sides = {name: min(model.get_parameter(f"{name}.weight").shape) for name in targets}
         ranks = {name: max(self.config.rank, min(self._num_tasks * self.config.rank, sides[name])) for name in targets}
-        return adapter.attach(model, ranks, alphas_for(ranks, self.config.alpha, self.config.rank))
+        return lora.attach(model, ranks, alphas_for(ranks, self.config.alpha, self.config.rank))
 
     def after_task(self, model: nn.Module, task: Task) -> nn.Module:
         """Merge what was learned at the first place; leave nothing behind at the others."""
         if not self.is_done:
             return super().after_task(model, task)
         self.keep(TaskRecord())
-        return self.give_back(model)
+        return self.restore(model)
 
-    def remember(self, record: TaskRecord) -> None:
+    def add_task(self, record: TaskRecord) -> None:
         """Learn no more once something was learned."""
         self.is_done = True
 
@@ -96,40 +96,40 @@ class Union(Task):
         """Return the outputs of the task that the batch is of."""
         return self.tasks[batch[0]].outputs(model, batch[1])
 
-    def parts(self, batch: tuple[int, Batch]) -> Iterable[tuple[int, Batch]]:
+    def micro_batches(self, batch: tuple[int, Batch]) -> Iterable[tuple[int, Batch]]:
         """Return the parts that the task cuts the batch into that it is of."""
-        return [(batch[0], part) for part in self.tasks[batch[0]].parts(batch[1])]
+        return [(batch[0], part) for part in self.tasks[batch[0]].micro_batches(batch[1])]
 
     def sample(self, batch: tuple[int, Batch]) -> tuple[int, Batch]:
         """Return the sample of the task that the batch is of."""
         return batch[0], self.tasks[batch[0]].sample(batch[1])
 
     @contextmanager
-    def frozen(self, model: nn.Module) -> Iterator[Sequence[StandIn]]:
+    def frozen(self, model: nn.Module) -> Iterator[Sequence[DeferredGradient]]:
         """Let every task keep what depends on the weights alone."""
         with ExitStack() as inside:
             yield _Joined([inside.enter_context(task.frozen(model)) for task in self.tasks])
 
-    def num_examples(self, batch: tuple[int, Batch]) -> int:
+    def weight(self, batch: tuple[int, Batch]) -> int:
         """Return the number of examples in a batch."""
-        return self.tasks[batch[0]].num_examples(batch[1])
+        return self.tasks[batch[0]].weight(batch[1])
 
-    def real_rows(self, layer: str, batch: tuple[int, Batch]) -> Tensor | None:
+    def padding_mask(self, layer: str, batch: tuple[int, Batch]) -> Tensor | None:
         """Say which rows are real as the task does that the batch is of."""
-        return self.tasks[batch[0]].real_rows(layer, batch[1])
+        return self.tasks[batch[0]].padding_mask(layer, batch[1])
 
 
-class _Joined(Sequence[StandIn]):
+class _Joined(Sequence[DeferredGradient]):
     """What several tasks hand out, at any time."""
 
-    def __init__(self, found: list[Sequence[StandIn]]) -> None:
+    def __init__(self, found: list[Sequence[DeferredGradient]]) -> None:
         self.found = found
 
     def __len__(self) -> int:
         return sum(map(len, self.found))
 
     def __getitem__(self, index: Any) -> Any:
-        return [stand_in for own in self.found for stand_in in own][index]
+        return [one for own in self.found for one in own][index]
 
 
 class _Mixed:

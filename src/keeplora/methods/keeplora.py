@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from keeplora.errors import LearningError
 from keeplora.layers import gradients as collect
-from keeplora.layers import lora as adapter
-from keeplora.layers.gradients import Track, silent
+from keeplora.layers import lora
 from keeplora.layers.last_epoch import SEEN, SeenInputs, Watched, grams_of, take_out
 from keeplora.layers.module_state import device_of
 from keeplora.layers.names import layer_scales, tower_share
@@ -25,10 +25,11 @@ from keeplora.layers.residual_gradients import RESIDUALS
 from keeplora.methods.base import HEAD, Method, MethodConfig
 from keeplora.methods.keeplora_config import KeepLoRAConfig
 from keeplora.methods.task_record import TaskRecord
+from keeplora.progress import Track, silent
 from keeplora.subspace import linear_algebra as linalg
 from keeplora.subspace import protected as subspace
 from keeplora.subspace.protected import LEAK_ALLOWED
-from keeplora.task import LearningError, Task
+from keeplora.task import Task
 
 SIGNIFICANT = 1e-5
 """Singular values of the residual gradient below this share of the gradient's norm are rounding noise."""
@@ -63,23 +64,23 @@ class KeepLoRA(Method):
         head = None
         if self.config.classifier == "cosine":
             head = task.load_head(self.once("head", lambda: dict(task.start_head(model).state_dict())))
-        self.borrow(model)
-        adapted = adapter.attach(model, ranks, self._alphas(ranks), factors=factors)
+        self.snapshot(model)
+        adapted = lora.attach(model, ranks, self._alphas(ranks), factors=factors)
         if self.config.a_training == "trained":
-            adapter.thaw_a(adapted)
+            lora.thaw_a(adapted)
         if self.config.b_start == "gradient":
             self._take_start_out(adapted, factors)
         if head is not None:
             adapted.add_module(HEAD, head)
         return adapted
 
-    def lesson(self, model: nn.Module, task: Task, epochs: int) -> Task:
+    def training_task(self, model: nn.Module, task: Task, epochs: int) -> Task:
         """Return the task; with `features="last_epoch"` one that looks at the layers' inputs in the last epoch."""
         if self.config.features != "last_epoch":
             return task
         seen = SeenInputs(task, {name: len(basis) for name, basis in self.bases.items()})
         model.add_module(SEEN, seen)
-        layers = {name: adapter.inner(model).get_submodule(name) for name in self.bases}
+        layers = {name: lora.inner(model).get_submodule(name) for name in self.bases}
         return Watched(task, seen, layers, epochs)
 
     def after_task(self, model: nn.Module, task: Task) -> nn.Module:
@@ -89,9 +90,9 @@ class KeepLoRA(Method):
             ValueError: If the update left the residual subspace, or the merge changed the outputs.
         """
         self._put_start_back(model)
-        updates = adapter.factors_of(model)
+        updates = lora.factors_of(model)
         subspace.require_no_leak(updates, self.bases, task.name, allowed=self.leak_allowed)
-        saved = adapter.detach(model)
+        saved = lora.detach(model)
         head = {name: value.detach().cpu().clone() for name, value in _head_state(model).items()}
         seen = take_out(model)
         merged, error = self.merge_checked(model, task)
@@ -99,7 +100,7 @@ class KeepLoRA(Method):
         record = TaskRecord(
             adapter=saved,
             directions=directions,
-            certificate=subspace.certify(self.bases, subspace.extend_bases(self.bases, directions), updates),
+            certificate=subspace.certificates(self.bases, subspace.extend_bases(self.bases, directions), updates),
             merge_error=error,
             head=head,
             surviving_gradient=self._surviving,
@@ -107,13 +108,13 @@ class KeepLoRA(Method):
         self.keep(record)
         return merged
 
-    def remember(self, record: TaskRecord) -> None:
+    def add_task(self, record: TaskRecord) -> None:
         """Protect the directions that a task recorded."""
         self._num_learned += 1
         directions = {name: value.to(self.bases[name].device) for name, value in record.directions.items()}
         self.bases = subspace.extend_bases(self.bases, directions)
 
-    def forget(self, record: TaskRecord) -> None:
+    def remove_task(self, record: TaskRecord) -> None:
         """Protect the directions that a task recorded no longer."""
         self.bases = subspace.take_out(self.bases, record.directions)
         self._num_learned -= 1
@@ -137,7 +138,7 @@ class KeepLoRA(Method):
         """Start the bases with the principal subspace of every target weight (Eq. 2), unless that was done."""
         if self.bases:
             return
-        targets = adapter.linear_targets(model, self.config.targets)
+        targets = lora.linear_targets(model, self.config.targets)
         weights = {name: self._seen_from_its_side(name, model.get_parameter(f"{name}.weight")) for name in targets}
         shares = {name: tower_share(name, self.config.weight_energy) for name in targets}
         self.bases = subspace.principal_bases(weights, shares)
@@ -214,19 +215,19 @@ class KeepLoRA(Method):
 
     def _take_start_out(self, adapted: nn.Module, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
         """Reduce the weights by the start of the update, so that the function stays; keep them for later."""
-        layers = adapter.lora_layers(adapted)
+        layers = lora.lora_layers(adapted)
         for name, (a, b) in factors.items():
             weight = layers[name].get_base_layer().weight
             self._starts[name] = (b, weight.detach().clone())
-            adapter.add_to_base(layers[name], -layers[name].scaling[adapter.ADAPTER] * b @ a)
+            lora.add_to_base(layers[name], -layers[name].scaling[lora.ADAPTER] * b @ a)
 
     def _put_start_back(self, adapted: nn.Module) -> None:
         """Give the weights back, bit by bit, and take the start out of `b`: the adapter is then the whole update."""
-        layers = adapter.lora_layers(adapted)
+        layers = lora.lora_layers(adapted)
         for name, (b, weight) in self._starts.items():
             with torch.no_grad():
                 layers[name].get_base_layer().weight.copy_(weight)
-                layers[name].lora_B[adapter.ADAPTER].weight.sub_(b)
+                layers[name].lora_B[lora.ADAPTER].weight.sub_(b)
         self._starts = {}
 
 

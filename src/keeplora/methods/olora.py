@@ -15,11 +15,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from keeplora.layers.gradients import Track, silent
 from keeplora.layers.lora import ADAPTER
 from keeplora.methods.base import MethodConfig
 from keeplora.methods.penalty import Penalised
 from keeplora.methods.task_record import TaskRecord
+from keeplora.progress import Track, silent
 from keeplora.subspace.protected import take_out
 
 
@@ -69,14 +69,14 @@ class OLoRA(Penalised):
                     terms.append(self.config.lambda_2 * (a.float().norm() + b.float().norm()))
         return torch.stack(terms).sum() if terms else None
 
-    def remember(self, record: TaskRecord) -> None:
+    def add_task(self, record: TaskRecord) -> None:
         """Stack a finished task's `a` below those of the tasks before it."""
         assert record.adapter is not None
         for name, (a, _) in record.adapter.factors().items():
             earlier = self.earlier.get(name, a[:0])
             self.earlier[name] = torch.cat([earlier, a.to(earlier.device)])
 
-    def forget(self, record: TaskRecord) -> None:
+    def remove_task(self, record: TaskRecord) -> None:
         """Take a task's `a` out of the stack again."""
         assert record.adapter is not None
         columns = {name: rows.T for name, rows in self.earlier.items()}

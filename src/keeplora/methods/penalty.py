@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from keeplora.layers import lora as adapter
-from keeplora.layers.gradients import Track, silent
+from keeplora.layers import lora
 from keeplora.layers.lora import ADAPTER
 from keeplora.methods.base import Method, MethodConfig
+from keeplora.progress import Track, silent
 from keeplora.task import Task
 
 
@@ -26,7 +26,7 @@ class Penalised(Method):
             ValueError: If no layer matches the targets.
         """
         adapted = super().before_task(model, task)
-        self.layers = dict(adapter.lora_layers(adapted))
+        self.layers = dict(lora.lora_layers(adapted))
         return adapted
 
     def after_task(self, model: nn.Module, task: Task) -> nn.Module:

@@ -18,12 +18,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from keeplora.layers import lora as adapter
+from keeplora.layers import lora
 from keeplora.layers.frozen_blocks import hold, release
-from keeplora.layers.gradients import Track, silent
 from keeplora.layers.lora import SavedAdapter
 from keeplora.methods.base import Method, MethodConfig
 from keeplora.methods.task_record import TaskRecord
+from keeplora.progress import Track, silent
 from keeplora.task import Task
 
 SUFFIX = ".magnitudes"
@@ -67,10 +67,10 @@ class SDLoRA(Method):
         Raises:
             ValueError: If no layer matches the targets.
         """
-        targets = adapter.linear_targets(model, self.config.targets)
+        targets = lora.linear_targets(model, self.config.targets)
         blocks = 1 + self._num_learned
-        self.borrow(model)
-        adapted = adapter.attach(
+        self.snapshot(model)
+        adapted = lora.attach(
             model,
             dict.fromkeys(targets, blocks * self.config.rank),
             dict.fromkeys(targets, blocks * self.config.alpha),  # alpha / rank stays what it is for one block
@@ -85,7 +85,7 @@ class SDLoRA(Method):
             ValueError: If the merge changed the outputs or a weight would not be finite.
         """
         changes = release(model)
-        saved = adapter.detach(model)
+        saved = lora.detach(model)
         merged, error = self.merge_checked(model, task)
         state = {}
         for name, (a, b) in self._newest(saved).items():
@@ -94,7 +94,7 @@ class SDLoRA(Method):
         self.keep(TaskRecord(adapter=saved, merge_error=error, state=state))
         return merged
 
-    def remember(self, record: TaskRecord) -> None:
+    def add_task(self, record: TaskRecord) -> None:
         """Take up the direction that a task learned, and what it made of the magnitudes."""
         assert record.adapter is not None
         self._num_learned += 1

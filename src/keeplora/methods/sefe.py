@@ -18,10 +18,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from keeplora.layers.gradients import Track, silent
 from keeplora.methods.base import MethodConfig
 from keeplora.methods.penalty import Penalised, trained_update
 from keeplora.methods.task_record import TaskRecord
+from keeplora.progress import Track, silent
 from keeplora.task import Task
 
 
@@ -77,7 +77,7 @@ class SEFE(Penalised):
             terms.append(torch.dot(weights, update.index_select(0, places).abs()))
         return self.config.strength * torch.stack(terms).mean() if terms else None
 
-    def remember(self, record: TaskRecord) -> None:
+    def add_task(self, record: TaskRecord) -> None:
         """Add the key elements of a finished task to those of the tasks before it."""
         assert record.adapter is not None
         for name, (a, b) in record.adapter.factors().items():
@@ -87,7 +87,7 @@ class SEFE(Penalised):
             every = torch.cat([counts, torch.ones(len(new))])
             self.keys[name] = united, torch.zeros(len(united)).index_add_(0, inverse, every)
 
-    def forget(self, record: TaskRecord) -> None:
+    def remove_task(self, record: TaskRecord) -> None:
         """Take the key elements of a task out again."""
         assert record.adapter is not None
         for name, (a, b) in record.adapter.factors().items():

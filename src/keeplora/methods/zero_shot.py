@@ -16,10 +16,10 @@ class ZeroShot(Method):
 
     def before_task(self, model: nn.Module, task: Task) -> nn.Module:
         """Return the model with every parameter frozen."""
-        self.borrow(model)
+        self.snapshot(model)
         return model.requires_grad_(False)
 
     def after_task(self, model: nn.Module, task: Task) -> nn.Module:
         """Return the model as it was given."""
         self.record = TaskRecord()
-        return self.give_back(model)
+        return self.restore(model)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import CLIPModel, CLIPVisionModel
 from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention, CLIPEncoder, CLIPEncoderLayer
 
-from keeplora.layers import lora as adapter
+from keeplora.layers import lora
 from keeplora.layers.module_state import is_compiled, is_watched
 
 
@@ -74,7 +74,7 @@ def _is_plain(layer: Any) -> bool:
 
 def _treats_rows_alike(linear: nn.Module) -> bool:
     """Say whether a layer is linear, or such a one with LoRA that looks at no row's place and draws no numbers."""
-    if isinstance(linear, adapter.LoraLinear):
+    if isinstance(linear, lora.LoraLinear):
         return not linear.lora_variant and all(type(one) is nn.Identity for one in linear.lora_dropout.values())
     return type(linear) is nn.Linear
 

@@ -18,11 +18,11 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from keeplora.data.cache import Pixels, PixelStore
 from keeplora.data.readers import read_splits
-from keeplora.layers.gradients import Track
 from keeplora.layers.module_state import device_of, evaluation_mode
 from keeplora.models.clip_last_layer import only_the_pooled_row
 from keeplora.models.interfaces import StreamTask
-from keeplora.task import Batch, StandIn, TaskSpec, to_device
+from keeplora.progress import Track
+from keeplora.task import Batch, DeferredGradient, TaskSpec, to_device
 
 PIXELS_AT_ONCE = 1_250_000
 """Values of the images that a CPU reads at once: 8 of 224 x 224. What the layers make of more fits its caches less."""
@@ -54,7 +54,7 @@ class ClassificationTask(StreamTask):
         self._train = DataLoader(train, batch_size, shuffle=True, generator=self._order, collate_fn=train.collate)
         self._test = DataLoader(test, batch_size, collate_fn=test.collate)
         self._text_features: Tensor | None = None
-        self._stand_ins: list[StandIn] = []
+        self._deferred: list[DeferredGradient] = []
         self._is_frozen = False
 
     def batches(self) -> Iterable[Batch]:
@@ -90,11 +90,11 @@ class ClassificationTask(StreamTask):
         """Return the labels, `[n]`."""
         return cast(Tensor, batch["labels"])
 
-    def num_examples(self, batch: Batch) -> int:
+    def weight(self, batch: Batch) -> int:
         """Return the number of images in a batch."""
         return len(batch["labels"])
 
-    def real_rows(self, layer: str, batch: Batch) -> Tensor | None:
+    def padding_mask(self, layer: str, batch: Batch) -> Tensor | None:
         """Leave the padding of the prompts out of the text tower's statistics."""
         return self.prompts.get("attention_mask") if layer.startswith("text_model.") else None
 
@@ -103,7 +103,8 @@ class ClassificationTask(StreamTask):
         num_classes = len(self.prompts["input_ids"])
         sums: Tensor | None = None
         with torch.no_grad(), evaluation_mode(model):
-            for part in (part for batch in self.batches() for part in self.parts(to_device(batch, device_of(model)))):
+            on_device = (to_device(batch, device_of(model)) for batch in self.batches())
+            for part in (part for batch in on_device for part in self.micro_batches(batch)):
                 features = F.normalize(_image_features(model, part).float(), dim=-1)
                 sums = features.new_zeros(num_classes, features.shape[1]) if sums is None else sums
                 sums.index_add_(0, part["labels"], features)
@@ -120,7 +121,7 @@ class ClassificationTask(StreamTask):
         """Return the generator of the order of the training batches."""
         return (self._order,)
 
-    def parts(self, batch: Batch) -> Iterable[Batch]:
+    def micro_batches(self, batch: Batch) -> Iterable[Batch]:
         """Cut a batch of images on a CPU, so that what the layers make of it is small enough to use memory again."""
         pixels, labels = batch["pixel_values"], batch["labels"]
         n = max(1, PIXELS_AT_ONCE // pixels[0].numel()) if pixels.device.type == "cpu" else len(pixels)
@@ -132,13 +133,13 @@ class ClassificationTask(StreamTask):
         return {"pixel_values": batch["pixel_values"][:2], "labels": batch["labels"][:2]}
 
     @contextmanager
-    def frozen(self, model: nn.Module) -> Iterator[list[StandIn]]:
+    def frozen(self, model: nn.Module) -> Iterator[list[DeferredGradient]]:
         """Encode the prompts once for all batches inside."""
-        self._is_frozen, self._text_features, self._stand_ins = True, None, []
+        self._is_frozen, self._text_features, self._deferred = True, None, []
         try:
-            yield self._stand_ins
+            yield self._deferred
         finally:
-            self._is_frozen, self._text_features, self._stand_ins = False, None, []
+            self._is_frozen, self._text_features, self._deferred = False, None, []
 
     def _text_of(self, model: nn.Module) -> Tensor:
         if self._text_features is not None:
@@ -148,8 +149,8 @@ class ClassificationTask(StreamTask):
         if not self._is_frozen:
             return features
         if features.requires_grad:
-            self._stand_ins.append(StandIn(features))
-            features = self._stand_ins[-1].leaf
+            self._deferred.append(DeferredGradient(features))
+            features = self._deferred[-1].leaf
         self._text_features = features
         return features
 

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from keeplora.layers.gradients import Track
+from keeplora.progress import Track
 from keeplora.task import Batch, Task, TaskSpec
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from keeplora.layers.gradients import Track, silent
+from keeplora.progress import Track, silent
 from keeplora.runs import disk
 from keeplora.runs.manifest import manifest_bytes
 

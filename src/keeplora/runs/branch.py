@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from keeplora.evaluation.accuracy_matrix import Results
 from keeplora.evaluation.evaluate import evaluate
-from keeplora.layers.gradients import Track, silent
 from keeplora.methods.registry import find_method, method_behind
 from keeplora.models.registry import StreamTask, family_of, locate
+from keeplora.progress import Track, silent
 from keeplora.runs import disk
 from keeplora.runs.config import RunConfig, absolute, open_stream, plain_values, resolved, stream_of
-from keeplora.runs.directory import Ledger
+from keeplora.runs.directory import RunDirectory
 from keeplora.runs.loop import replay, report, require_same_model
 from keeplora.runs.manifest import differences
-from keeplora.runs.open import open_ledger, read_ledger
+from keeplora.runs.open import open_run, read_run
 from keeplora.runs.reopen import config_of
 from keeplora.subspace import protected as subspace
 from keeplora.training.trainer import best_device
@@ -43,7 +43,7 @@ def undo(folder: Path, task: str, output: Path, *, track: Track = silent) -> Res
     Raises:
         ValueError: If the task is not finished, later ones depend on it, or a file is missing or damaged.
     """
-    source = read_ledger(folder)
+    source = read_run(folder)
     finished = source.manifest["tasks"][: source.num_finished]
     if task not in finished:
         raise ValueError(f"{folder} has no finished task {task!r}; it has {', '.join(finished) or 'none'}")
@@ -74,7 +74,7 @@ def fork(folder: Path, config: RunConfig, *, track: Track = silent) -> Results:
         ValueError: If something differs that would not fit to the finished tasks, no task is finished or none is left
             to learn, or a file is missing or damaged.
     """
-    source = read_ledger(folder)
+    source = read_run(folder)
     if source.num_finished == 0:
         raise ValueError(f"{folder} has no finished task yet: a fork would be a new run; start one without --fork")
     before, fixed = config_of(source), find_method(config.method)[0].fixed
@@ -108,7 +108,7 @@ def continued(folder: Path, benchmark: str) -> RunConfig:
         ValueError: If the run is not complete, the benchmark has nothing new, or the method does not learn task by
             task.
     """
-    source = read_ledger(folder)
+    source = read_run(folder)
     config = config_of(source)
     if not find_method(config.method)[0].one_by_one:
         raise ValueError(f"{config.method} does not learn task by task, and cannot go on with more")
@@ -134,7 +134,7 @@ def with_more(folder: Path, given: RunConfig) -> RunConfig:
     Raises:
         ValueError: If other settings than those of the run are given, beside what `continued` raises.
     """
-    before = config_of(read_ledger(folder))
+    before = config_of(read_run(folder))
     own = dataclasses.replace(given, benchmark=before.benchmark)
     different = differences(plain_values(before), plain_values(own))
     if given.output.resolve() != folder.resolve():
@@ -147,7 +147,7 @@ def with_more(folder: Path, given: RunConfig) -> RunConfig:
     return dataclasses.replace(own, more=more)
 
 
-def _branch(source: Ledger, config: RunConfig, kept: list[int], origin: dict[str, Any], track: Track) -> Results:
+def _branch(source: RunDirectory, config: RunConfig, kept: list[int], origin: dict[str, Any], track: Track) -> Results:
     """Write a run directory that begins with some finished tasks of another; it is there as a whole or not at all."""
     best_device()  # Processes meet here.
     if dist.is_initialized():
@@ -158,12 +158,12 @@ def _branch(source: Ledger, config: RunConfig, kept: list[int], origin: dict[str
     with disk.made_whole(config.output) as part:
         model, tasks = open_stream(config, track)
         require_same_model(model, config, source)
-        with open_ledger(part, values, list(values["tasks"])) as ledger:
-            ledger.manifest["origin"] = {"run": str(source.folder.resolve()), **origin}
-            model = _Copy(source, ledger, tasks, track).write(model, config, kept)
+        with open_run(part, values, list(values["tasks"])) as directory:
+            directory.manifest["origin"] = {"run": str(source.folder.resolve()), **origin}
+            model = _Copy(source, directory, tasks, track).write(model, config, kept)
             save = partial(family_of(config.model).save, model, locate(config.model))
-            ledger.commit_tasks(save if config.save_model and kept else None)
-            results = report(ledger) if ledger.is_complete else ledger.results()
+            directory.commit_tasks(save if config.save_model and kept else None)
+            results = report(directory) if directory.is_complete else directory.results()
     return results
 
 
@@ -171,18 +171,18 @@ def _branch(source: Ledger, config: RunConfig, kept: list[int], origin: dict[str
 class _Copy:
     """Finished tasks on their way from one run to another; `tasks` are those of the new one."""
 
-    source: Ledger
-    ledger: Ledger
+    source: RunDirectory
+    directory: RunDirectory
     tasks: list[StreamTask]
     track: Track
 
     def write(self, model: nn.Module, config: RunConfig, kept: list[int]) -> nn.Module:
         """Hand in the tasks of these places in the old run; return the model behind the last of them."""
         method = find_method(config.method)[0](config.options, seed=config.seed, track=self.track)
-        method.plan(self.tasks)
+        method.schedule(self.tasks)
         old = self.source.manifest
         zero_shot = self._scores(model, old["zero_shot"])
-        self.ledger.manifest |= {"model_digest": old["model_digest"], "zero_shot": zero_shot, "start": old["start"]}
+        self.directory.manifest |= {"model_digest": old["model_digest"], "zero_shot": zero_shot, "start": old["start"]}
         for place, index in enumerate(self.track(kept, "merging", len(kept))):
             details = dict(self.source.tasks[index])
             before = method.protected(model)
@@ -192,12 +192,12 @@ class _Copy:
             else:  # A state that the old run never had.
                 details["scores"] = evaluate(model, self.tasks, track=self.track)
                 details["certificate"] = self._certificate(before, method.protected(model), index)
-            self.ledger.copy_task(self.source, index, details)
+            self.directory.copy_task(self.source, index, details)
         return model
 
     def _scores(self, model: nn.Module, recorded: list[float]) -> list[float]:
         """Return the scores of a state that the old run had: what it recorded, and a new evaluation of other tasks."""
-        tables = self.source.manifest["config"]["tasks"], self.ledger.manifest["config"]["tasks"]
+        tables = self.source.manifest["config"]["tasks"], self.directory.manifest["config"]["tasks"]
         scores = dict(zip(self.source.manifest["tasks"], recorded, strict=True))
         known = {name: score for name, score in scores.items() if tables[0][name] == tables[1].get(name)}
         missing = [task for task in self.tasks if task.name not in known]
@@ -211,5 +211,5 @@ class _Copy:
         factors = {} if record.adapter is None else record.adapter.factors()
         places = {name: basis.device for name, basis in before.items()}
         updates = {name: (a.to(places[name]), b.to(places[name])) for name, (a, b) in factors.items() if name in before}
-        certificate = subspace.certify(before, after, updates)
+        certificate = subspace.certificates(before, after, updates)
         return {**subspace.certificate_to_json(certificate), "merge_error": None}

@@ -12,9 +12,9 @@ from typing import Any, Literal
 from torch import nn
 
 from keeplora.config import Config, parse
-from keeplora.layers.gradients import Track, silent
 from keeplora.methods.registry import MethodConfig, find_method
 from keeplora.models.registry import EMBEDDED, StreamTask, family_of, locate
+from keeplora.progress import Track, silent
 from keeplora.task import TaskSpec, read_benchmark
 from keeplora.training.trainer import TrainConfig, best_device
 

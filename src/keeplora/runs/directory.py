@@ -28,8 +28,8 @@ Save = Callable[[Path], None]
 """Writes the merged model to a folder."""
 
 
-class Ledger(Store):
-    """Reads and writes one run directory. Make one with `open_ledger`; one that only reads with the manifest."""
+class RunDirectory(Store):
+    """Reads and writes one run directory. Make one with `open_run`; one that only reads with the manifest."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         super().__init__(folder, manifest)
@@ -93,7 +93,7 @@ class Ledger(Store):
         self.finish_task({**details, "certificate": certificate, "merged": record.merged})
         self.commit_tasks(save_model)
 
-    def copy_task(self, other: "Ledger", index: int, details: dict[str, Any]) -> None:
+    def copy_task(self, other: "RunDirectory", index: int, details: dict[str, Any]) -> None:
         """Hand in as the next task what a finished one of another run left, with a `task.json` of its own."""
         folder = other.task_folder(index)
         for name in other.files:

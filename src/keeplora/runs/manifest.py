@@ -14,6 +14,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError
 
+from keeplora.errors import InUseError
+
 FORMAT = 2
 """Version of the layout of a run directory; a reader refuses any other."""
 
@@ -84,16 +86,12 @@ def manifest_bytes(manifest: dict[str, Any]) -> bytes:
     return (json.dumps({**manifest, "checksum": checksum}, indent=1) + "\n").encode()
 
 
-class InUse(ValueError):
-    """Another process writes to the folder."""
-
-
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep a second process out; the operating system drops the lock when its owner ends, however it ends.
 
     Raises:
-        InUse: If another process has the lock.
+        InUseError: If another process has the lock.
     """
     path = folder / "lock"
     while True:
@@ -103,7 +101,7 @@ def locked(folder: Path) -> Iterator[None]:
             except BlockingIOError:
                 file.seek(0)
                 owner = file.read().strip() or "unknown"
-                raise InUse(
+                raise InUseError(
                     f"another process ({owner}) is writing to {folder}; wait for it, or give another --output"
                 ) from None
             if not _is_at(path, file.fileno()):

@@ -7,14 +7,15 @@ from typing import Any
 
 import torch.distributed as dist
 
+from keeplora.errors import InUseError
 from keeplora.runs.atomic_store import STAGED, Store, is_main_process
-from keeplora.runs.directory import UNFINISHED, Ledger
+from keeplora.runs.directory import UNFINISHED, RunDirectory
 from keeplora.runs.disk import require_no_links
-from keeplora.runs.manifest import InUse, differences, locked, new_manifest, read_manifest
+from keeplora.runs.manifest import differences, locked, new_manifest, read_manifest
 
 
 @contextmanager
-def open_ledger(folder: Path, config: dict[str, Any], tasks: list[str], *, extend: bool = False) -> Iterator[Ledger]:
+def open_run(folder: Path, config: dict[str, Any], tasks: list[str], *, extend: bool = False) -> Iterator[RunDirectory]:
     """Open a run directory for writing: a new one, or one of the same configuration to go on with.
 
     Args:
@@ -39,20 +40,20 @@ def open_ledger(folder: Path, config: dict[str, Any], tasks: list[str], *, exten
         Store(folder, manifest).recover(UNFINISHED)
         if dist.is_initialized():
             dist.barrier()  # The first process has now put the folder in order.
-        ledger = Ledger(folder, manifest)
-        ledger.require_intact()
-        if not (folder / "run.json").exists() or ledger.num_finished == 0:
-            ledger.commit()
-        yield ledger
+        directory = RunDirectory(folder, manifest)
+        directory.require_intact()
+        if not (folder / "run.json").exists() or directory.num_finished == 0:
+            directory.commit()
+        yield directory
 
 
-def read_ledger(folder: Path) -> Ledger:
+def read_run(folder: Path) -> RunDirectory:
     """Open a run directory for reading; what a crash left half written is put in order first.
 
     Raises:
         ValueError: If the folder holds no run, or a symbolic link, or the tasks' files are damaged.
     """
-    return Ledger(folder, settled_manifest(folder))
+    return RunDirectory(folder, settled_manifest(folder))
 
 
 def settled_manifest(folder: Path) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def settled_manifest(folder: Path) -> dict[str, Any]:
             manifest = read_manifest(folder)
             Store(folder, manifest).recover(UNFINISHED)
             return manifest
-    except InUse:  # Its owner is at it, and puts it in order itself.
+    except InUseError:  # Its owner is at it, and puts it in order itself.
         return read_manifest(folder)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from keeplora.layers import lora as adapter
+from keeplora.layers import lora
 from keeplora.layers.module_state import device_of
 from keeplora.methods.registry import Method, TaskRecord
 from keeplora.subspace import protected as subspace
@@ -88,12 +88,12 @@ class Replay:
                 f"task {name!r}: {text}" for text in _unlike(weights, self._weights(list(weights)), updates)
             ]
         elif record.merged:
-            self.method.remember(record)
-        return subspace.certify(before, self.method.protected(self.model), updates), []
+            self.method.add_task(record)
+        return subspace.certificates(before, self.method.protected(self.model), updates), []
 
     def _misfits(self, updates: dict[str, tuple[Tensor, Tensor]], directions: Weights, bases: Weights) -> list[str]:
         """Say what is wrong with the form of a task's files, so that nothing of them can be measured."""
-        targets = self._weights(adapter.linear_targets(self.model, self.method.config.targets)) if updates else {}
+        targets = self._weights(lora.linear_targets(self.model, self.method.config.targets)) if updates else {}
         found = [f"its adapter changes {layer}, which is no target" for layer in updates if layer not in targets]
         for layer, (a, b) in updates.items():
             if layer in targets and (b.shape[0], a.shape[1]) != targets[layer].shape:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from keeplora.evaluation.capacity import Capacity, capacity_of
-from keeplora.layers.gradients import Track, silent
 from keeplora.methods.registry import find_method
 from keeplora.models.registry import family_of, locate
+from keeplora.progress import Track, silent
 from keeplora.runs.atomic_store import Store
-from keeplora.runs.directory import Ledger, task_folder
+from keeplora.runs.directory import RunDirectory, task_folder
 from keeplora.runs.loop import require_same_model
 from keeplora.runs.open import settled_manifest
 from keeplora.runs.recompute import UNREADABLE, Replay
@@ -107,7 +107,12 @@ def certify(folder: Path, *, track: Track = silent) -> Proof:
     proof.breaches += [f"{folder / name} is not listed in run.json, though its task is finished" for name in unlisted]
     num_readable = _num_readable(manifest, [*damage, *unlisted])
     try:
-        _replay(proof, Ledger(folder, manifest | {"tasks_finished": num_readable}), num_readable == num_finished, track)
+        _replay(
+            proof,
+            RunDirectory(folder, manifest | {"tasks_finished": num_readable}),
+            num_readable == num_finished,
+            track,
+        )
     except UNREADABLE as error:
         proof.breaches.append(f"not everything can be checked: {error}")
     names = manifest["tasks"][len(proof.tasks) : num_finished]
@@ -137,19 +142,19 @@ def _task_files(manifest: dict[str, Any]) -> list[str]:
     return [f"{task_folder(index, manifest['tasks'])}/task.json" for index in range(int(manifest["tasks_finished"]))]
 
 
-def _replay(proof: Proof, ledger: Ledger, has_all: bool, track: Track) -> None:
+def _replay(proof: Proof, directory: RunDirectory, has_all: bool, track: Track) -> None:
     """Measure the readable tasks one by one, then compare the models."""
-    config = config_of(ledger)
+    config = config_of(directory)
     base = family_of(config.model).load(locate(config.model)).to(best_device())
-    require_same_model(base, config, ledger)
+    require_same_model(base, config, directory)
     replay = Replay(base, find_method(config.method)[0](config.options, seed=config.seed, track=track))
     proof.leak_allowed = replay.method.leak_allowed
-    for index in track(range(ledger.num_finished), "replaying tasks", ledger.num_finished):
-        name = ledger.manifest["tasks"][index]
-        recorded = ledger.tasks[index].get("certificate")
-        if (called := ledger.tasks[index].get("name")) != name:
+    for index in track(range(directory.num_finished), "replaying tasks", directory.num_finished):
+        name = directory.manifest["tasks"][index]
+        recorded = directory.tasks[index].get("certificate")
+        if (called := directory.tasks[index].get("name")) != name:
             proof.breaches.append(f"task {name!r}: its task.json is that of {called!r}")
-        if (layers := replay.take(name, recorded, partial(ledger.record, index))) is None:
+        if (layers := replay.take(name, recorded, partial(directory.record, index))) is None:
             has_all = False
             break
         proof.tasks.append(TaskProof(name, layers))
@@ -159,14 +164,14 @@ def _replay(proof: Proof, ledger: Ledger, has_all: bool, track: Track) -> None:
     elif not config.save_model:
         proof.notes.append("the run has no merged model (save_model = False): there is none to compare")
     else:
-        _compare_models(proof, replay, ledger)
+        _compare_models(proof, replay, directory)
 
 
-def _compare_models(proof: Proof, replay: Replay, ledger: Ledger) -> None:
+def _compare_models(proof: Proof, replay: Replay, directory: RunDirectory) -> None:
     folder = proof.folder / "model"
     if any(message.startswith(f"{folder}/") for message in proof.breaches):
         proof.notes.append("the merged model was not compared: its files are not those of the run")
-    elif not any(name.startswith("model/") for name in ledger.manifest["files"]):
+    elif not any(name.startswith("model/") for name in directory.manifest["files"]):
         proof.breaches.append(f"{folder} is missing from the run, which was to save its model")
     else:
         num_before = len(replay.breaches)

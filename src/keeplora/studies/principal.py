@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from keeplora.config import Config
 from keeplora.evaluation.evaluate import evaluate
-from keeplora.layers.gradients import Track, silent
 from keeplora.layers.lora import linear_targets
 from keeplora.layers.module_state import other_weights
 from keeplora.layers.names import in_tower
 from keeplora.methods.registry import MethodConfig
 from keeplora.models.registry import StreamTask
+from keeplora.progress import Track, silent
 from keeplora.runs.config import load_stream
 from keeplora.runs.disk import write_atomically
 from keeplora.subspace import linear_algebra as linalg

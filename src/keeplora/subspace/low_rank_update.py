@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from keeplora.layers.gradients import Track, silent
+from keeplora.progress import Track, silent
 from keeplora.subspace import linear_algebra as linalg
 
 Factors = dict[str, tuple[Tensor, Tensor]]

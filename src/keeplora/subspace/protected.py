@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from keeplora.errors import LearningError
 from keeplora.subspace import linear_algebra as linalg
-from keeplora.task import LearningError
 
 LEAK_ALLOWED = 1e-4
 """A larger share of an update inside the protected subspace is an error (float32)."""
@@ -127,7 +127,7 @@ def require_no_leak(
             )
 
 
-def certify(
+def certificates(
     before: dict[str, Tensor], after: dict[str, Tensor], updates: dict[str, tuple[Tensor, Tensor]]
 ) -> dict[str, LayerCertificate]:
     """Check one task's updates against what was protected when it began.

@@ -26,7 +26,7 @@ EXTRA = "_extra_state"
 """Ends the names of what modules keep beside their parameters and buffers (`nn.Module.get_extra_state`)."""
 
 
-class Places:
+class TrainingState:
     """How far training is. Takes up the last checkpoint, and makes one when it is time.
 
     A checkpoint holds what is trained, the optimiser, the schedule, the scaler of mixed precision, every random

@@ -18,11 +18,12 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from torch.utils.data import DataLoader
 
 from keeplora.config import Config
+from keeplora.errors import LearningError
 from keeplora.layers.fused_forward import fused_layers
-from keeplora.layers.gradients import Track, silent
 from keeplora.layers.module_state import is_wrapped
-from keeplora.task import LearningError, Task, to_device
-from keeplora.training.checkpoints import Places
+from keeplora.progress import Track, silent
+from keeplora.task import Task, to_device
+from keeplora.training.checkpoints import TrainingState
 from keeplora.training.state_file import NO_CHECKPOINTS, Checkpoints
 
 
@@ -108,7 +109,7 @@ def fit(
     with fused_layers(model), _prepared(accelerator, model) as prepared:
         optimizer = accelerator.prepare(optimizer)
         state = {"optimizer": optimizer, "scheduler": scheduler}
-        places = Places(checkpoints, model, state, accelerator.scaler, config.epochs)
+        places = TrainingState(checkpoints, model, state, accelerator.scaler, config.epochs)
         step = _Step(accelerator, prepared, optimizer, scheduler, task, penalty, config.accumulation)
         for epoch in range(places.epoch, config.epochs):
             rest = places.rest_of_epoch(batches, lambda n: accelerator.skip_first_batches(batches, n))
@@ -128,7 +129,7 @@ class _Step:
     penalty: Callable[[nn.Module], Tensor | None]
     accumulation: int
 
-    def epoch(self, rest: Iterable[Any], total: int, places: Places, track: Track, description: str) -> None:
+    def epoch(self, rest: Iterable[Any], total: int, places: TrainingState, track: Track, description: str) -> None:
         """Go through what is left of an epoch of so many batches."""
         done = places.batch
         for number, batch in enumerate(track(rest, description, total - done), done):
@@ -144,31 +145,31 @@ class _Step:
 
     def _backward(self, batch: Any, place: str, group: int) -> float:
         """Add a batch's share of the gradient of the mean over its group; return the batch's loss."""
-        if self._takes_parts() and len(parts := list(self.task.parts(batch))) > 1:
-            return self._backward_by_parts(parts, place, group)
+        if self._takes_micro_batches() and len(parts := list(self.task.micro_batches(batch))) > 1:
+            return self._backward_by_micro_batches(parts, place, group)
         with self.accelerator.autocast():
             loss = self.task.loss(self.model, batch)
             extra = self.penalty(self.model)
         return self._add(loss if extra is None else loss + extra, place, group)
 
-    def _takes_parts(self) -> bool:
+    def _takes_micro_batches(self) -> bool:
         """Say whether nothing stands around the model that wants to be called once for a batch."""
         return bool(self.accelerator.distributed_type == DistributedType.NO) and not is_wrapped(self.model)
 
-    def _backward_by_parts(self, parts: list[Any], place: str, group: int) -> float:
+    def _backward_by_micro_batches(self, parts: list[Any], place: str, group: int) -> float:
         """Do the same part after part, so that what is kept for the backward pass is that of one part."""
-        counts = [self.task.num_examples(part) for part in parts]
+        counts = [self.task.weight(part) for part in parts]
         value = 0.0
-        with self.task.frozen(self.model) as stand_ins:
+        with self.task.frozen(self.model) as deferred:
             for part, count in zip(parts, counts, strict=True):
                 with self.accelerator.autocast():
                     loss = self.task.loss(self.model, part)
                 if count:
                     value += count / sum(counts) * self._add(loss, place, group * sum(counts) / count)
-                for stand_in in stand_ins:
-                    stand_in.take()  # With the loss's weight, and the scaler's scale, in it.
-            for stand_in in stand_ins:
-                stand_in.backward()
+                for one in deferred:
+                    one.take()  # With the loss's weight, and the scaler's scale, in it.
+            for one in deferred:
+                one.backward()
         with self.accelerator.autocast():
             extra = self.penalty(self.model)
         if extra is None:

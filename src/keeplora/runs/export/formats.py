@@ -17,16 +17,16 @@ from torch import Tensor, nn
 
 from keeplora.config import Config
 from keeplora.data.readers import read_splits
-from keeplora.layers import lora as adapter
-from keeplora.layers.gradients import Track, silent
+from keeplora.layers import lora
 from keeplora.layers.lora import SavedAdapter
 from keeplora.methods.registry import TaskRecord, find_method
 from keeplora.models.registry import EMBEDDED, family_of, locate
+from keeplora.progress import Track, silent
 from keeplora.runs import disk
 from keeplora.runs.config import RunConfig, stream_of
-from keeplora.runs.directory import Ledger
+from keeplora.runs.directory import RunDirectory
 from keeplora.runs.export.card import Card, render
-from keeplora.runs.open import read_ledger
+from keeplora.runs.open import read_run
 from keeplora.runs.reopen import config_of
 from keeplora.subspace.low_rank_update import cut_to, summed
 
@@ -58,14 +58,14 @@ class ExportConfig(Config):
 class _Source:
     """A run that is read: its base model, its finished tasks, and what each left."""
 
-    ledger: Ledger
+    directory: RunDirectory
     config: RunConfig
     base: nn.Module
     records: list[tuple[TaskRecord, Path]]
     track: Track
 
     def name(self, index: int) -> str:
-        return str(self.ledger.manifest["tasks"][index])
+        return str(self.directory.manifest["tasks"][index])
 
     def place(self, index: int) -> str:
         return f"{index + 1:02d}-{self.name(index)}"
@@ -105,11 +105,11 @@ def export_run(folder: Path, config: ExportConfig, *, track: Track = silent) -> 
 
 
 def _read(folder: Path, config: ExportConfig, track: Track) -> _Source:
-    ledger = read_ledger(folder)
-    if ledger.num_finished == 0:
+    directory = read_run(folder)
+    if directory.num_finished == 0:
         raise ValueError(f"{folder} has nothing to export: no task is finished; go on with the run first")
-    run = config_of(ledger)
-    records = [ledger.record(index) for index in range(ledger.num_finished)]
+    run = config_of(directory)
+    records = [directory.record(index) for index in range(directory.num_finished)]
     if not all(record.merged for record, _ in records):
         raise ValueError(
             f"{folder} was learned by {run.method}, whose updates depend on the input and stay beside the weights: no"
@@ -117,7 +117,7 @@ def _read(folder: Path, config: ExportConfig, track: Track) -> _Source:
         )
     if config.format != "merged" and all(record.adapter is None for record, _ in records):
         raise ValueError(f"{folder} was learned by {run.method}, which leaves no adapter; use --format merged")
-    return _Source(ledger, run, family_of(run.model).load(locate(run.model)), records, track)
+    return _Source(directory, run, family_of(run.model).load(locate(run.model)), records, track)
 
 
 def _write_merged(source: _Source, config: ExportConfig, part: Path) -> dict[str, Any]:
@@ -139,9 +139,9 @@ def _write_sum(source: _Source, config: ExportConfig, part: Path) -> dict[str, A
     if config.rank is not None:
         factors, cut = cut_to(factors, config.rank, track=source.track)
     ranks = {name: len(a) for name, (a, _) in factors.items()}
-    adapted = adapter.attach(source.base, ranks, {name: float(r) for name, r in ranks.items()}, factors=factors)
-    saved = adapter.detach(adapted)
-    adapter.unload(adapted)
+    adapted = lora.attach(source.base, ranks, {name: float(r) for name, r in ranks.items()}, factors=factors)
+    saved = lora.detach(adapted)
+    lora.unload(adapted)
     _write_adapter(source, config, saved, part)
     return {"cut": cut}
 
@@ -203,7 +203,7 @@ def _write_heads(source: _Source, part: Path) -> dict[str, str]:
 def _card(source: _Source, config: ExportConfig, **found: Any) -> Card:
     run = source.config
     train = {name: getattr(run.train, name) for name in ("epochs", "batch_size", "learning_rate", "schedule")}
-    tasks = source.ledger.manifest["config"]["tasks"]
+    tasks = source.directory.manifest["config"]["tasks"]
     return Card(
         format=config.format,
         dtype=config.dtype,
@@ -211,7 +211,7 @@ def _card(source: _Source, config: ExportConfig, **found: Any) -> Card:
         model_class=type(source.base).__name__,
         has_text_tower=hasattr(source.base, "get_text_features"),
         embedded=tuple(kind for kind in ("model", "benchmark") if getattr(run, kind) in EMBEDDED),
-        results=source.ledger.results(),
+        results=source.directory.results(),
         prompts={name: spec["template"] for name, spec in tasks.items()},
         evaluation=run.evaluation,
         one_by_one=find_method(run.method)[0].one_by_one,

@@ -14,11 +14,11 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from keeplora.data.cache import MEMORY_LIMIT, kept
+from keeplora.errors import LearningError
 from keeplora.evaluation.accuracy_matrix import Results
-from keeplora.layers.gradients import Track
+from keeplora.progress import Track
 from keeplora.runs.config import RunConfig
 from keeplora.runs.loop import run
-from keeplora.task import LearningError
 
 Outcome = Results | str
 """What a run gave: its results, or why it could not learn."""

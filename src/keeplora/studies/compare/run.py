@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from keeplora.evaluation.accuracy_matrix import Results
-from keeplora.layers.gradients import Track, silent
 from keeplora.methods.registry import settings_of
+from keeplora.progress import Track, silent
 from keeplora.report.html import comparison_chart, comparison_page
 from keeplora.runs.config import RunConfig
 from keeplora.runs.disk import write_atomically
 from keeplora.runs.manifest import locked
-from keeplora.runs.open import read_ledger
+from keeplora.runs.open import read_run
 from keeplora.studies.compare.claim import claim, require_free
 from keeplora.studies.compare.config import CompareConfig, Settings, require_valid, run_config
 from keeplora.studies.compare.intervals import Comparison, RunRow, Trial
@@ -82,14 +82,14 @@ def _left_out(config: CompareConfig, trials: list[Trial], chosen: dict[str, Sett
 
 
 def _row(config: RunConfig, results: Results) -> RunRow:
-    ledger = read_ledger(config.output)
-    learning = [phase for task in ledger.tasks for name, phase in task["phases"].items() if name != "evaluate"]
-    added = [task["parameters"]["added"] if not task["merged"] else 0 for task in ledger.tasks]
-    heads = [task["parameters"]["added"] if task["merged"] else 0 for task in ledger.tasks]
+    directory = read_run(config.output)
+    learning = [phase for task in directory.tasks for name, phase in task["phases"].items() if name != "evaluate"]
+    added = [task["parameters"]["added"] if not task["merged"] else 0 for task in directory.tasks]
+    heads = [task["parameters"]["added"] if task["merged"] else 0 for task in directory.tasks]
     costs = {
-        "trained_parameters": float(max(task["parameters"]["trained"] for task in ledger.tasks)),
+        "trained_parameters": float(max(task["parameters"]["trained"] for task in directory.tasks)),
         "added_parameters": float(added[-1] + sum(heads)),
-        "seconds_per_task": sum(phase["seconds"] for phase in learning) / len(ledger.tasks),
+        "seconds_per_task": sum(phase["seconds"] for phase in learning) / len(directory.tasks),
         "peak_memory_mb": max(phase["peak_memory_mb"] for phase in learning),
     }
     return RunRow(config.method, config.seed, config.order, scores_of(config.method, results), costs)

@@ -3,8 +3,8 @@
 import statistics
 
 from keeplora.evaluation.accuracy_matrix import Results
-from keeplora.layers.gradients import Track
 from keeplora.methods.registry import find_method, settings_of
+from keeplora.progress import Track
 from keeplora.studies.compare.config import CompareConfig, Settings, run_config, variations
 from keeplora.studies.compare.intervals import SCORES, Trial
 from keeplora.studies.compare.process_pool import Workers

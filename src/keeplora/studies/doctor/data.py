@@ -7,7 +7,7 @@ from datasets.exceptions import DatasetsError
 
 from keeplora.data.images import Examples
 from keeplora.data.readers import READERS, read_splits
-from keeplora.layers.gradients import Track
+from keeplora.progress import Track
 from keeplora.studies.doctor.findings import Finding, Level, counted, listed, without_task
 from keeplora.studies.doctor.image_scan import LOSSY, Scan, scan
 from keeplora.task import TaskSpec

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import torch
 
 from keeplora.data.cache import MEMORY_LIMIT, kept
-from keeplora.layers.gradients import Track, silent
 from keeplora.methods.registry import find_method
 from keeplora.models.registry import StreamTask
+from keeplora.progress import Track, silent
 from keeplora.runs.config import RunConfig, stream_of
 from keeplora.studies.doctor.data import TaskData, read_task, scan_task, task_findings
 from keeplora.studies.doctor.dry_run import BATCHES, FAILURES, Rehearsal, rehearse

@@ -20,6 +20,7 @@ from keeplora.evaluation.evaluate import evaluate
 from keeplora.layers import gradients as collect
 from keeplora.methods.registry import Method, find_method
 from keeplora.models.registry import StreamTask
+from keeplora.progress import Track
 from keeplora.runs.config import RunConfig
 from keeplora.studies.doctor.findings import Finding, listed, without_task
 from keeplora.studies.doctor.resource_estimate import Pace, Paces, pace_of
@@ -103,7 +104,7 @@ def unreached_layers(model: nn.Module, task: Task, targets: list[str]) -> list[s
 
 
 def rehearse(
-    model: nn.Module, tasks: list[StreamTask], targets: list[str], config: RunConfig, track: collect.Track
+    model: nn.Module, tasks: list[StreamTask], targets: list[str], config: RunConfig, track: Track
 ) -> Rehearsal:
     """Go through a few batches of all that a run does with each task, and stop where something fails.
 
@@ -121,10 +122,11 @@ def rehearse(
         if unreached := unreached_layers(model, task, targets):
             found.findings.append(_unreached_finding(unreached, targets, task.name))
         method = _method_of(config)
-        lessons = list(zip(tasks, method.plan(tasks), strict=True))
-        for task, lesson in track(spread(lessons) if method.one_by_one else lessons, "rehearsing", len(lessons)):
+        scheduled = list(zip(tasks, method.schedule(tasks), strict=True))
+        order = spread(scheduled) if method.one_by_one else scheduled
+        for task, training_task in track(order, "rehearsing", len(order)):
             with _heard(found, task.name):
-                model = _learn(model, task, lesson, (method, config, found))
+                model = _learn(model, task, training_task, (method, config, found))
             is_late = time.perf_counter() - start > REHEARSAL_SECONDS
             if method.one_by_one and is_late and len(found.paces) > 1:
                 break
@@ -179,18 +181,20 @@ def _method_of(config: RunConfig) -> Method:
     return find_method(config.method)[0](options, seed=config.seed)
 
 
-def _learn(model: nn.Module, task: StreamTask, lesson: Task, rest: tuple[Method, RunConfig, Rehearsal]) -> nn.Module:
+def _learn(
+    model: nn.Module, task: StreamTask, training_task: Task, rest: tuple[Method, RunConfig, Rehearsal]
+) -> nn.Module:
     """Learn one task with a few batches and return the merged model."""
     method, config, found = rest
     train = dataclasses.replace(config.train, epochs=1, learning_rate=HARMLESS_RATE)
-    found.batches[task.name] = len(cast(Sized, lesson.batches()))
-    with clocked(lesson, "batches", BATCHES) as clock:
+    found.batches[task.name] = len(cast(Sized, training_task.batches()))
+    with clocked(training_task, "batches", BATCHES) as clock:
         with _phase(found, "gradient", clock) as gradient:
-            adapted = method.before_task(model, lesson)
+            adapted = method.before_task(model, training_task)
         with _phase(found, "train", clock) as training:
-            fit(adapted, method.lesson(adapted, lesson, epochs=1), train, penalty=method.penalty)
+            fit(adapted, method.training_task(adapted, training_task, epochs=1), train, penalty=method.penalty)
         with _phase(found, "merge", clock) as merging:
-            model = method.after_task(adapted, lesson)
+            model = method.after_task(adapted, training_task)
     with clocked(task, "test_batches", BATCHES) as clock, _phase(found, "evaluate", clock) as evaluating:
         evaluate(model, [task])
     paces = [pace for phase in (gradient, training, merging, evaluating) for pace in phase]

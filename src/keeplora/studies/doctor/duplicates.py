@@ -3,7 +3,7 @@
 from collections import defaultdict
 from dataclasses import dataclass
 
-from keeplora.layers.gradients import Track
+from keeplora.progress import Track
 from keeplora.studies.doctor.data import TaskData
 from keeplora.studies.doctor.findings import Finding, Level, counted, listed
 from keeplora.studies.doctor.image_fingerprints import Prints, alike_images, equal_images

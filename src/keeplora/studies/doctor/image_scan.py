@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from PIL import Image, UnidentifiedImageError
 
 from keeplora.data.images import UNREADABLE, Examples
-from keeplora.layers.gradients import Track
+from keeplora.progress import Track
 from keeplora.studies.doctor.image_fingerprints import Print, Prints, fingerprint, stack
 
 LOSSY = {
