@@ -27,7 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from keeplora.layers import input_covariance
 from keeplora.layers.lora import linear_targets
 from keeplora.layers.residual_gradients import residuals_of
-from keeplora.methods.registry import KeepLoRA, LoRAFT, Method
+from keeplora.methods.base import Method
+from keeplora.methods.baselines import LoRAFT
+from keeplora.methods.keeplora import KeepLoRA
 from keeplora.subspace import linear_algebra as linalg
 from keeplora.training.trainer import TrainConfig, fit
 from phases import machine, spread

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-from keeplora.models.registry import StreamTask
+from keeplora.models.interfaces import StreamTask
 from keeplora.task import Task
 
 Features = Literal["batch_mean", "all"]

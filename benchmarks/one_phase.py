@@ -29,8 +29,9 @@ from keeplora.evaluation.evaluate import evaluate
 from keeplora.layers import gradients as collect
 from keeplora.layers.names import tower_share
 from keeplora.layers.residual_gradients import residuals_of
-from keeplora.methods.base import MethodConfig
-from keeplora.methods.registry import KeepLoRA, LoRAFT, Method
+from keeplora.methods.base import Method, MethodConfig
+from keeplora.methods.baselines import LoRAFT
+from keeplora.methods.keeplora import KeepLoRA
 from keeplora.subspace import linear_algebra as linalg
 from keeplora.subspace import protected
 from keeplora.task import Task

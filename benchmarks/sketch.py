@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from keeplora.layers.residual_gradients import exact_residuals, sketched_residuals
-from keeplora.methods.registry import KeepLoRA, KeepLoRAConfig
+from keeplora.methods.keeplora import KeepLoRA, KeepLoRAConfig
 from keeplora.progress import silent
 from keeplora.runs.config import load_stream
 from keeplora.task import Task

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from keeplora.layers.gradients import share_of
+from keeplora.layers.distributed import share_of
 from phases import PAIRS, Record, seconds_of, spread
 
 

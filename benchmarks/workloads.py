@@ -24,9 +24,9 @@ from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
 
 from keeplora.data.cache import Pixels
 from keeplora.layers.lora import linear_targets
-from keeplora.methods.registry import KeepLoRAConfig
+from keeplora.methods.keeplora import KeepLoRAConfig
 from keeplora.models.dual_encoder import ClassificationTask
-from keeplora.models.registry import StreamTask
+from keeplora.models.interfaces import StreamTask
 from keeplora.runs.config import load_stream
 from keeplora.task import Batch, DeferredGradient
 

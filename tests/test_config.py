@@ -6,7 +6,8 @@ from typing import Literal
 import pytest
 
 from keeplora.config import Config, parse, read_toml
-from keeplora.methods.registry import KeepLoRAConfig, MethodConfig
+from keeplora.methods.base import MethodConfig
+from keeplora.methods.keeplora import KeepLoRAConfig
 from keeplora.runs.config import RunConfig
 from keeplora.task import Benchmark
 from keeplora.training.trainer import TrainConfig

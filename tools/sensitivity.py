@@ -18,7 +18,7 @@ from rich.console import Console
 from keeplora.cli.progress import Display
 from keeplora.config import parse
 from keeplora.evaluation.accuracy_matrix import Results
-from keeplora.methods.registry import KeepLoRAConfig
+from keeplora.methods.keeplora import KeepLoRAConfig
 from keeplora.runs.config import RunConfig
 from keeplora.runs.manifest import read_manifest
 from keeplora.studies.compare.process_pool import Workers

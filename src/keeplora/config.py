@@ -3,6 +3,7 @@
 A configuration lives beside what it configures; this module only knows how to read one.
 """
 
+import json
 import tomllib
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -56,6 +57,32 @@ def parse(kind: type[C], values: dict[str, Any], *, source: str) -> C:
     except ValidationError as error:
         lines = [_line(kind, problem) for problem in error.errors(include_url=False)]
         raise ValueError(f"{source}: " + "; ".join(dict.fromkeys(lines))) from None
+
+
+def require(kind: type[C], value: object, place: str) -> C:
+    """Check plain values, and return what they are of.
+
+    Raises:
+        ValueError: If they do not have the form; the message names `place` and the first key that is wrong.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{place} is damaged or not of keeplora: {key + ': ' if key else ''}{first['msg']}") from None
+
+
+def read_json(content: bytes, path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        ValueError: If it is none; the message names the file.
+    """
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
 
 
 def _line(kind: type, problem: Any) -> str:

@@ -16,7 +16,8 @@ from keeplora import task
 from keeplora.cli import main as cli
 from keeplora.cli import progress
 from keeplora.evaluation.accuracy_matrix import Results
-from keeplora.methods.registry import KeepLoRAConfig, MethodConfig
+from keeplora.methods.base import MethodConfig
+from keeplora.methods.keeplora import KeepLoRAConfig
 from keeplora.models import registry
 from keeplora.runs.open import open_run
 

@@ -13,7 +13,7 @@ import torch
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 import tiny
-from keeplora.data import cache, mapped_file
+from keeplora.data import cache
 from keeplora.data.cache import PixelStore, kept
 from keeplora.data.readers import read_splits
 from keeplora.models.dual_encoder import DualEncoder
@@ -166,7 +166,7 @@ def test_a_disk_that_fills_up_meanwhile_is_refused_with_the_cure(place, temporar
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     real = os.write
-    monkeypatch.setattr(mapped_file.np if call == "memmap" else mapped_file.os, call, full)
+    monkeypatch.setattr(cache.np if call == "memmap" else cache.os, call, full)
     with pytest.raises(
         ValueError, match=r"No space left on device.*set TMPDIR to a folder with so much space"
     ) as error:
@@ -194,7 +194,7 @@ def test_a_file_that_may_not_grow_so_far_is_refused_where_it_stops(place, tempor
 
 def test_writes_that_take_a_part_at_a_time_lose_nothing(place, monkeypatch):
     expected, whole = all_of(read(examples_of(place), BYTES)), os.write
-    monkeypatch.setattr(mapped_file.os, "write", lambda number, content: whole(number, content[:1000]))
+    monkeypatch.setattr(cache.os, "write", lambda number, content: whole(number, content[:1000]))
     assert torch.equal(all_of(read(examples_of(place), 0)), expected)
 
 

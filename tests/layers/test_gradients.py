@@ -10,7 +10,8 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from keeplora.layers.fisher import fisher_diagonals
-from keeplora.layers.gradients import input_grams, mean_gradients, mean_over_examples
+from keeplora.layers.gradients import mean_gradients, mean_over_examples
+from keeplora.layers.input_covariance import input_grams
 from keeplora.subspace import linear_algebra as linalg
 from keeplora.subspace.protected import new_directions, principal_bases
 from keeplora.training.state_file import from_bytes, to_bytes

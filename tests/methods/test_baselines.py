@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from keeplora.layers import lora
-from keeplora.methods.registry import Joint, LoRAFT, MethodConfig
+from keeplora.methods.base import MethodConfig
+from keeplora.methods.baselines import Joint, LoRAFT
 from keeplora.training.trainer import TrainConfig, fit
 from tiny import MLP, VectorTask, train
 

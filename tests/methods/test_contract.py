@@ -12,7 +12,10 @@ from transformers import Trainer, TrainingArguments
 
 from keeplora.layers.gradients import mean_gradients
 from keeplora.layers.names import layer_scales
-from keeplora.methods.registry import METHODS, KeepLoRA, KeepLoRAConfig, LoRAFT, MethodConfig, ZeroShot
+from keeplora.methods.base import MethodConfig
+from keeplora.methods.baselines import LoRAFT, ZeroShot
+from keeplora.methods.keeplora import KeepLoRA, KeepLoRAConfig
+from keeplora.methods.registry import METHODS
 from keeplora.training.trainer import TrainConfig, fit
 from tiny import (
     MLP,

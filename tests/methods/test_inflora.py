@@ -6,8 +6,9 @@ import torch
 from scipy.linalg import subspace_angles
 
 from keeplora.layers import lora
-from keeplora.methods.inflora import InfLoRAConfig
-from keeplora.methods.registry import InfLoRA, LoRAFT, MethodConfig
+from keeplora.methods.base import MethodConfig
+from keeplora.methods.baselines import LoRAFT
+from keeplora.methods.inflora import InfLoRA, InfLoRAConfig
 from tiny import MLP, NarrowTask, TokenTask, VectorTask, WideMLP, llama_model, train, write_adapter
 
 NAMES = ("fc1", "fc2", "out")

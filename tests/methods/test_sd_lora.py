@@ -4,8 +4,9 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from keeplora.layers import lora
-from keeplora.methods.registry import LoRAFT, MethodConfig, SDLoRA
-from keeplora.methods.sd_lora import SDLoRAConfig
+from keeplora.methods.base import MethodConfig
+from keeplora.methods.baselines import LoRAFT
+from keeplora.methods.sd_lora import SDLoRA, SDLoRAConfig
 from tiny import NarrowTask, VectorTask, WideMLP, classification_task, clip_model, train, write_adapter
 
 NAMES = ("fc1", "fc2", "out")

@@ -5,18 +5,9 @@ import torch
 
 from keeplora.config import parse
 from keeplora.layers.gradients import mean_gradients
-from keeplora.methods.registry import (
-    METHODS,
-    KeepLoRA,
-    KeepLoRAConfig,
-    find_method,
-    known_methods,
-    method_behind,
-    settings_of,
-    variants,
-)
-from keeplora.runs.config import RunConfig
-from keeplora.runs.settings import run_defaults
+from keeplora.methods.keeplora import KeepLoRA, KeepLoRAConfig
+from keeplora.methods.registry import METHODS, find_method, known_methods, method_behind, settings_of, variants
+from keeplora.runs.config import RunConfig, run_defaults
 from keeplora.subspace import linear_algebra as linalg
 from keeplora.subspace.protected import new_directions
 from tiny import MLP, VectorTask, clip_model, train

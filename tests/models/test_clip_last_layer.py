@@ -12,10 +12,11 @@ from keeplora.evaluation.evaluate import evaluate
 from keeplora.layers import lora
 from keeplora.layers.fused_forward import fused_layers
 from keeplora.layers.gradient_sketches import gradient_sketches
-from keeplora.layers.gradients import input_grams, mean_gradients
+from keeplora.layers.gradients import mean_gradients
+from keeplora.layers.input_covariance import input_grams
 from keeplora.models import dual_encoder
 from keeplora.models.clip_last_layer import only_the_pooled_row
-from keeplora.subspace.gradient_sketch import Sketch
+from keeplora.subspace.gradient_sketch import GradientSketch
 from tiny import classification_task, clip_model, siglip_model
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
@@ -128,7 +129,7 @@ def test_statistics_of_the_last_layers_inputs_see_all_rows():
 def test_a_sketch_of_the_last_layers_gradient_sees_all_rows():
     model, task = clip_model(), classification_task()
     name = "vision_model.encoder.layers.1.self_attn.q_proj"
-    sketches = {name: Sketch(24, torch.zeros(24, 0), 2, seed=0)}
+    sketches = {name: GradientSketch(24, torch.zeros(24, 0), 2, seed=0)}
     assert rows_in_the_mlp(model, lambda: gradient_sketches(model, task, sketches)) == {5}
 
 

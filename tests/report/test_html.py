@@ -11,7 +11,9 @@ from PIL import Image
 
 from keeplora.evaluation.accuracy_matrix import Results
 from keeplora.evaluation.capacity import capacity_of, forecast
-from keeplora.report.html import capacity_map, heat_maps, page, write_report
+from keeplora.report import html
+from keeplora.report.charts import capacity_map, heat_maps
+from keeplora.report.html import page
 
 
 def results(method="keeplora", rows=3, tasks=("a", "b", "c"), **changes):
@@ -36,7 +38,7 @@ class Reader(HTMLParser):
 
 
 def read(tmp_path, runs):
-    write_report(runs, tmp_path / "report.html")
+    (tmp_path / "report.html").write_text(html.page(runs))
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     return page, Reader(page)
 

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import tiny
-from keeplora.runs import disk
+from keeplora.runs import atomic_store as disk
 from keeplora.runs.atomic_store import Store, sha256
 from keeplora.runs.manifest import new_manifest, read_manifest
 

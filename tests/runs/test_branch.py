@@ -11,12 +11,14 @@ from safetensors.torch import load_file
 import tiny
 from keeplora.cli import main as cli
 from keeplora.evaluation.evaluate import evaluate
-from keeplora.methods.registry import METHODS, KeepLoRA, KeepLoRAConfig, LoRAFT, MethodConfig
+from keeplora.methods.base import MethodConfig
+from keeplora.methods.baselines import LoRAFT
+from keeplora.methods.keeplora import KeepLoRA, KeepLoRAConfig
+from keeplora.methods.registry import METHODS
 from keeplora.runs.branch import continued, fork, undo, with_more
 from keeplora.runs.loop import run
 from keeplora.runs.manifest import read_manifest
-from keeplora.runs.open import read_run
-from keeplora.runs.reopen import reopen
+from keeplora.runs.open import read_run, reopen
 from keeplora.runs.verify import certify
 from keeplora.training.trainer import TrainConfig
 

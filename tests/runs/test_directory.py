@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import tiny
-from keeplora.methods.registry import KeepLoRAConfig
+from keeplora.methods.keeplora import KeepLoRAConfig
 from keeplora.models.dual_encoder import DualEncoder
 from keeplora.runs.config import RunConfig
 from keeplora.runs.directory import RunDirectory

@@ -25,7 +25,7 @@ from keeplora.runs.export import formats
 from keeplora.runs.export.formats import ExportConfig, export_run
 from keeplora.runs.loop import run
 from keeplora.runs.manifest import read_manifest
-from keeplora.runs.reopen import reopen
+from keeplora.runs.open import reopen
 from keeplora.training.trainer import TrainConfig
 
 FORMATS = ("merged", "adapter", "adapters")

@@ -10,7 +10,8 @@ from transformers import AutoModel, AutoTokenizer
 import tiny
 from keeplora.evaluation.accuracy_matrix import Results
 from keeplora.evaluation.evaluate import evaluate
-from keeplora.methods.registry import KeepLoRAConfig, MethodConfig
+from keeplora.methods.base import MethodConfig
+from keeplora.methods.keeplora import KeepLoRAConfig
 from keeplora.models.dual_encoder import DualEncoder
 from keeplora.progress import silent
 from keeplora.runs.config import RunConfig

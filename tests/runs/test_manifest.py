@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from keeplora.runs.manifest import FORMAT, differences, manifest_bytes, new_manifest, read_manifest
+from keeplora.runs.manifest import RUN_FORMAT, differences, manifest_bytes, new_manifest, read_manifest
 
 QUICK = settings(deadline=None, derandomize=True, max_examples=100)
 
@@ -35,7 +35,7 @@ WHOLE = {
 def manifests(draw):
     tasks = draw(st.lists(NAMES, max_size=3))
     required = {
-        "format": FORMAT,
+        "format": RUN_FORMAT,
         "config": draw(TABLES),
         "tasks": tasks,
         "tasks_finished": draw(st.integers(0, len(tasks))),

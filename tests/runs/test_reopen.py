@@ -9,7 +9,7 @@ from keeplora.evaluation.evaluate import evaluate
 from keeplora.methods.registry import known_methods
 from keeplora.runs.config import RunConfig, stream_of
 from keeplora.runs.loop import run
-from keeplora.runs.reopen import reopen
+from keeplora.runs.open import reopen
 from keeplora.task import read_benchmark
 
 

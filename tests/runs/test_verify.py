@@ -14,8 +14,7 @@ import tiny
 from keeplora.cli import main as cli
 from keeplora.evaluation.capacity import forecast
 from keeplora.methods.registry import known_methods
-from keeplora.runs.atomic_store import Store
-from keeplora.runs.disk import write_atomically
+from keeplora.runs.atomic_store import Store, write_atomically
 from keeplora.runs.loop import run
 from keeplora.runs.manifest import manifest_bytes, read_manifest
 from keeplora.runs.open import open_run

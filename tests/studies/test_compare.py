@@ -16,9 +16,9 @@ from keeplora.methods.registry import METHODS, known_methods
 from keeplora.runs.config import RunConfig
 from keeplora.runs.directory import RunDirectory
 from keeplora.runs.manifest import read_manifest
-from keeplora.studies.compare.config import run_config
+from keeplora.studies.compare.config import CompareConfig, run_config
 from keeplora.studies.compare.process_pool import Workers
-from keeplora.studies.compare.run import CompareConfig, compare
+from keeplora.studies.compare.run import compare
 from tiny import save_dual_encoder, tree, write_benchmark
 
 BUDGET = """

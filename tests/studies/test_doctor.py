@@ -13,8 +13,8 @@ import tiny
 from keeplora.cli import main as cli
 from keeplora.methods.registry import METHODS
 from keeplora.models.registry import family_of
+from keeplora.runs.config import run_defaults
 from keeplora.runs.manifest import manifest_bytes, new_manifest
-from keeplora.runs.settings import run_defaults
 from keeplora.studies.doctor import diagnose as doctor
 from keeplora.studies.doctor import dry_run, output_directory
 from keeplora.studies.doctor.diagnose import diagnose

@@ -15,7 +15,7 @@ from keeplora.evaluation.evaluate import evaluate
 from keeplora.layers.module_state import other_weights
 from keeplora.runs.config import load_stream
 from keeplora.studies import principal as analyze
-from keeplora.studies.principal import PrincipalConfig, principal_curve, principal_directions
+from keeplora.studies.principal import PrincipalConfig, principal_curve, principal_spectrum
 from keeplora.subspace import linear_algebra as linalg
 
 LAYERS = ("fc1", "fc2", "q_proj", "v_proj")
@@ -44,7 +44,7 @@ def weights_of(model):
 
 
 def parts(weight, share):
-    energies, directions = principal_directions(weight)
+    energies, directions = principal_spectrum(weight)
     basis = directions[:, : linalg.energy_rank(energies, share)]
     return linalg.project_onto(weight, basis), linalg.project_out(weight, basis)
 
@@ -94,7 +94,7 @@ def test_all_of_the_energy_is_all_of_the_weight_and_none_is_none(d_out, d_in):
 @SHAPES
 def test_the_directions_are_those_that_keeplora_protects(d_out, d_in):
     weight = spread(d_out, d_in)
-    energies, directions = principal_directions(weight)
+    energies, directions = principal_spectrum(weight)
     assert directions.shape == (d_in, min(d_out, d_in))
     for share in (0.2, 0.85):
         protected = linalg.top_directions(weight.T @ weight, share)
@@ -102,7 +102,7 @@ def test_the_directions_are_those_that_keeplora_protects(d_out, d_in):
 
 
 def test_a_weight_of_zeros_has_no_principal_directions():
-    energies, _ = principal_directions(torch.zeros(4, 3))
+    energies, _ = principal_spectrum(torch.zeros(4, 3))
     assert linalg.energy_rank(energies, 0.9) == 0
 
 
@@ -143,7 +143,7 @@ def test_the_width_grows_with_the_share_up_to_the_rank(stream):
 
 def test_one_decomposition_a_layer_serves_all_shares(stream, monkeypatch):
     calls = []
-    monkeypatch.setattr(analyze, "principal_directions", lambda w: calls.append(1) or principal_directions(w))
+    monkeypatch.setattr(analyze, "principal_spectrum", lambda w: calls.append(1) or principal_spectrum(w))
     model, tasks = stream
     curve = principal_curve(model, tasks, config_of(shares=(0.2, 0.5, 0.9)))
     assert len(calls) == len(curve.layers) == 4 * len(LAYERS)

@@ -11,11 +11,11 @@ from torch.utils.checkpoint import checkpoint
 from keeplora.layers import gradients as collect
 from keeplora.layers.gradient_sketches import gradient_sketches
 from keeplora.layers.residual_gradients import exact_residuals, sketched_residuals
-from keeplora.methods.registry import KeepLoRA, KeepLoRAConfig
+from keeplora.methods.keeplora import KeepLoRA, KeepLoRAConfig
 from keeplora.progress import silent
 from keeplora.subspace import gradient_sketch
 from keeplora.subspace import linear_algebra as linalg
-from keeplora.subspace.gradient_sketch import Sketch
+from keeplora.subspace.gradient_sketch import GradientSketch
 from keeplora.training.state_file import from_bytes, to_bytes
 from tiny import MLP, TokenTask, VectorTask, classification_task, clip_model, llama_model, train
 
@@ -43,7 +43,7 @@ def angle(first, second):
 
 
 def sketch_of(deltas, inputs, basis, seed=0):
-    found = Sketch(D_OUT, basis, R, seed=seed)
+    found = GradientSketch(D_OUT, basis, R, seed=seed)
     for part in range(0, len(deltas), 7):
         found.add(deltas[part : part + 7], inputs[part : part + 7])
     return found
@@ -69,7 +69,7 @@ def test_the_angle_to_the_exact_directions_is_small_where_singular_values_fall_o
 
 
 def test_memory_is_that_of_two_narrow_pictures():
-    found = Sketch(4000, torch.zeros(5000, 0), 4, seed=0)
+    found = GradientSketch(4000, torch.zeros(5000, 0), 4, seed=0)
     numbers = sum(part.numel() for part in (found.left, found.right, *found.sums))
     assert numbers <= (4000 + 5000) * 4 * (gradient_sketch.RANGE + gradient_sketch.CORANGE)
     assert numbers < 4000 * 5000 / 20
@@ -85,10 +85,10 @@ def test_norms_are_estimated():
 
 
 def test_a_layer_without_room_or_gradient_has_nothing_to_give():
-    full = Sketch(D_OUT, torch.eye(D_IN), R, seed=0)
+    full = GradientSketch(D_OUT, torch.eye(D_IN), R, seed=0)
     full.add(torch.randn(9, D_OUT), torch.randn(9, D_IN))
     assert full.surviving_share < 1e-5
-    empty = Sketch(D_OUT, some_basis(), R, seed=0)
+    empty = GradientSketch(D_OUT, some_basis(), R, seed=0)
     assert (empty.norm, empty.surviving_share) == (0, 0)
     assert len(empty.top(R)[0]) == len(empty.top(R)[1]) == 0
 
@@ -106,7 +106,7 @@ def test_the_pass_sketches_the_gradient_that_the_exact_one_averages(kind):
     build, make_task, names = CASES[kind]
     model, gradients = build(), collect.mean_gradients(build(), make_task(), names)
     count = sum(make_task().weight(batch) for batch in make_task().batches())
-    sketches = {name: Sketch(len(gradients[name]), torch.zeros(gradients[name].shape[1], 0), 2, seed=3)
+    sketches = {name: GradientSketch(len(gradients[name]), torch.zeros(gradients[name].shape[1], 0), 2, seed=3)
                 for name in names}  # fmt: skip
     flags = [parameter.requires_grad for parameter in model.parameters()]
     gradient_sketches(model, make_task(), sketches)
@@ -162,8 +162,9 @@ def test_the_sketch_has_no_gradient_to_start_b_from():
 
 
 def sketches_of(model, task, rank=2):
-    found = {name: Sketch(len(model.get_submodule(name).weight), torch.zeros(model.get_submodule(name).in_features, 0),
-                          rank, seed=0) for name in ("fc1", "fc2", "out")}  # fmt: skip
+    layers = {name: model.get_submodule(name) for name in ("fc1", "fc2", "out")}
+    found = {name: GradientSketch(layer.out_features, torch.zeros(layer.in_features, 0), rank, seed=0)
+             for name, layer in layers.items()}  # fmt: skip
     gradient_sketches(model, task, found)
     return found
 
@@ -235,7 +236,7 @@ def test_layers_that_share_a_weight_share_what_is_found_of_it():
             return self.out(torch.tanh(self.fc2(torch.tanh(self.fc1(x)) + torch.tanh(self.again(x.flip(1))))))
 
     model = Twice()
-    found = {name: Sketch(17, torch.zeros(11, 0), 2, seed=0) for name in ("fc1", "again")}
+    found = {name: GradientSketch(17, torch.zeros(11, 0), 2, seed=0) for name in ("fc1", "again")}
     gradient_sketches(model, VectorTask(), found)
     as_the_exact_pass_finds(model, VectorTask(), found)
 
@@ -253,14 +254,14 @@ def test_a_loss_that_needs_second_derivatives_is_refused_and_not_sketched_wrongl
 
 def test_a_layers_gradient_is_sketched_before_the_pass_goes_on_and_no_weight_gets_one(monkeypatch):
     model, events = MLP(), []
-    add = Sketch.add
+    add = GradientSketch.add
 
     def watched(self, deltas, inputs, *, weight):
         events.append("sketch")
         assert not any(parameter.requires_grad for parameter in model.parameters())
         add(self, deltas, inputs, weight=weight)
 
-    monkeypatch.setattr(Sketch, "add", watched)
+    monkeypatch.setattr(GradientSketch, "add", watched)
     for name in ("fc1", "fc2", "out"):
         model.get_submodule(name).register_forward_hook(
             lambda module, args, output, name=name: output.register_hook(lambda _: events.append(name)) and None
@@ -290,7 +291,7 @@ def test_prompts_are_encoded_once_for_all_batches():
     model, task, calls = clip_model(), classification_task(), []
     model.text_model.register_forward_hook(lambda *args: calls.append(1))
     names = CASES["clip"][2]
-    found = {name: Sketch(len(model.get_parameter(f"{name}.weight")),
+    found = {name: GradientSketch(len(model.get_parameter(f"{name}.weight")),
                           torch.zeros(model.get_parameter(f"{name}.weight").shape[1], 0), 2, seed=3)
              for name in names}  # fmt: skip
     gradient_sketches(model, task, found)
@@ -304,7 +305,7 @@ class Bad(VectorTask):
 
 
 def test_what_is_not_finite_or_not_there_is_an_error():
-    names = {"fc1": Sketch(17, torch.zeros(11, 0), 2, seed=0)}
+    names = {"fc1": GradientSketch(17, torch.zeros(11, 0), 2, seed=0)}
     with pytest.raises(ValueError, match="the loss of a batch is nan"):
         gradient_sketches(MLP(), Bad(), names)
     with pytest.raises(ValueError, match="gave no batch"):
@@ -314,7 +315,7 @@ def test_what_is_not_finite_or_not_there_is_an_error():
 def sketch_in_one_of_two(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    found = {name: Sketch(d_out, torch.zeros(d_in, 0), 2, seed=0) for name, d_out, d_in in (("fc1", 17, 11),)}
+    found = {name: GradientSketch(d_out, torch.zeros(d_in, 0), 2, seed=0) for name, d_out, d_in in (("fc1", 17, 11),)}
     gradient_sketches(MLP(), VectorTask(sizes=(9, 4, 1, 6, 3)), found)
     (folder / f"{rank}.safetensors").write_bytes(to_bytes(list(found["fc1"].sums)))
     dist.destroy_process_group()
@@ -323,7 +324,7 @@ def sketch_in_one_of_two(rank, folder):
 @pytest.mark.slow
 def test_two_processes_sketch_what_one_sketches(tmp_path):
     torch.multiprocessing.spawn(sketch_in_one_of_two, (tmp_path,), nprocs=2)
-    alone = {"fc1": Sketch(17, torch.zeros(11, 0), 2, seed=0)}
+    alone = {"fc1": GradientSketch(17, torch.zeros(11, 0), 2, seed=0)}
     gradient_sketches(MLP(), VectorTask(sizes=(9, 4, 1, 6, 3)), alone)
     for rank in (0, 1):
         for part, expected in zip(

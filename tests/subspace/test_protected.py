@@ -5,6 +5,7 @@ from scipy.linalg import subspace_angles
 
 from keeplora.layers.residual_gradients import residuals_of
 from keeplora.subspace import protected as subspace
+from keeplora.subspace.certificate import LayerCertificate, certificate_to_json, certificates, leak
 from tiny import MLP
 
 D_IN = {"fc1": 11, "fc2": 17, "out": 13}
@@ -113,9 +114,9 @@ def test_leak_is_the_share_of_the_update_inside_the_basis():
     a, b, basis = torch.randn(3, 12), torch.randn(7, 3), orthonormal(12, 5)
     update = b.double() @ a.double()
     wanted = float((update @ basis.double()).norm() / update.norm())
-    assert subspace.leak(a, b, basis) == pytest.approx(wanted, rel=1e-5)
-    assert subspace.leak(basis.T[:3], b, basis) == pytest.approx(1.0, rel=1e-5)
-    assert subspace.leak(a, torch.zeros(7, 3), basis) == 0.0
+    assert leak(a, b, basis) == pytest.approx(wanted, rel=1e-5)
+    assert leak(basis.T[:3], b, basis) == pytest.approx(1.0, rel=1e-5)
+    assert leak(a, torch.zeros(7, 3), basis) == 0.0
 
 
 def test_certificate_states_leak_orthonormality_and_what_is_left():
@@ -123,7 +124,7 @@ def test_certificate_states_leak_orthonormality_and_what_is_left():
     before = {"layer": full[:, :5], "idle": full[:, :2]}
     skewed = torch.cat([full[:, :5], full[:, 5:8] + 0.01 * full[:, :1]], dim=1)
     a, b = torch.randn(3, 12), torch.randn(7, 3)
-    certificate = subspace.certificates(before, {"layer": skewed, "idle": full[:, :2]}, {"layer": (a, b)})
+    certificate = certificates(before, {"layer": skewed, "idle": full[:, :2]}, {"layer": (a, b)})
     layer, idle = certificate["layer"], certificate["idle"]
     update = b.double() @ a.double()
     protected = full[:, :5].double()
@@ -136,10 +137,10 @@ def test_certificate_states_leak_orthonormality_and_what_is_left():
 
 def test_certificate_in_json_names_the_worst_layer_of_each_kind():
     layers = {
-        "first": subspace.LayerCertificate(leak=1e-7, orthonormality=3e-6, residual_dims=4, protected_dims=8, rank=2),
-        "second": subspace.LayerCertificate(leak=5e-6, orthonormality=1e-7, residual_dims=9, protected_dims=3, rank=2),
+        "first": LayerCertificate(leak=1e-7, orthonormality=3e-6, residual_dims=4, protected_dims=8, rank=2),
+        "second": LayerCertificate(leak=5e-6, orthonormality=1e-7, residual_dims=9, protected_dims=3, rank=2),
     }
-    found = subspace.certificate_to_json(layers)
+    found = certificate_to_json(layers)
     assert found["worst"] == {"leak": 5e-6, "orthonormality": 3e-6, "residual_dims": 4}
     assert found["layers"]["second"]["protected_dims"] == 3
-    assert subspace.certificate_to_json({}) == {}
+    assert certificate_to_json({}) == {}

@@ -24,7 +24,7 @@ from keeplora.evaluation.evaluate import evaluate
 from keeplora.layers import gradients as collect
 from keeplora.layers import lora
 from keeplora.layers.names import tower_share
-from keeplora.methods.registry import KeepLoRA
+from keeplora.methods.keeplora import KeepLoRA
 from keeplora.subspace import linear_algebra as linalg
 from keeplora.subspace import protected
 from workloads import Workload, WorkloadConfig, load, prompts_of

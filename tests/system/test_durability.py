@@ -17,8 +17,8 @@ import torch
 
 import tiny
 from keeplora.layers import gradients
-from keeplora.methods.registry import KeepLoRAConfig
-from keeplora.runs import disk
+from keeplora.methods.keeplora import KeepLoRAConfig
+from keeplora.runs import atomic_store as disk
 from keeplora.runs.config import RunConfig
 from keeplora.runs.directory import UNFINISHED, RunDirectory
 from keeplora.runs.loop import run
@@ -26,8 +26,9 @@ from keeplora.runs.manifest import read_manifest
 from keeplora.runs.open import read_run
 from keeplora.runs.phases import Unfinished
 from keeplora.runs.verify import certify
+from keeplora.training.checkpoints import Checkpoints
 from keeplora.training.profiling import Clock
-from keeplora.training.state_file import Checkpoints, from_bytes, to_bytes
+from keeplora.training.state_file import from_bytes, to_bytes
 from keeplora.training.trainer import TrainConfig, fit
 
 PHASES = ("gradient", "initialise", "train", "merge", "features", "evaluate", "record")

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 import tiny
 from keeplora import task
 from keeplora.cli import main as cli
-from keeplora.methods.registry import KeepLoRAConfig
+from keeplora.methods.keeplora import KeepLoRAConfig
 from keeplora.models import registry
+from keeplora.runs.atomic_store import write_atomically
 from keeplora.runs.config import RunConfig
-from keeplora.runs.disk import write_atomically
 from keeplora.runs.loop import run
 from keeplora.runs.manifest import manifest_bytes, read_manifest
 from keeplora.training.trainer import TrainConfig

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 import tiny
 from keeplora.cli import main as cli
 from keeplora.layers import lora
-from keeplora.methods.registry import KeepLoRAConfig
+from keeplora.methods.keeplora import KeepLoRAConfig
 from keeplora.models.registry import family_of
 from keeplora.runs.config import RunConfig
 from keeplora.runs.loop import run

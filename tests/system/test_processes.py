@@ -9,7 +9,8 @@ import torch
 import torch.multiprocessing
 
 import tiny
-from keeplora.methods.registry import CLMoE, KeepLoRAConfig
+from keeplora.methods.cl_moe import CLMoE
+from keeplora.methods.keeplora import KeepLoRAConfig
 from keeplora.runs.config import RunConfig
 from keeplora.runs.loop import run
 from keeplora.runs.manifest import read_manifest

@@ -11,14 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from keeplora.training.state_file import (
-    capture_order,
-    capture_random,
-    from_bytes,
-    restore_order,
-    restore_random,
-    to_bytes,
-)
+from keeplora.training.random_state import capture_order, capture_random, restore_order, restore_random
+from keeplora.training.state_file import from_bytes, to_bytes
 
 QUICK = settings(deadline=None, derandomize=True, max_examples=100)
 

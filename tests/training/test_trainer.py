@@ -15,8 +15,10 @@ from torch.utils.data import DataLoader, TensorDataset
 import tiny
 from keeplora.errors import LearningError
 from keeplora.layers import lora
-from keeplora.layers.last_epoch import SEEN, grams_of
-from keeplora.methods.registry import Joint, KeepLoRA, KeepLoRAConfig, LoRAFT, MethodConfig
+from keeplora.layers.input_covariance import SEEN, grams_of
+from keeplora.methods.base import MethodConfig
+from keeplora.methods.baselines import Joint, LoRAFT
+from keeplora.methods.keeplora import KeepLoRA, KeepLoRAConfig
 from keeplora.models.dual_encoder import ClassificationTask
 from keeplora.task import DeferredGradient
 from keeplora.training.trainer import TrainConfig, best_device, fit, seed_everything

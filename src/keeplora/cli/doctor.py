@@ -11,8 +11,7 @@ from rich.console import Console
 from keeplora.cli.doctor_tables import diagnosis_page
 from keeplora.cli.progress import Display
 from keeplora.config import Config, read_toml
-from keeplora.runs.config import RunConfig
-from keeplora.runs.settings import run_defaults
+from keeplora.runs.config import RunConfig, run_defaults
 from keeplora.studies.doctor.diagnose import diagnose
 
 console = Console()

@@ -8,7 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from keeplora.studies.doctor.data import TaskData
-from keeplora.studies.doctor.diagnose import BATCHES, Diagnosis, Finding
+from keeplora.studies.doctor.diagnose import Diagnosis
+from keeplora.studies.doctor.dry_run import BATCHES
+from keeplora.studies.doctor.findings import Finding
 
 STYLES = {"problem": "bold red", "warning": "yellow", "note": "dim"}
 

@@ -17,25 +17,21 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from keeplora.cli.doctor import doctor
-from keeplora.cli.progress import (
-    Display,
-    comparison_tables,
-    matrix_table,
-    principal_table,
-)
+from keeplora.cli.progress import Display
 from keeplora.cli.runs import certify, evaluate, export, resume, show_capacity, show_run, undo
+from keeplora.cli.tables import comparison_tables, matrix_table, principal_table
 from keeplora.config import read_toml
 from keeplora.data.cache import kept
-from keeplora.report.html import heat_maps, write_report
+from keeplora.report.charts import heat_maps
+from keeplora.report.html import page
+from keeplora.runs.atomic_store import write_atomically
 from keeplora.runs.branch import fork as fork_run
 from keeplora.runs.branch import with_more
-from keeplora.runs.config import RunConfig
+from keeplora.runs.config import RunConfig, run_defaults
 from keeplora.runs.loop import run as run_stream
-from keeplora.runs.open import read_run
-from keeplora.runs.reopen import config_of
-from keeplora.runs.settings import run_defaults
+from keeplora.runs.open import config_of, read_run
+from keeplora.studies.compare.config import CompareConfig
 from keeplora.studies.compare.process_pool import silence_libraries
-from keeplora.studies.compare.run import CompareConfig
 from keeplora.studies.compare.run import compare as compare_methods
 from keeplora.studies.principal import PrincipalConfig, analyze_principal
 
@@ -87,7 +83,7 @@ def demo(output: Path = Path("runs/demo"), *, seed: int = 0) -> None:
     for method, run_results in zip(DEMO_METHODS, runs, strict=True):
         console.print(matrix_table(run_results))
         show_capacity(output / method)
-    write_report(runs, output / "report.html")
+    write_atomically(output / "report.html", page(runs).encode())
     (output / "heat_maps.png").write_bytes(heat_maps(runs))
     console.print(f"Report: {escape(str(output / 'report.html'))}")
 

@@ -10,17 +10,16 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from keeplora.cli.certificate_tables import gauge_lines, proof_lines
-from keeplora.cli.progress import Display, evaluation_table, export_lines, matrix_table
+from keeplora.cli.progress import Display
+from keeplora.cli.tables import evaluation_table, export_lines, gauge_lines, matrix_table, proof_lines
 from keeplora.evaluation.accuracy_matrix import Results
 from keeplora.evaluation.capacity import capacity_of
 from keeplora.evaluation.evaluate import evaluate as evaluate_model
+from keeplora.runs.atomic_store import write_atomically
 from keeplora.runs.branch import undo as undo_task
-from keeplora.runs.disk import write_atomically
 from keeplora.runs.export.formats import ExportConfig, export_run
 from keeplora.runs.loop import run as run_stream
-from keeplora.runs.open import read_run
-from keeplora.runs.reopen import config_of, reopen
+from keeplora.runs.open import config_of, read_run, reopen
 from keeplora.runs.verify import certify as certify_run
 
 console = Console()

@@ -1,6 +1,11 @@
 """Images as a vision tower wants them: decoded and resized once, kept as bytes, normalised a batch at a time."""
 
-from collections.abc import Callable, Iterator
+import errno
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -12,7 +17,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from keeplora.data.images import Examples
-from keeplora.data.mapped_file import map_bytes
 from keeplora.progress import Track
 
 Item = tuple[Tensor, int]
@@ -137,3 +141,50 @@ def normaliser(processor: Any) -> Callable[[Tensor], Tensor]:
         return (pixels.float() * factor - shift) / scale
 
     return normalise
+
+
+def map_bytes(chunks: Iterable[Tensor], shape: tuple[int, ...]) -> Tensor:
+    """Write chunks of uint8 one after the other to a temporary file and return them as one tensor that reads from it.
+
+    On POSIX the file has no name once it is open: a process that is killed leaves nothing behind.
+
+    Args:
+        chunks: Together as many bytes as the shape has.
+        shape: Of the result.
+
+    Raises:
+        ValueError: If the folder for temporary files has no room for so much, or cannot be written or mapped.
+    """
+    size = math.prod(shape)
+    with _naming("the folder for temporary files", size):
+        folder = tempfile.gettempdir()
+    with _naming(folder, size):
+        if (free := shutil.disk_usage(folder).free) < size:
+            raise OSError(errno.ENOSPC, f"{free:,} bytes are free")
+        file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (only what fails in the file is named)
+    with file:
+        for chunk in chunks:
+            with _naming(folder, size):
+                _write(file.fileno(), chunk)
+        with _naming(folder, size):
+            os.fsync(file.fileno())  # Some file systems tell only now that they are full.
+            return torch.from_numpy(np.memmap(file, np.uint8, mode="r+", shape=shape))
+
+
+def _write(number: int, chunk: Tensor) -> None:
+    """Write all of a chunk past any buffer: what a buffer could not write, it would try again when it is closed."""
+    left = np.ascontiguousarray(chunk.numpy()).reshape(-1).data
+    while left:
+        left = left[os.write(number, left) :]
+
+
+@contextmanager
+def _naming(folder: str, size: int) -> Iterator[None]:
+    """Name the folder, the bytes and the cure where the system refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{size:,} bytes of images, more than is kept in memory, cannot be put in {folder} ({error}); set TMPDIR to"
+            " a folder with so much space"
+        ) from None

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error)
+UNREADABLE_IMAGE = (OSError, SyntaxError, ValueError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error)
 """What Pillow and zipfile raise for a damaged, encrypted or missing image."""
 
 
@@ -33,7 +33,7 @@ class Examples:
         try:
             with self.load(index) as image:
                 return _as_rgb(image)
-        except (*UNREADABLE, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        except (*UNREADABLE_IMAGE, UnidentifiedImageError, Image.DecompressionBombError) as error:
             raise ValueError(f"{self.origin(index)} is not a readable image ({error}); replace or remove it") from None
 
     def subset(self, indices: list[int]) -> "Examples":

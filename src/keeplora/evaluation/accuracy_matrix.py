@@ -7,6 +7,15 @@ not finished has fewer rows; its metrics are those of the rows there are, and No
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+METRIC_NAMES = {
+    "transfer": "Transfer",
+    "average": "Average",
+    "last": "Last",
+    "forgetting": "Forgetting",
+    "backward_transfer": "Backward transfer",
+}
+"""The metrics of `Results.summary`, as the tables head them."""
+
 Matrix = list[list[float]]
 
 

@@ -16,9 +16,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import fmean, median
-from typing import Any
+from typing import Annotated, Any
 
-from keeplora.runs.schemas import Layer, require
+from pydantic import BaseModel, Field
+
+from keeplora.config import require
 
 RECENT = 3
 """How many of the last tasks the forecast is made from."""
@@ -27,6 +29,17 @@ MOST = 99
 """A forecast of more tasks than this says just that."""
 
 logger = logging.getLogger(__name__)
+
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class Layer(BaseModel, extra="allow", strict=True):
+    """What a certificate says of the room in one layer."""
+
+    residual_dims: Count
+    protected_dims: Count
+    rank: Count
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import nn
 from keeplora.evaluation.metrics import METRICS
 from keeplora.layers.fused_forward import fused_layers
 from keeplora.layers.module_state import device_of, evaluation_mode
-from keeplora.models.registry import StreamTask
+from keeplora.models.interfaces import StreamTask
 from keeplora.progress import Track, silent
 from keeplora.task import to_device
 

@@ -7,15 +7,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from keeplora.layers.gradients import add_gradients, require_finite, sum_over_processes
+from keeplora.layers.distributed import sum_over_processes
+from keeplora.layers.gradients import add_gradients
 from keeplora.layers.module_state import device_of, only_these_require_grad
+from keeplora.layers.statistics import require_finite
 from keeplora.progress import Track, silent
-from keeplora.subspace.gradient_sketch import Sketch
+from keeplora.subspace.gradient_sketch import GradientSketch
 from keeplora.task import Task
 
 
 def gradient_sketches(
-    model: nn.Module, task: Task, sketches: dict[str, Sketch], *, share: float = 1.0, track: Track = silent
+    model: nn.Module, task: Task, sketches: dict[str, GradientSketch], *, share: float = 1.0, track: Track = silent
 ) -> None:
     """Add the gradient of the loss, summed over a task's examples, to a sketch for each target layer.
 
@@ -55,7 +57,7 @@ class _Meeting:
         self.weight: float | None = None  # A backward pass of the loss's own is none of ours.
 
     def add(self, loss: Tensor, leaves: list[Tensor], num_examples: int, weight: float) -> tuple[Tensor | None, ...]:
-        """Sketch the gradients of a loss, times a weight; return those of the leaves."""
+        """GradientSketch the gradients of a loss, times a weight; return those of the leaves."""
         self.weight = weight
         try:
             return torch.autograd.grad(loss, [self.leaf, *leaves], allow_unused=True)[1:]
@@ -70,7 +72,9 @@ class _Meet(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, inputs: Tensor, leaf: Tensor, own: list[Sketch], meeting: _Meeting) -> Tensor:
+    def forward(
+        ctx: Any, output: Tensor, inputs: Tensor, leaf: Tensor, own: list[GradientSketch], meeting: _Meeting
+    ) -> Tensor:
         ctx.save_for_backward(inputs)
         ctx.sketches, ctx.meeting = own, meeting
         return output.clone()  # May be changed in place by what comes next.
@@ -88,17 +92,17 @@ class _Meet(torch.autograd.Function):
 
 
 @contextmanager
-def _meeting(model: nn.Module, sketches: dict[str, Sketch]) -> Iterator[_Meeting]:
+def _meeting(model: nn.Module, sketches: dict[str, GradientSketch]) -> Iterator[_Meeting]:
     """Let every layer's inputs and the gradients at its outputs meet in its sketch while a pass goes on.
 
     Layers that share a weight share what is found of its gradient.
     """
     meeting = _Meeting(device_of(model))
-    sharing: dict[nn.Parameter, list[Sketch]] = {}
+    sharing: dict[nn.Parameter, list[GradientSketch]] = {}
     for name, sketch in sketches.items():
         sharing.setdefault(model.get_parameter(f"{name}.weight"), []).append(sketch)
 
-    def hook(own: list[Sketch]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Any]:
+    def hook(own: list[GradientSketch]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Any]:
         return lambda _, args, output: _Meet.apply(output, args[0].detach(), meeting.leaf, own, meeting)
 
     layers = [model.get_submodule(name) for name in sketches]
@@ -111,7 +115,7 @@ def _meeting(model: nn.Module, sketches: dict[str, Sketch]) -> Iterator[_Meeting
             handle.remove()
 
 
-def _require_whole_weights(model: nn.Module, sketches: dict[str, Sketch]) -> None:
+def _require_whole_weights(model: nn.Module, sketches: dict[str, GradientSketch]) -> None:
     """Check that no weight of a target is used elsewhere: that part of its gradient would be missed."""
     names = {model.get_parameter(f"{name}.weight"): name for name in sketches}
     for other, weight in model.named_parameters(remove_duplicate=False):

@@ -4,21 +4,18 @@ Nothing is stored on modules, and whatever is borrowed (hooks, `requires_grad`, 
 when a batch raises. Several processes each take their share of the batches and add up what they found.
 """
 
-import itertools
-import math
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from keeplora.errors import LearningError
+from keeplora.layers.distributed import batches_of, sum_over_processes
 from keeplora.layers.fused_forward import fused_layers
-from keeplora.layers.input_covariance import STATISTICS, InputMoments
-from keeplora.layers.module_state import device_of, evaluation_mode, only_these_require_grad
+from keeplora.layers.module_state import evaluation_mode, only_these_require_grad
+from keeplora.layers.statistics import require_finite
 from keeplora.progress import Track, silent
-from keeplora.task import Batch, Task, to_device
+from keeplora.task import Task
 
 Statistic = Callable[[Tensor, int], Tensor]
 """Makes a statistic `[d_out, d_in]` of the gradient of a mean loss and the number of examples it is the mean of."""
@@ -137,97 +134,3 @@ class GradientSums:
         for total in totals:
             total.add_(found, alpha=weight)
         return gradient.new_zeros(()).expand_as(gradient)  # What autograd keeps until its pass ends takes no memory.
-
-
-def input_grams(
-    model: nn.Module, task: Task, targets: list[str], *, features: str = "second_moment", track: Track = silent
-) -> dict[str, Tensor]:
-    """Accumulate the second moment of every target layer's input over a task's examples (X X^T of Eq. 9).
-
-    Padding rows, as `task.padding_mask` tells them, are left out. Layers that receive the very same tensor, such as the
-    query, key and value projections of a block, share one gram: the values of the result are then one object.
-
-    Args:
-        model: Any module whose targets are `nn.Linear`.
-        task: Gives the batches; its loss is the forward pass.
-        targets: Module names of the target layers.
-        features: `second_moment` for the exact statistic; `batch_mean` for the released code's, which averages inputs
-            over batches by their place in the batch and leaves out batches of another size than the first.
-        track: Shows progress over the batches.
-
-    Returns:
-        For each target the gram `[d_in, d_in]` in float32, a sum over rows; its scale carries no meaning.
-
-    Raises:
-        ValueError: If a layer was never reached, if its input is not finite, or if it shares its input with another
-            layer in one batch and not in the next.
-    """
-    inputs = InputMoments(task, STATISTICS[features])
-    watching = inputs.watching({name: model.get_submodule(name) for name in targets})
-    with torch.no_grad(), evaluation_mode(model), fused_layers(model), task.frozen(model), watching:
-        for batch in batches_of(model, task, 1.0, track, "features"):
-            for part in task.micro_batches(batch) if inputs.kind.takes_micro_batches else [batch]:
-                inputs.next_batch(part)
-                task.loss(model, part)
-    return summed_grams(inputs, targets)
-
-
-def summed_grams(inputs: InputMoments, targets: list[str]) -> dict[str, Tensor]:
-    """Add up over all processes what was seen of the targets' inputs; return what `input_grams` does, or raise it."""
-    grams = {leader: statistic.gram() for leader, statistic in inputs.statistics.items()}
-    sum_over_processes(grams, 0)
-    for name in targets:
-        if name not in inputs.leaders:
-            raise ValueError(f"task {inputs.task.name!r} never ran layer {name!r}; leave it out of the targets")
-    for leader, gram in grams.items():
-        require_finite(gram, f"task {inputs.task.name!r}: the inputs of layer {leader!r} are not finite")
-    return {name: grams[inputs.leaders[name]] for name in targets}
-
-
-def batches_of(model: nn.Module, task: Task, share: float, track: Track, what: str) -> Iterator[Batch]:
-    """Yield this process's part of a share of the batches, on the model's device."""
-    batches: Iterable[Batch] = task.batches()
-    total = len(batches) if isinstance(batches, Sized) else None
-    if share < 1:
-        if total is None:
-            raise ValueError(
-                f"task {task.name!r}: a share of {share} of the batches needs their number; let batches() return a"
-                " list or a DataLoader"
-            )
-        total = share_of(total, share)
-        batches = itertools.islice(batches, total)
-    rank, num_processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if total is not None:
-        if 0 < total < num_processes:
-            raise ValueError(
-                f"task {task.name!r} has {total} batches for {num_processes} processes; use fewer processes"
-            )
-        total = len(range(rank, total, num_processes))
-    batches = track(itertools.islice(batches, rank, None, num_processes), f"{task.name}: {what}", total)
-    for batch in batches:
-        yield to_device(batch, device_of(model))
-
-
-def share_of(num_batches: int, share: float) -> int:
-    """Return how many batches a share of them is, rounded up."""
-    return math.ceil(round(share * num_batches, 6))  # 0.07 * 100 is a little above 7
-
-
-def sum_over_processes(tensors: dict[str, Tensor], count: int) -> int:
-    """Add tensors up over all processes, in place, and a count."""
-    if not dist.is_initialized():
-        return count
-    for tensor in tensors.values():
-        dist.all_reduce(tensor)
-    total = torch.tensor(count, device=next(iter(tensors.values())).device)
-    dist.all_reduce(total)
-    return int(total)
-
-
-def require_finite(tensor: Tensor, message: str) -> None:
-    """Raise a `LearningError` with this message unless every entry of a tensor is a finite number.
-
-    Looks at the extremes, which are NaN if any entry is: a mask would take more memory than the tensor.
-    """
-    if tensor.numel() > 0 and not all(math.isfinite(float(extreme)) for extreme in tensor.detach().aminmax()):
-        raise LearningError(message)

@@ -5,19 +5,21 @@ Layer names are those of the base model, without PEFT's prefix.
 
 import copy
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias, TypeVar, cast
+from typing import Any, Literal, TypeAlias, TypeVar, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear
 from peft.utils import get_peft_model_state_dict
+from pydantic import BaseModel, FiniteFloat, PositiveInt
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from keeplora.config import read_json, require
 from keeplora.errors import LearningError
-from keeplora.runs.schemas import read_adapter_config
 
 ADAPTER = "default"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -28,6 +30,21 @@ LoraLinear: TypeAlias = Linear
 """A linear layer that PEFT adapted."""
 
 A_KEY, B_KEY = ".lora_A.weight", ".lora_B.weight"
+
+
+class _Adapter(BaseModel, extra="allow", strict=True):
+    """The settings of an adapter that differ from PEFT's own."""
+
+    peft_type: Literal["LORA"]
+    r: PositiveInt
+    lora_alpha: FiniteFloat
+    rank_pattern: dict[str, PositiveInt]
+    alpha_pattern: dict[str, FiniteFloat]
+    target_modules: list[str] | str
+    exclude_modules: list[str] | str | None
+    base_model_name_or_path: str | None = None
+    auto_mapping: dict[str, str] | None = None
+    peft_version: str | None = None
 
 
 @dataclass(frozen=True)
@@ -239,3 +256,41 @@ def merge_from(model: nn.Module, folder: Path) -> nn.Module:
     except (RuntimeError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"the adapter {folder} does not fit the model: {error}") from error
     return merge(adapted)
+
+
+def read_adapter_config(content: bytes, plain: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Read the `adapter_config.json` of an adapter; `plain` are the library's own settings.
+
+    Raises:
+        ValueError: If something is missing, unknown or of another type; the message names the file and the key.
+    """
+    values = read_json(content, path)
+    require(_Adapter, values, str(path))
+    for key, value in values.items():
+        if key not in _Adapter.model_fields and (key not in plain or type(value) is not type(plain[key])):
+            raise ValueError(f"{path} is damaged or not of keeplora: {key} = {value!r}")
+    return dict(values)
+
+
+logger = logging.getLogger(__name__)
+
+
+def alphas_for(ranks: dict[str, int], alpha: float, rank: int) -> dict[str, float]:
+    """Return each layer's alpha, so that alpha / rank is the same where a rank had to shrink."""
+    return {name: alpha * found / rank for name, found in ranks.items()}
+
+
+def warn_of_small_ranks(ranks: dict[str, int], rank: int, task: str) -> None:
+    """Name the layers that have no room for the rank, and those that have none at all; 0 means that."""
+    smaller = [f"{name} ({found})" for name, found in ranks.items() if 0 < found < rank]
+    left_alone = [name for name, found in ranks.items() if found == 0]
+    if smaller:
+        logger.warning(
+            "task %r: %d of %d layers have fewer directions to learn with than rank %d, and take these: %s",
+            task, len(smaller), len(ranks), rank, ", ".join(smaller),
+        )  # fmt: skip
+    if left_alone:
+        logger.warning(
+            "task %r: %d of %d layers have no residual direction left and are left alone: %s",
+            task, len(left_alone), len(ranks), ", ".join(left_alone),
+        )  # fmt: skip

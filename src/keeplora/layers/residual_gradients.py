@@ -14,8 +14,8 @@ from keeplora.layers import gradients as collect
 from keeplora.layers.gradient_sketches import gradient_sketches
 from keeplora.progress import Track
 from keeplora.subspace import linear_algebra as linalg
-from keeplora.subspace import protected as subspace
-from keeplora.subspace.gradient_sketch import Sketch
+from keeplora.subspace.certificate import share_of_norm
+from keeplora.subspace.gradient_sketch import GradientSketch
 from keeplora.task import Task
 
 Residuals = Callable[[nn.Module, Task, dict[str, Tensor], int, float, Track], dict[str, Tensor]]
@@ -36,7 +36,7 @@ def residuals_of(gradients: dict[str, Tensor], bases: dict[str, Tensor]) -> dict
         residual = linalg.project_out(gradient, basis)
         found[f"{name}.residual"] = residual
         found[f"{name}.norm"] = gradient.norm().double()
-        found[f"{name}.survives"] = torch.tensor(subspace.share_of_norm(residual, gradient), dtype=torch.float64)
+        found[f"{name}.survives"] = torch.tensor(share_of_norm(residual, gradient), dtype=torch.float64)
     return found
 
 
@@ -45,7 +45,9 @@ def sketched_residuals(
 ) -> dict[str, Tensor]:
     """Sketch the gradient of every layer outside its basis; `.residual` is `[<= rank, d_in]`, the rest estimates."""
     d_outs = {name: len(model.get_parameter(f"{name}.weight")) for name in bases}
-    sketches = {name: Sketch(d_outs[name], basis, rank, seed=seed) for seed, (name, basis) in enumerate(bases.items())}
+    sketches = {
+        name: GradientSketch(d_outs[name], basis, rank, seed=seed) for seed, (name, basis) in enumerate(bases.items())
+    }
     gradient_sketches(model, task, sketches, share=share, track=track)
     found = {}
     for name in bases:

@@ -19,7 +19,7 @@ from keeplora.layers import lora
 from keeplora.layers.module_state import device_of, evaluation_mode
 from keeplora.methods.task_record import TaskRecord
 from keeplora.progress import Track, silent
-from keeplora.subspace.protected import LEAK_ALLOWED
+from keeplora.subspace.certificate import LEAK_ALLOWED
 from keeplora.task import Task, to_device
 
 Once = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]

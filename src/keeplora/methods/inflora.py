@@ -19,12 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from keeplora.errors import LearningError
-from keeplora.layers import gradients, lora
-from keeplora.layers.ranks import alphas_for, warn_of_small_ranks
+from keeplora.layers import lora
+from keeplora.layers.input_covariance import input_grams
+from keeplora.layers.lora import alphas_for, warn_of_small_ranks
 from keeplora.methods.base import Method, MethodConfig
 from keeplora.methods.task_record import TaskRecord
 from keeplora.progress import Track, silent
 from keeplora.subspace import protected as subspace
+from keeplora.subspace.certificate import certificates, require_no_leak
 from keeplora.task import Task
 
 
@@ -98,10 +100,10 @@ class InfLoRA(Method):
             ValueError: If the update is not finite or left its subspace, or the merge changed the outputs.
         """
         updates, saved = lora.factors_of(model), lora.detach(model)
-        subspace.require_no_leak(updates, self.bases, task.name)
+        require_no_leak(updates, self.bases, task.name)
         merged, error = self.merge_checked(model, task)
         added = self.once("features", lambda: self._new_directions(merged, task))
-        certificate = subspace.certificates(self.bases, subspace.extend_bases(self.bases, added), updates)
+        certificate = certificates(self.bases, subspace.extend_bases(self.bases, added), updates)
         self.keep(TaskRecord(adapter=saved, directions=added, certificate=certificate, merge_error=error))
         return merged
 
@@ -113,11 +115,11 @@ class InfLoRA(Method):
 
     def remove_task(self, record: TaskRecord) -> None:
         """Protect the directions that a task recorded no longer."""
-        self.bases = subspace.take_out(self.bases, record.directions)
+        self.bases = subspace.remove_directions(self.bases, record.directions)
         self._num_learned -= 1
 
     def _new_directions(self, merged: nn.Module, task: Task) -> dict[str, Tensor]:
-        grams = gradients.input_grams(merged, task, list(self.bases), track=self.track)
+        grams = input_grams(merged, task, list(self.bases), track=self.track)
         if self.config.energy == "squared":
             grams = {name: gram @ gram for name, gram in grams.items()}
         return subspace.new_directions(self.bases, grams, self.share)
@@ -130,7 +132,7 @@ class InfLoRA(Method):
         return {name: self.bases.get(name, none).to(none.device) for name, none in empty.items()}
 
     def _residual_rows(self, model: nn.Module, task: Task) -> dict[str, Tensor]:
-        grams = gradients.input_grams(model, task, list(self.bases), track=self.track)
+        grams = input_grams(model, task, list(self.bases), track=self.track)
         rank, seed = self.config.rank, self.seed
         rows = {name: subspace.leading_inputs(gram, self.bases[name], rank, seed=seed) for name, gram in grams.items()}
         if not any(len(a) for a in rows.values()):

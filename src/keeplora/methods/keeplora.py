@@ -7,29 +7,82 @@ followed; `features="batch_mean"` and `b_start="gradient"` bring the release's c
 """
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from keeplora.errors import LearningError
-from keeplora.layers import gradients as collect
 from keeplora.layers import lora
-from keeplora.layers.last_epoch import SEEN, SeenInputs, Watched, grams_of, take_out
+from keeplora.layers.input_covariance import SEEN, SeenInputs, Watched, grams_of, input_grams, pop_seen_inputs
+from keeplora.layers.lora import alphas_for, warn_of_small_ranks
 from keeplora.layers.module_state import device_of
 from keeplora.layers.names import layer_scales, tower_share
-from keeplora.layers.ranks import alphas_for, warn_of_small_ranks
 from keeplora.layers.residual_gradients import RESIDUALS
 from keeplora.methods.base import HEAD, Method, MethodConfig
-from keeplora.methods.keeplora_config import KeepLoRAConfig
 from keeplora.methods.task_record import TaskRecord
 from keeplora.progress import Track, silent
 from keeplora.subspace import linear_algebra as linalg
 from keeplora.subspace import protected as subspace
-from keeplora.subspace.protected import LEAK_ALLOWED
+from keeplora.subspace.certificate import LEAK_ALLOWED, certificates, require_no_leak
 from keeplora.task import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepLoRAConfig(MethodConfig):
+    """KeepLoRA's options; the defaults are the paper's for MTIL with CLIP ViT-B/16."""
+
+    weight_energy: float | dict[str, float] = field(default_factory=lambda: {"vision": 0.85, "text": 0.2})
+    """Share of each weight's energy that its principal subspace covers (eps_w): one value, or one for each tower, found
+    by its name in the layer's."""
+    feature_energy: float = 0.99
+    """Share of each layer's input energy on a task that is protected after it (eps_f)."""
+    gradient_share: float = 1.0
+    """Share of the training batches that the gradient is taken from."""
+    gradient: Literal["exact", "sketch"] = "exact"
+    """`sketch` takes the leading directions of the gradient from two small random pictures of it, in place of the
+    gradient itself: less memory where layers are wide."""
+    b_start: Literal["zero", "gradient"] = "zero"
+    """Start of B: zero with the weight untouched, or the residual gradient's factor with the weight reduced by it."""
+    features: Literal["second_moment", "last_epoch", "batch_mean"] = "second_moment"
+    """Statistic of the inputs: exact second moment; the same, collected in the last epoch of training, which saves a
+    pass and is of slightly earlier weights; or the released code's average over batches."""
+    weight_side: Literal["input", "output"] = "input"
+    """Side of the weight whose singular vectors are its principal subspace: `output` is the released code's, for square
+    layers only."""
+    energy_rule: Literal["reach", "one_short"] = "reach"
+    """Directions that are kept: the fewest that reach the share, or, as in the released code, one less for the weights
+    and for the first task."""
+    a_start: Literal["gradient", "random"] = "gradient"
+    """Start of A: the top of the residual gradient, or random directions of the residual subspace (an ablation)."""
+    a_training: Literal["frozen", "trained"] = "frozen"
+    """`trained` lets the optimiser move A out of the residual subspace (an ablation); the certificate tells how far."""
+    layer_scale: float = 1.0
+    """KeepLoRA++: factor of the first block's update, growing linearly to 1 at the last."""
+    classifier: Literal["none", "cosine"] = "none"
+    """KeepLoRA+: `cosine` adds each learned task a cosine classifier on the image features."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        energies = self.weight_energy if isinstance(self.weight_energy, Mapping) else {"": self.weight_energy}
+        for tower, energy in energies.items():
+            if not 0 <= energy <= 1:
+                where = f" for {tower!r}" if tower else ""
+                raise ValueError(f"weight_energy{where} = {energy} is a share; give a number from 0 to 1")
+        for name in ("feature_energy", "layer_scale"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} = {getattr(self, name)} is a share; give a number from 0 to 1")
+        if not 0 < self.gradient_share <= 1:
+            raise ValueError(f"gradient_share = {self.gradient_share} is a share; give a number above 0, at most 1")
+        if self.gradient == "sketch" and self.b_start == "gradient":
+            raise ValueError("b_start = 'gradient' needs the gradient itself; set gradient = 'exact'")
+        if self.a_start == "random" and self.b_start == "gradient":
+            raise ValueError("b_start = 'gradient' needs a_start = 'gradient'; set one of the two otherwise")
+
 
 SIGNIFICANT = 1e-5
 """Singular values of the residual gradient below this share of the gradient's norm are rounding noise."""
@@ -91,16 +144,16 @@ class KeepLoRA(Method):
         """
         self._put_start_back(model)
         updates = lora.factors_of(model)
-        subspace.require_no_leak(updates, self.bases, task.name, allowed=self.leak_allowed)
+        require_no_leak(updates, self.bases, task.name, allowed=self.leak_allowed)
         saved = lora.detach(model)
         head = {name: value.detach().cpu().clone() for name, value in _head_state(model).items()}
-        seen = take_out(model)
+        seen = pop_seen_inputs(model)
         merged, error = self.merge_checked(model, task)
         directions = self.once("features", lambda: self._new_directions(merged, task, seen))
         record = TaskRecord(
             adapter=saved,
             directions=directions,
-            certificate=subspace.certificates(self.bases, subspace.extend_bases(self.bases, directions), updates),
+            certificate=certificates(self.bases, subspace.extend_bases(self.bases, directions), updates),
             merge_error=error,
             head=head,
             surviving_gradient=self._surviving,
@@ -116,7 +169,7 @@ class KeepLoRA(Method):
 
     def remove_task(self, record: TaskRecord) -> None:
         """Protect the directions that a task recorded no longer."""
-        self.bases = subspace.take_out(self.bases, record.directions)
+        self.bases = subspace.remove_directions(self.bases, record.directions)
         self._num_learned -= 1
 
     def replay(self, model: nn.Module, record: TaskRecord, folder: Path) -> nn.Module:
@@ -195,7 +248,7 @@ class KeepLoRA(Method):
         if self.config.features == "last_epoch":
             grams = grams_of(seen, task, device_of(merged))
         else:
-            grams = collect.input_grams(merged, task, list(self.bases), features=self.config.features, track=self.track)
+            grams = input_grams(merged, task, list(self.bases), features=self.config.features, track=self.track)
         directions = subspace.new_directions(self.bases, grams, self.config.feature_energy)
         is_short = self.config.energy_rule == "one_short" and self._num_learned == 0
         return subspace.without_last(directions) if is_short else directions

@@ -20,7 +20,7 @@ from keeplora.methods.base import MethodConfig
 from keeplora.methods.penalty import Penalised
 from keeplora.methods.task_record import TaskRecord
 from keeplora.progress import Track, silent
-from keeplora.subspace.protected import take_out
+from keeplora.subspace.protected import remove_directions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,5 +80,5 @@ class OLoRA(Penalised):
         """Take a task's `a` out of the stack again."""
         assert record.adapter is not None
         columns = {name: rows.T for name, rows in self.earlier.items()}
-        rest = take_out(columns, {name: a.T for name, (a, _) in record.adapter.factors().items()})
+        rest = remove_directions(columns, {name: a.T for name, (a, _) in record.adapter.factors().items()})
         self.earlier = {name: kept.T.contiguous() for name, kept in rest.items()}

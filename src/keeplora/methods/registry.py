@@ -6,18 +6,15 @@ from typing import Any
 
 from keeplora.config import read_toml
 from keeplora.methods.base import Method, MethodConfig
+from keeplora.methods.baselines import Joint, LoRAFT, ZeroShot
 from keeplora.methods.cl_moe import CLMoE
 from keeplora.methods.ewc import EWC
 from keeplora.methods.inflora import InfLoRA
-from keeplora.methods.joint import Joint
-from keeplora.methods.keeplora import KeepLoRA
-from keeplora.methods.keeplora_config import KeepLoRAConfig
-from keeplora.methods.lora_ft import LoRAFT
+from keeplora.methods.keeplora import KeepLoRA, KeepLoRAConfig
 from keeplora.methods.olora import OLoRA
 from keeplora.methods.sd_lora import SDLoRA
 from keeplora.methods.sefe import SEFE
 from keeplora.methods.task_record import TaskRecord
-from keeplora.methods.zero_shot import ZeroShot
 
 METHODS: dict[str, type[Method]] = {
     "zero_shot": ZeroShot,

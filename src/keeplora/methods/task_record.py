@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from keeplora.layers.lora import SavedAdapter
-from keeplora.subspace.protected import LayerCertificate
-from keeplora.training.state_file import digest_of
+from keeplora.layers.weights import digest_of
+from keeplora.subspace.certificate import LayerCertificate
 
 
 @dataclass(frozen=True)

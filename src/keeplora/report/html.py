@@ -1,34 +1,16 @@
 """One self-contained HTML page about some runs: their metrics in a table, their accuracy matrices as heat maps."""
 
 import base64
-import io
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib
-from matplotlib.figure import Figure
 
-from keeplora.evaluation.accuracy_matrix import Results
+from keeplora.evaluation.accuracy_matrix import METRIC_NAMES, Results
 from keeplora.evaluation.capacity import Capacity, forecast
-from keeplora.runs.disk import write_atomically
-from keeplora.studies.compare.intervals import SCORES, Comparison
+from keeplora.report.charts import capacity_map, heat_maps
 
 TEMPLATES = Path(__file__).parent / "templates"
-
-METRIC_NAMES = {
-    "transfer": "Transfer",
-    "average": "Average",
-    "last": "Last",
-    "forgetting": "Forgetting",
-    "backward_transfer": "Backward transfer",
-}
-"""The metrics of `Results.summary`, as the tables head them."""
-
-
-def write_report(runs: list[Results], path: Path) -> None:
-    """Write the page of some runs to a file."""
-    write_atomically(path, page(runs).encode())
 
 
 def page(runs: list[Results], capacity: Capacity | None = None) -> str:
@@ -38,7 +20,7 @@ def page(runs: list[Results], capacity: Capacity | None = None) -> str:
         runs: Their results.
         capacity: The room that the first of them has left, if its method protects anything.
     """
-    return _render(
+    return render(
         "report.html.j2",
         runs=runs,
         metric_names=METRIC_NAMES,
@@ -49,102 +31,9 @@ def page(runs: list[Results], capacity: Capacity | None = None) -> str:
     )
 
 
-def comparison_page(comparison: Comparison, chart: bytes) -> str:
-    """Return the page of a comparison: its chart, its tables, what was tried and what was chosen."""
-    return _render(
-        "compare.html.j2",
-        comparison=comparison,
-        metric_names={key: METRIC_NAMES[key] for key in SCORES},
-        picture=base64.b64encode(chart).decode(),
-        cell=lambda value: "-" if value is None else str(value),
-    )
-
-
-def _render(template: str, **values: Any) -> str:
+def render(template: str, **values: Any) -> str:
+    """Return the page of a template of this folder; what is put into it is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     return environment.get_template(template).render(**values)
-
-
-def comparison_chart(comparison: Comparison) -> bytes:
-    """Draw Last against Transfer for every method, with the 95 % intervals of both; return a PNG.
-
-    A method whose Transfer means nothing is a line at its Last. The reference is a star.
-    """
-    with matplotlib.rc_context({"font.size": 9, "text.parse_math": False}):
-        figure = Figure(figsize=(7.5, 5.5), layout="constrained", dpi=120)
-        axis = figure.subplots()
-        for index, method in enumerate(comparison.methods):
-            last, transfer = comparison.score(method, "last"), comparison.score(method, "transfer")
-            color = matplotlib.colormaps["tab20"](index % 20)
-            if last is None:
-                continue
-            if transfer is None:
-                axis.axhline(last.mean, color=color, ls="--", lw=1)
-                axis.annotate(method, (0.01, last.mean), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
-                continue
-            marker, size = ("*", 11) if method == comparison.config["reference"] else ("o", 6)
-            axis.errorbar(
-                transfer.mean, last.mean, xerr=transfer.half_width, yerr=last.half_width,
-                fmt=marker, markersize=size, color=color, capsize=2,
-            )  # fmt: skip
-            axis.annotate(method, (transfer.mean, last.mean), xytext=(5, 4), textcoords="offset points", fontsize=8)
-        axis.set_xlabel("Transfer in %: tasks before they are learned")
-        axis.set_ylabel("Last in %: all tasks at the end")
-        axis.margins(x=0.12)
-        return _png(figure)
-
-
-def heat_maps(runs: list[Results]) -> bytes:
-    """Draw the accuracy matrix of every run, side by side on one colour scale; return a PNG.
-
-    A row is a state of the model, from the untouched one down to the last task learned; a column is a task. A frame
-    marks the entry right after a task was learned: left and below of it is memory, right and above transfer.
-    """
-    num_tasks = len(runs[0].tasks)
-    with matplotlib.rc_context({"font.size": 8, "text.parse_math": False}):
-        side = 1.4 + 0.42 * num_tasks
-        figure = Figure(figsize=(1.2 + side * len(runs), 1.0 + side), layout="constrained", dpi=110)
-        axes = figure.subplots(1, len(runs), squeeze=False, sharey=True)[0]
-        image = None
-        for axis, run in zip(axes, runs, strict=True):
-            rows = [run.zero_shot, *run.accuracy]
-            image = axis.imshow(rows, vmin=0, vmax=100, cmap="viridis", aspect="equal")
-            axis.set_title(run.method)
-            axis.set_xticks(range(num_tasks), run.tasks, rotation=60, ha="right")
-            axis.set_yticks(range(len(rows)), ["(untouched)", *run.tasks[: len(rows) - 1]])
-            axis.set_xlabel("evaluated on")
-            for t, row in enumerate(rows):
-                for i, score in enumerate(row):
-                    color = "white" if score < 60 else "black"
-                    axis.text(i, t, f"{score:.0f}", ha="center", va="center", color=color, fontsize=7)
-                if t > 0:
-                    axis.add_patch(matplotlib.patches.Rectangle((t - 1.5, t - 0.5), 1, 1, fill=False, ec="red", lw=1.2))
-        axes[0].set_ylabel("after learning")
-        if image is not None:
-            figure.colorbar(image, ax=axes, label="accuracy in %", shrink=0.6)
-        return _png(figure)
-
-
-def capacity_map(capacity: Capacity) -> bytes:
-    """Draw the share of the input dimensions that is free in each layer (rows) after each task (columns); a PNG."""
-    names = list(capacity.layers)
-    with matplotlib.rc_context({"font.size": 8, "text.parse_math": False}):
-        size = (4.5 + 0.35 * len(capacity.tasks), 1.4 + min(0.14 * len(names), 30.0))
-        figure = Figure(figsize=size, layout="constrained", dpi=110)
-        axis = figure.subplots()
-        shares = [[100 * left / room.d_in for left in room.left] for room in capacity.layers.values()]
-        image = axis.imshow(shares, vmin=0, vmax=100, cmap="viridis", aspect="auto", interpolation="nearest")
-        axis.set_xticks(range(len(capacity.tasks)), capacity.tasks, rotation=60, ha="right")
-        step = 1 + len(names) // 200
-        axis.set_yticks(range(0, len(names), step), names[::step], fontsize=6)
-        axis.set_xlabel("after learning")
-        figure.colorbar(image, ax=axis, label="input dimensions free, in %")
-        return _png(figure)
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", bbox_inches="tight", metadata={"Software": None})
-    return buffer.getvalue()

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from keeplora.evaluation.accuracy_matrix import Results
 from keeplora.evaluation.evaluate import evaluate
 from keeplora.methods.registry import find_method, method_behind
-from keeplora.models.registry import StreamTask, family_of, locate
+from keeplora.models.interfaces import StreamTask
+from keeplora.models.registry import family_of, locate
 from keeplora.progress import Track, silent
-from keeplora.runs import disk
+from keeplora.runs.atomic_store import made_whole
 from keeplora.runs.config import RunConfig, absolute, open_stream, plain_values, resolved, stream_of
 from keeplora.runs.directory import RunDirectory
 from keeplora.runs.loop import replay, report, require_same_model
 from keeplora.runs.manifest import differences
-from keeplora.runs.open import open_run, read_run
-from keeplora.runs.reopen import config_of
-from keeplora.subspace import protected as subspace
+from keeplora.runs.open import config_of, open_run, read_run
+from keeplora.subspace.certificate import certificate_to_json, certificates
 from keeplora.training.trainer import best_device
 
 OF_THE_STREAM = ("model", "evaluation")
@@ -155,7 +155,7 @@ def _branch(source: RunDirectory, config: RunConfig, kept: list[int], origin: di
     if source.folder.resolve() in config.output.resolve().parents:
         raise ValueError(f"{config.output} is inside {source.folder}; give another --output")
     values = plain_values(config)
-    with disk.made_whole(config.output) as part:
+    with made_whole(config.output) as part:
         model, tasks = open_stream(config, track)
         require_same_model(model, config, source)
         with open_run(part, values, list(values["tasks"])) as directory:
@@ -211,5 +211,5 @@ class _Copy:
         factors = {} if record.adapter is None else record.adapter.factors()
         places = {name: basis.device for name, basis in before.items()}
         updates = {name: (a.to(places[name]), b.to(places[name])) for name, (a, b) in factors.items() if name in before}
-        certificate = subspace.certificates(before, after, updates)
-        return {**subspace.certificate_to_json(certificate), "merge_error": None}
+        certificate = certificates(before, after, updates)
+        return {**certificate_to_json(certificate), "merge_error": None}

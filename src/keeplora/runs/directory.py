@@ -14,10 +14,10 @@ from safetensors.torch import load, save
 
 from keeplora.evaluation.accuracy_matrix import Results
 from keeplora.layers.lora import CONFIG_FILE, WEIGHTS_FILE, SavedAdapter
-from keeplora.methods.registry import TaskRecord
+from keeplora.methods.task_record import TaskRecord
 from keeplora.runs.atomic_store import Store
 from keeplora.runs.schemas import read_task, require_start
-from keeplora.subspace.protected import certificate_to_json
+from keeplora.subspace.certificate import certificate_to_json
 from keeplora.training.profiling import Phases
 from keeplora.training.state_file import aligned
 

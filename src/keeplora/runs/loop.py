@@ -17,8 +17,11 @@ from keeplora.evaluation.accuracy_matrix import Results
 from keeplora.evaluation.capacity import capacity_of, warn_of_full_layers
 from keeplora.evaluation.evaluate import evaluate
 from keeplora.layers.module_state import device_of
-from keeplora.methods.registry import Method, find_method
-from keeplora.models.registry import StreamTask, family_of, locate
+from keeplora.layers.weights import digest_of
+from keeplora.methods.base import Method
+from keeplora.methods.registry import find_method
+from keeplora.models.interfaces import StreamTask
+from keeplora.models.registry import family_of, locate
 from keeplora.progress import Track, silent
 from keeplora.report.html import page
 from keeplora.runs.config import RunConfig, open_stream, plain_values
@@ -26,7 +29,6 @@ from keeplora.runs.directory import RunDirectory
 from keeplora.runs.open import open_run
 from keeplora.runs.phases import Unfinished
 from keeplora.training.profiling import Phases, measured
-from keeplora.training.state_file import digest_of
 from keeplora.training.trainer import best_device, fit, seed_everything
 
 Watch = Callable[[Results], None]

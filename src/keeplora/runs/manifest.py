@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from keeplora.errors import InUseError
 
-FORMAT = 2
+RUN_FORMAT = 2
 """Version of the layout of a run directory; a reader refuses any other."""
 
 VERSIONS_OF = ("keeplora", "torch", "transformers", "peft", "accelerate", "safetensors")
@@ -39,7 +39,7 @@ class _Required(BaseModel, extra="allow", strict=True):
 def new_manifest(config: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
     """Return the manifest of a run that has not begun."""
     return {
-        "format": FORMAT,
+        "format": RUN_FORMAT,
         "versions": {name: version(name) for name in VERSIONS_OF} | {"python": platform.python_version()},
         "config": config,
         "tasks": tasks,
@@ -62,7 +62,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(content)
         found = manifest["format"]
-        is_other = type(found) is int and found != FORMAT
+        is_other = type(found) is int and found != RUN_FORMAT
         if not is_other:
             del manifest["checksum"]
             _Required.model_validate(manifest)
@@ -147,9 +147,9 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _other_format(path: Path, found: int) -> str:
-    if found > FORMAT:
-        return f"{path} has format {found}, newer than {FORMAT}; update keeplora"
-    return f"{path} has format {found}, older than {FORMAT}; go on with the keeplora that wrote it, or run it again"
+    if found > RUN_FORMAT:
+        return f"{path} has format {found}, newer than {RUN_FORMAT}; update keeplora"
+    return f"{path} has format {found}, older than {RUN_FORMAT}; go on with the keeplora that wrote it, or run it again"
 
 
 def _first_line(error: Exception) -> str:

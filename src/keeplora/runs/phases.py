@@ -12,8 +12,10 @@ from torch import Tensor
 
 from keeplora.runs.directory import UNFINISHED, RunDirectory
 from keeplora.task import to_device
+from keeplora.training.checkpoints import Checkpoints
 from keeplora.training.profiling import Clock, Phases
-from keeplora.training.state_file import Checkpoints, State, capture_random, from_bytes, restore_random, to_bytes
+from keeplora.training.random_state import capture_random, restore_random
+from keeplora.training.state_file import State, from_bytes, to_bytes
 
 TRAINING = "train"
 

@@ -3,11 +3,12 @@
 The hashes in `run.json` tell a file that changed; this tells one that was written by something else.
 """
 
-import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, FiniteFloat, PositiveInt, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, FiniteFloat
+
+from keeplora.config import read_json, require
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -49,46 +50,6 @@ class _Config(BaseModel, extra="allow", strict=True):
     options: dict[str, Any]
 
 
-class _Adapter(BaseModel, extra="allow", strict=True):
-    """The settings of an adapter that differ from PEFT's own."""
-
-    peft_type: Literal["LORA"]
-    r: PositiveInt
-    lora_alpha: FiniteFloat
-    rank_pattern: dict[str, PositiveInt]
-    alpha_pattern: dict[str, FiniteFloat]
-    target_modules: list[str] | str
-    exclude_modules: list[str] | str | None
-    base_model_name_or_path: str | None = None
-    auto_mapping: dict[str, str] | None = None
-    peft_version: str | None = None
-
-
-class Layer(BaseModel, extra="allow", strict=True):
-    """What a certificate says of the room in one layer."""
-
-    residual_dims: Count
-    protected_dims: Count
-    rank: Count
-
-
-K = TypeVar("K")
-
-
-def require(kind: type[K], value: object, place: str) -> K:
-    """Check plain values, and return what they are of.
-
-    Raises:
-        ValueError: If they do not have the form; the message names `place` and the first key that is wrong.
-    """
-    try:
-        return TypeAdapter(kind).validate_python(value)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{place} is damaged or not of keeplora: {key + ': ' if key else ''}{first['msg']}") from None
-
-
 def require_start(manifest: dict[str, Any], path: Path) -> None:
     """Check what `run.json` says of the untouched model.
 
@@ -109,18 +70,6 @@ def require_config(config: dict[str, Any], tasks: list[str], path: Path) -> None
         raise ValueError(f"{path} is damaged or not of keeplora: its tasks are {tasks}, its tables those of {found}")
 
 
-def read_json(content: bytes, path: Path) -> Any:
-    """Read JSON.
-
-    Raises:
-        ValueError: If it is none; the message names the file.
-    """
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-
-
 def read_task(content: bytes, tasks: list[str], path: Path) -> dict[str, Any]:
     """Read the `task.json` of a finished task of a stream.
 
@@ -130,20 +79,6 @@ def read_task(content: bytes, tasks: list[str], path: Path) -> dict[str, Any]:
     details = read_json(content, path)
     _require_scores(require(_Task, details, str(path)).scores, tasks, path)
     return dict(details)
-
-
-def read_adapter_config(content: bytes, plain: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Read the `adapter_config.json` of an adapter; `plain` are the library's own settings.
-
-    Raises:
-        ValueError: If something is missing, unknown or of another type; the message names the file and the key.
-    """
-    values = read_json(content, path)
-    require(_Adapter, values, str(path))
-    for key, value in values.items():
-        if key not in _Adapter.model_fields and (key not in plain or type(value) is not type(plain[key])):
-            raise ValueError(f"{path} is damaged or not of keeplora: {key} = {value!r}")
-    return dict(values)
 
 
 def _require_scores(scores: list[float], tasks: list[str], path: Path) -> None:

@@ -23,11 +23,11 @@ from keeplora.evaluation.evaluate import evaluate
 from keeplora.layers.lora import linear_targets
 from keeplora.layers.module_state import other_weights
 from keeplora.layers.names import in_tower
-from keeplora.methods.registry import MethodConfig
-from keeplora.models.registry import StreamTask
+from keeplora.methods.base import MethodConfig
+from keeplora.models.interfaces import StreamTask
 from keeplora.progress import Track, silent
+from keeplora.runs.atomic_store import write_atomically
 from keeplora.runs.config import load_stream
-from keeplora.runs.disk import write_atomically
 from keeplora.subspace import linear_algebra as linalg
 
 
@@ -134,7 +134,7 @@ def principal_curve(
     layers = _layers_to_rebuild(model, config)
     weights = {name: model.get_parameter(f"{name}.weight").detach().float() for name in layers}
     untouched = evaluate(model, tasks, track=track)
-    directions = {name: principal_directions(weights[name]) for name in track(layers, "directions", len(layers))}
+    directions = {name: principal_spectrum(weights[name]) for name in track(layers, "directions", len(layers))}
     points = []
     for share in track(sorted(set(config.shares)), "shares of the energy", len(set(config.shares))):
         bases = {
@@ -169,7 +169,7 @@ def _chance(task: StreamTask) -> float:
     return 100.0 / len(classes)
 
 
-def principal_directions(weight: Tensor) -> tuple[Tensor, Tensor]:
+def principal_spectrum(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return a weight's energies `[n]`, largest first, and its input directions `[d_in, n]`; `n = min(d_out, d_in)`.
 
     The first `linalg.energy_rank(energies, share)` directions are the principal ones for a share.

@@ -21,7 +21,7 @@ NOISE = 1e-5
 """Singular values of a picture below this share of the largest are rounding (float32)."""
 
 
-class Sketch:
+class GradientSketch:
     """The sketch of one layer's gradient."""
 
     def __init__(self, d_out: int, basis: Tensor, rank: int, *, seed: int) -> None:

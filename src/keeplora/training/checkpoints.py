@@ -4,6 +4,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,18 +13,31 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from keeplora.layers.module_state import device_of
-from keeplora.training.state_file import (
-    NO_CHECKPOINTS,
-    Checkpoints,
-    State,
-    capture_order,
-    capture_random,
-    restore_order,
-    restore_random,
-)
+from keeplora.training.random_state import capture_order, capture_random, restore_order, restore_random
+from keeplora.training.state_file import State
 
 EXTRA = "_extra_state"
 """Ends the names of what modules keep beside their parameters and buffers (`nn.Module.get_extra_state`)."""
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Where training can be taken up again, and where it puts such places."""
+
+    last: State | None = None
+    """What `keep` was given last, if training was cut off after it."""
+    keep: Callable[[State], None] = lambda state: None
+    """Puts a state away for later."""
+    steps: int | None = None
+    """Optimiser steps from one to the next; only at the end of each epoch if not given."""
+    seconds: float = float("inf")
+    """The most seconds from one to the next."""
+    generators: tuple[torch.Generator, ...] = ()
+    """What the order of the batches is drawn from."""
+
+
+NO_CHECKPOINTS = Checkpoints()
+"""Training that starts at the beginning and is lost when it is cut off."""
 
 
 class TrainingState:

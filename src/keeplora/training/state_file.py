@@ -4,11 +4,7 @@ A state is nested dicts, lists, tuples, numbers, strings, None and tensors, as t
 and schedulers is. Random generators are captured and restored here too.
 """
 
-import hashlib
 import json
-import random
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,26 +14,6 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 State = Any
-
-
-@dataclass(frozen=True)
-class Checkpoints:
-    """Where training can be taken up again, and where it puts such places."""
-
-    last: State | None = None
-    """What `keep` was given last, if training was cut off after it."""
-    keep: Callable[[State], None] = lambda state: None
-    """Puts a state away for later."""
-    steps: int | None = None
-    """Optimiser steps from one to the next; only at the end of each epoch if not given."""
-    seconds: float = float("inf")
-    """The most seconds from one to the next."""
-    generators: tuple[torch.Generator, ...] = ()
-    """What the order of the batches is drawn from."""
-
-
-NO_CHECKPOINTS = Checkpoints()
-"""Training that starts at the beginning and is lost when it is cut off."""
 
 
 def to_bytes(state: State) -> bytes:
@@ -64,47 +40,6 @@ def from_bytes(content: bytes) -> State:
 def aligned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copy tensors that lie anywhere in a file's bytes to where torch would put them: sums round differently there."""
     return {name: tensor.clone() for name, tensor in tensors.items()}
-
-
-def digest_of(named: Iterable[tuple[str, Tensor]]) -> str:
-    """Return a SHA-256 over the names, types, shapes and bytes of tensors, in their order."""
-    digest = hashlib.sha256()
-    for name, tensor in named:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def capture_random(generators: Iterable[torch.Generator] = ()) -> State:
-    """Return the state of every global random generator, on the current GPU if there is one, and of those given."""
-    return {
-        "python": random.getstate(),
-        "numpy": list(np.random.get_state()),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "generators": capture_order(generators),
-    }
-
-
-def restore_random(state: State, generators: Iterable[torch.Generator] = ()) -> None:
-    """Give every random generator the state that `capture_random` found."""
-    random.setstate(state["python"])
-    np.random.set_state(tuple(state["numpy"]))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    restore_order(state["generators"], generators)
-
-
-def capture_order(generators: Iterable[torch.Generator]) -> list[Tensor]:
-    """Return the states of generators."""
-    return [generator.get_state() for generator in generators]
-
-
-def restore_order(states: list[Tensor], generators: Iterable[torch.Generator]) -> None:
-    """Give generators their states back."""
-    for generator, state in zip(generators, states, strict=True):
-        generator.set_state(state)
 
 
 def _strip(value: State, tensors: dict[str, Tensor]) -> State:

@@ -23,8 +23,7 @@ from keeplora.layers.fused_forward import fused_layers
 from keeplora.layers.module_state import is_wrapped
 from keeplora.progress import Track, silent
 from keeplora.task import Task, to_device
-from keeplora.training.checkpoints import TrainingState
-from keeplora.training.state_file import NO_CHECKPOINTS, Checkpoints
+from keeplora.training.checkpoints import NO_CHECKPOINTS, Checkpoints, TrainingState
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,7 @@ from typing import Any
 
 import jinja2
 
-from keeplora.evaluation.accuracy_matrix import Results
-from keeplora.report.html import METRIC_NAMES
+from keeplora.evaluation.accuracy_matrix import METRIC_NAMES, Results
 from keeplora.subspace.low_rank_update import Cut
 
 TEMPLATE = "card.md.j2"
@@ -52,7 +51,7 @@ class Card:
         return not Path(self.base).is_absolute()
 
 
-def render(card: Card) -> str:
+def render_card(card: Card) -> str:
     """Return the card as Markdown."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

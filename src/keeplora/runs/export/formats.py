@@ -19,15 +19,15 @@ from keeplora.config import Config
 from keeplora.data.readers import read_splits
 from keeplora.layers import lora
 from keeplora.layers.lora import SavedAdapter
-from keeplora.methods.registry import TaskRecord, find_method
+from keeplora.methods.registry import find_method
+from keeplora.methods.task_record import TaskRecord
 from keeplora.models.registry import EMBEDDED, family_of, locate
 from keeplora.progress import Track, silent
-from keeplora.runs import disk
+from keeplora.runs.atomic_store import flush, made_whole
 from keeplora.runs.config import RunConfig, stream_of
 from keeplora.runs.directory import RunDirectory
-from keeplora.runs.export.card import Card, render
-from keeplora.runs.open import read_run
-from keeplora.runs.reopen import config_of
+from keeplora.runs.export.card import Card, render_card
+from keeplora.runs.open import config_of, read_run
 from keeplora.subspace.low_rank_update import cut_to, summed
 
 NOTICE = Path(__file__).parents[2] / "data" / "mini" / "NOTICE"
@@ -93,14 +93,14 @@ def export_run(folder: Path, config: ExportConfig, *, track: Track = silent) -> 
             output is not empty, or a weight is too large for the precision.
     """
     source = _read(folder, config, track)
-    with disk.made_whole(config.output) as part:
+    with made_whole(config.output) as part:
         part.mkdir()
         found = WRITERS[config.format](source, config, part)
         card = _card(source, config, heads=_write_heads(source, part), **found)
-        (part / "README.md").write_text(render(card), encoding="utf-8")
+        (part / "README.md").write_text(render_card(card), encoding="utf-8")
         if card.embedded:
             shutil.copyfile(NOTICE, part / "NOTICE")
-        disk.flush(part)
+        flush(part)
     return card
 
 

@@ -6,25 +6,27 @@ and order. Each run is a run directory below the output, so a comparison that wa
 a method or a seed can be added later.
 """
 
+import base64
 import json
 import os
+import statistics
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from keeplora.evaluation.accuracy_matrix import Results
-from keeplora.methods.registry import settings_of
+from keeplora.evaluation.accuracy_matrix import METRIC_NAMES, Results
+from keeplora.methods.registry import find_method, settings_of
 from keeplora.progress import Track, silent
-from keeplora.report.html import comparison_chart, comparison_page
-from keeplora.runs.config import RunConfig
-from keeplora.runs.disk import write_atomically
-from keeplora.runs.manifest import locked
+from keeplora.report.charts import trade_off
+from keeplora.report.html import render
+from keeplora.runs.atomic_store import write_atomically
+from keeplora.runs.config import RunConfig, absolute
+from keeplora.runs.manifest import differences, locked
 from keeplora.runs.open import read_run
-from keeplora.studies.compare.claim import claim, require_free
-from keeplora.studies.compare.config import CompareConfig, Settings, require_valid, run_config
-from keeplora.studies.compare.intervals import Comparison, RunRow, Trial
+from keeplora.studies.compare.comparison import SCORES, Comparison, RunRow, Trial
+from keeplora.studies.compare.config import CompareConfig, Settings, require_valid, run_config, variations
 from keeplora.studies.compare.process_pool import Workers
-from keeplora.studies.compare.search import scores_of, search
 
 __all__ = ["CompareConfig", "compare"]
 
@@ -102,7 +104,130 @@ def _plain(config: CompareConfig, workers: Workers) -> dict[str, Any]:
 
 
 def _write(comparison: Comparison, output: Path) -> None:
-    chart = comparison_chart(comparison)
+    scores = comparison.score
+    points = {name: (scores(name, "transfer"), scores(name, "last")) for name in comparison.methods}
+    chart = trade_off(points, comparison.config["reference"])
     write_atomically(output / "compare.json", (json.dumps(comparison.to_json(), indent=1) + "\n").encode())
     write_atomically(output / "compare.png", chart)
-    write_atomically(output / "report.html", comparison_page(comparison, chart).encode())
+    write_atomically(output / "report.html", _page(comparison, chart).encode())
+
+
+SETTINGS_FORMAT = 1
+
+VERSIONS_OF = ("keeplora", "torch", "transformers", "peft")
+
+OURS = {"plan.json", "search", "runs", "compare.json"}
+
+LEFT_BY_A_START = {"lock", "plan.json.part"}
+
+MOST_DIFFERENCES = 3
+
+
+def _page(comparison: Comparison, chart: bytes) -> str:
+    """Return the page of a comparison: its chart, its tables, what was tried and what was chosen."""
+    return render(
+        "compare.html.j2",
+        comparison=comparison,
+        metric_names={key: METRIC_NAMES[key] for key in SCORES},
+        picture=base64.b64encode(chart).decode(),
+        cell=lambda value: "-" if value is None else str(value),
+    )
+
+
+def require_free(folder: Path) -> None:
+    """Refuse a folder that holds something, but nothing of a comparison.
+
+    Raises:
+        ValueError: If it does.
+    """
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if found - LEFT_BY_A_START and not found & OURS:
+        raise ValueError(f"{folder} holds other files than those of a comparison; give another --output")
+
+
+def claim(config: CompareConfig) -> None:
+    """Write the comparison's `plan.json`, or compare with the one that is there.
+
+    Methods, seeds, orders, jobs and the reference are no part of it: a later command may change them.
+
+    Raises:
+        ValueError: If the folder holds a comparison with another benchmark, model, `quick` or budget.
+    """
+    path = config.output / "plan.json"
+    plan = _plan(config)
+    if not path.exists():
+        content = {"format": SETTINGS_FORMAT, "versions": {name: version(name) for name in VERSIONS_OF}, **plan}
+        write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+        return
+    try:
+        found = json.loads(path.read_text())
+        newer, before = found["format"] > SETTINGS_FORMAT, {key: found[key] for key in plan}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged or not of keeplora: {error}") from None
+    if newer:
+        raise ValueError(f"{path} has format {found['format']}, newer than {SETTINGS_FORMAT}; update keeplora")
+    if different := differences(before, plan):
+        more = len(different) - MOST_DIFFERENCES
+        shown = different[:MOST_DIFFERENCES] + ([f"and {more} more"] if more > 0 else [])
+        raise ValueError(f"{config.output} holds another comparison ({'; '.join(shown)}); give another --output")
+
+
+def _plan(config: CompareConfig) -> dict[str, Any]:
+    plan = {
+        "benchmark": absolute(config.benchmark),
+        "model": config.model,
+        "quick": config.quick,
+        "budget": asdict(config.budget),
+    }
+    return dict(json.loads(json.dumps(plan)))
+
+
+def search(config: CompareConfig, workers: Workers, track: Track) -> tuple[list[Trial], dict[str, Settings]]:
+    """Try the budget's settings; return all trials, and the best settings of each method that finished one."""
+    budget = config.budget
+    names = list(dict.fromkeys(settings_of(name) for name in config.names))
+    searched = [name for name in names if find_method(name)[0].has_settings]
+    rates: list[Settings] = [{"learning_rate": rate} for rate in budget.learning_rate]
+    chosen: dict[str, Settings] = {name: {} for name in names if name not in searched}
+    if len(rates) == 1 and not budget.search:
+        return [], {name: rates[0] if name in searched else {} for name in names}
+    trials = _try(
+        config, [(name, rate) for name in searched for rate in rates], workers, track, "search: learning rates"
+    )
+    others = [
+        (name, settings)
+        for name in searched
+        for leading in _leading(trials, name)[: budget.rates_kept]
+        for settings in variations(budget, name, leading)
+    ]
+    others = [trial for place, trial in enumerate(others) if trial not in others[:place]]
+    trials += _try(config, others, workers, track, "search: own settings")
+    best = {name: found[0] for name in searched if (found := _leading(trials, name))}
+    return trials, chosen | best
+
+
+def scores_of(method: str, results: Results) -> dict[str, float | None]:
+    """Return the metrics that mean something for the method."""
+    one_by_one = find_method(method)[0].one_by_one
+    return {key: results.summary()[key] if one_by_one or key == "last" else None for key in SCORES}
+
+
+def _try(
+    config: CompareConfig, settings: list[tuple[str, Settings]], workers: Workers, track: Track, what: str
+) -> list[Trial]:
+    configs = [run_config(config, name, chosen, seed=0, order=0, is_trial=True) for name, chosen in settings]
+    trials = []
+    for (name, chosen), run, outcome in zip(settings, configs, workers.run_all(configs, track, what), strict=True):
+        if isinstance(outcome, str):
+            trials.append(Trial(name, chosen, {}, None, outcome))
+        else:
+            scores = scores_of(run.method, outcome)
+            known = [value for key in ("transfer", "average", "last") if (value := scores[key]) is not None]
+            trials.append(Trial(name, chosen, scores, statistics.fmean(known)))
+    return trials
+
+
+def _leading(trials: list[Trial], name: str) -> list[Settings]:
+    """Return a method's settings by falling mean of Transfer, Average and Last; the earlier of equal ones first."""
+    finished = [trial for trial in trials if trial.method == name and trial.value is not None]
+    return [trial.settings for trial in sorted(finished, key=lambda trial: -(trial.value or 0.0))]

@@ -13,7 +13,7 @@ import torch
 
 from keeplora.data.cache import MEMORY_LIMIT, kept
 from keeplora.methods.registry import find_method
-from keeplora.models.registry import StreamTask
+from keeplora.models.interfaces import StreamTask
 from keeplora.progress import Track, silent
 from keeplora.runs.config import RunConfig, stream_of
 from keeplora.studies.doctor.data import TaskData, read_task, scan_task, task_findings

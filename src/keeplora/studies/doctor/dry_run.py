@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from keeplora.evaluation.evaluate import evaluate
 from keeplora.layers import gradients as collect
-from keeplora.methods.registry import Method, find_method
-from keeplora.models.registry import StreamTask
+from keeplora.methods.base import Method
+from keeplora.methods.registry import find_method
+from keeplora.models.interfaces import StreamTask
 from keeplora.progress import Track
 from keeplora.runs.config import RunConfig
 from keeplora.studies.doctor.findings import Finding, listed, without_task

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from PIL import Image, UnidentifiedImageError
 
-from keeplora.data.images import UNREADABLE, Examples
+from keeplora.data.images import UNREADABLE_IMAGE, Examples
 from keeplora.progress import Track
 from keeplora.studies.doctor.image_fingerprints import Print, Prints, fingerprint, stack
 
@@ -84,7 +84,7 @@ def _look(examples: Examples, index: int, decode: bool) -> Look:
             if not decode:
                 image.verify()
         return Look(size, losses, print=fingerprint(examples.image(index)) if decode else None)
-    except (*UNREADABLE, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (*UNREADABLE_IMAGE, UnidentifiedImageError, Image.DecompressionBombError) as error:
         message = str(error)
         return Look(error=message if examples.origin(index) in message else f"{examples.origin(index)} ({error})")
 

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from keeplora.layers.lora import linear_targets
-from keeplora.methods.registry import KeepLoRA, Method
-from keeplora.models.registry import Family, family_of, locate
+from keeplora.methods.base import Method
+from keeplora.methods.keeplora import KeepLoRA
+from keeplora.models.interfaces import Family
+from keeplora.models.registry import family_of, locate
 from keeplora.studies.doctor.findings import Finding, Level, counted, listed
 from keeplora.training.profiling import Phases, measured
 from keeplora.training.trainer import best_device

@@ -7,17 +7,9 @@ from rich.console import Console
 from rich.text import Text
 from scipy import stats
 
-from keeplora.cli.progress import comparison_tables
-from keeplora.studies.compare.intervals import (
-    COSTS,
-    T_975,
-    Comparison,
-    Estimate,
-    RunRow,
-    Trial,
-    estimate,
-    estimate_runs,
-)
+from keeplora.cli.tables import comparison_tables
+from keeplora.evaluation.intervals import T_975, Estimate, estimate, estimate_runs
+from keeplora.studies.compare.comparison import COSTS, Comparison, RunRow, Trial
 
 
 def test_quantiles_are_students_t():

@@ -14,11 +14,31 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from keeplora.layers import lora
-from keeplora.layers.ranks import alphas_for
+from keeplora.layers.lora import alphas_for
 from keeplora.methods.base import Method, MethodConfig
 from keeplora.methods.task_record import TaskRecord
 from keeplora.progress import Track, silent
 from keeplora.task import Batch, DeferredGradient, Task
+
+
+class LoRAFT(Method):
+    """Train a fresh LoRA on each task and merge it (Hu et al., 2022); both factors are trained."""
+
+
+class ZeroShot(Method):
+    """Learn nothing."""
+
+    has_settings: ClassVar[bool] = False
+
+    def before_task(self, model: nn.Module, task: Task) -> nn.Module:
+        """Return the model with every parameter frozen."""
+        self.snapshot(model)
+        return model.requires_grad_(False)
+
+    def after_task(self, model: nn.Module, task: Task) -> nn.Module:
+        """Return the model as it was given."""
+        self.record = TaskRecord()
+        return self.restore(model)
 
 
 class Joint(Method):

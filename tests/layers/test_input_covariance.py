@@ -8,15 +8,15 @@ import torch
 
 import tiny
 from keeplora.layers import lora
-from keeplora.layers.gradients import input_grams
-from keeplora.layers.last_epoch import SEEN, SeenInputs, Watched, grams_of
-from keeplora.methods.registry import KeepLoRA, KeepLoRAConfig
+from keeplora.layers.input_covariance import SEEN, SeenInputs, Watched, grams_of, input_grams
+from keeplora.methods.keeplora import KeepLoRA, KeepLoRAConfig
 from keeplora.runs.config import RunConfig
 from keeplora.runs.loop import run
 from keeplora.runs.phases import Unfinished
 from keeplora.subspace import linear_algebra as linalg
 from keeplora.subspace import protected
-from keeplora.training.state_file import Checkpoints, from_bytes, to_bytes
+from keeplora.training.checkpoints import Checkpoints
+from keeplora.training.state_file import from_bytes, to_bytes
 from keeplora.training.trainer import TrainConfig, fit
 
 OPTIONS = {"targets": ("fc1", "fc2", "out"), "weight_energy": 0.4, "feature_energy": 0.8, "rank": 3}
