@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from keeplora.layers import input_covariance
+from keeplora.layers.gradients import residuals_of
 from keeplora.layers.lora import linear_targets
-from keeplora.layers.residual_gradients import residuals_of
 from keeplora.methods.base import Method
 from keeplora.methods.baselines import LoRAFT
 from keeplora.methods.keeplora import KeepLoRA

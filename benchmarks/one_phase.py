@@ -27,15 +27,15 @@ from torch.profiler import ProfilerActivity, profile
 import naive
 from keeplora.evaluation.evaluate import evaluate
 from keeplora.layers import gradients as collect
+from keeplora.layers.gradients import residuals_of
 from keeplora.layers.names import tower_share
-from keeplora.layers.residual_gradients import residuals_of
 from keeplora.methods.base import Method, MethodConfig
 from keeplora.methods.baselines import LoRAFT
 from keeplora.methods.keeplora import KeepLoRA
 from keeplora.subspace import linear_algebra as linalg
 from keeplora.subspace import protected
 from keeplora.task import Task
-from keeplora.training.profiling import Phases, measured
+from keeplora.training.profiling import Costs, measured
 from keeplora.training.trainer import TrainConfig, fit
 from workloads import Workload, WorkloadConfig, load, require_cpu
 
@@ -184,10 +184,10 @@ def measure(config: PhaseConfig, workload: Workload | None = None) -> dict[str, 
         parts[0][1]()  # What the libraries set up on first use must not be timed, least of all scaled up.
     else:
         _warm_up(given)
-    before: Phases = {}
+    before: Costs = {}
     with measured(before, "before"):
         pass
-    phases: Phases = {}
+    phases: Costs = {}
     seconds = cpu_seconds = 0.0
     with measured(phases, "phase"), _profiled(config.profile):
         for count, part in parts:

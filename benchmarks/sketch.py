@@ -19,10 +19,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from keeplora.layers.residual_gradients import exact_residuals, sketched_residuals
+from keeplora.layers.gradients import exact_residuals, sketched_residuals
 from keeplora.methods.keeplora import KeepLoRA, KeepLoRAConfig
 from keeplora.progress import silent
-from keeplora.runs.config import load_stream
+from keeplora.runs.open import load_stream
 from keeplora.task import Task
 from workloads import LLAMA_TARGETS
 

@@ -27,7 +27,7 @@ from keeplora.layers.lora import linear_targets
 from keeplora.methods.keeplora import KeepLoRAConfig
 from keeplora.models.dual_encoder import ClassificationTask
 from keeplora.models.interfaces import StreamTask
-from keeplora.runs.config import load_stream
+from keeplora.runs.open import load_stream
 from keeplora.task import Batch, DeferredGradient
 
 WORDS = (

@@ -6,10 +6,10 @@ from typing import Literal
 import pytest
 
 from keeplora.config import Config, parse, read_toml
+from keeplora.data.benchmark import Benchmark
 from keeplora.methods.base import MethodConfig
 from keeplora.methods.keeplora import KeepLoRAConfig
 from keeplora.runs.config import RunConfig
-from keeplora.task import Benchmark
 from keeplora.training.trainer import TrainConfig
 
 
@@ -165,7 +165,7 @@ def test_a_value_out_of_range_is_refused_by_name(kind, key, value):
 def test_the_defaults_are_the_papers_for_mtil():
     config = KeepLoRAConfig()
     assert (config.rank, config.alpha, config.feature_energy) == (16, 1.0, 0.99)
-    assert config.weight_energy == {"vision": 0.85, "text": 0.2}
+    assert config.weight_energy == {"vision": 0.85, "text": 0.2, "other": 0.6}
     assert (config.b_start, config.features, config.layer_scale, config.classifier) == (
         "zero", "second_moment", 1.0, "none",
     )  # fmt: skip

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from torch.nn import functional as F
@@ -26,8 +27,9 @@ from keeplora.data.cache import Pixels
 from keeplora.layers.lora import SavedAdapter
 from keeplora.methods.registry import find_method
 from keeplora.models.dual_encoder import ClassificationTask, tokenise
-from keeplora.runs.config import RunConfig
+from keeplora.runs.config import RunConfig, resolve
 from keeplora.task import Task, to_device
+from keeplora.training.state_file import pack
 from keeplora.training.trainer import TrainConfig
 
 SIZE = 16
@@ -291,3 +293,26 @@ def run_config(place: Path, output: Path, name: str, *, feature_energy: float, *
         "options": parse(kind.Config, {"rank": 2, **protects, **variant}, source=name),
     }
     return RunConfig(**values | {"output": output} | changes)
+
+
+def to_bytes(state) -> bytes:
+    """Return a state as the content of a safetensors file, as a run writes it."""
+    tensors, metadata = pack(state)
+    return save({name: value.contiguous() for name, value in tensors.items()}, metadata=metadata)
+
+
+def autograd_gradients(model, task, layers) -> dict[str, torch.Tensor]:
+    """Average the gradients of a task's whole batches by their weight, as autograd gives them."""
+    weights = [model.get_parameter(f"{name}.weight").requires_grad_() for name in layers]
+    sums, total = [torch.zeros_like(weight) for weight in weights], 0.0
+    for batch in task.batches():
+        found = torch.autograd.grad(task.loss(model, batch), weights, allow_unused=True)
+        for one, gradient in zip(sums, found, strict=True):
+            one.add_(0 if gradient is None else gradient, alpha=task.weight(batch))
+        total += task.weight(batch)
+    return {name: one / total for name, one in zip(layers, sums, strict=True)}
+
+
+def resolved(benchmark: str, method: str, values: dict | None = None) -> RunConfig:
+    """Return the settings of a run of a method on a benchmark, with some values given."""
+    return resolve(("test", {"benchmark": benchmark, "method": method, **(values or {})}))

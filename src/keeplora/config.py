@@ -1,32 +1,29 @@
-"""Configurations: frozen dataclasses that are checked once, and the TOML files they come from.
+"""Configurations: frozen dataclasses that check themselves, and the TOML and JSON files that values come from.
 
-A configuration lives beside what it configures; this module only knows how to read one.
+A configuration lives beside what it configures; this module only knows how to read and check one.
 """
 
 import json
 import tomllib
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, fields
+from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+C = TypeVar("C")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Base of every configuration: an unknown key is an error, and so is a value of the wrong type."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=False)
+    """Base of every configuration: a value of the wrong type is an error, however the configuration is made."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            choices = get_args(field.type) if get_origin(field.type) is Literal else ()
-            value = getattr(self, field.name)
-            if choices and value not in choices:
-                raise ValueError(f"{field.name} = {value!r} is unknown; choose from {', '.join(choices)}")
-
-
-C = TypeVar("C")
+            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -46,17 +43,28 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a TOML file: {error}") from None
 
 
-def parse(kind: type[C], values: dict[str, Any], *, source: str) -> C:
+def parse(kind: type[C], values: Mapping[str, Any], *, source: str, sources: Mapping[str, str] | None = None) -> C:
     """Make a configuration of `kind` from plain values, such as a parsed TOML table.
 
+    Args:
+        kind: A subclass of `Config`; tables become the configurations that its fields are of.
+        values: The values by key.
+        source: Where they come from, for messages.
+        sources: Where single values come from, by their dotted key, if it is not there.
+
     Raises:
-        ValueError: If a key is unknown, missing, or has a wrong value; one line for each, naming `source`.
+        ValueError: If a key is unknown, missing, or has a wrong value; the message names every one, and its source.
     """
-    try:
-        return TypeAdapter(kind).validate_python(values)
-    except ValidationError as error:
-        lines = [_line(kind, problem) for problem in error.errors(include_url=False)]
-        raise ValueError(f"{source}: " + "; ".join(dict.fromkeys(lines))) from None
+    problems: list[tuple[str, str]] = []
+    made = _made(kind, values, "", problems)
+    if problems:
+        by_source: dict[str, list[str]] = {}
+        for key, problem in problems:
+            by_source.setdefault((sources or {}).get(key, source), []).append(problem)
+        lines = (f"{place}: " + "; ".join(dict.fromkeys(lines)) for place, lines in by_source.items())
+        raise ValueError("; ".join(lines))
+    assert made is not None, "nothing was made, and nothing is wrong"
+    return made
 
 
 def require(kind: type[C], value: object, place: str) -> C:
@@ -85,24 +93,122 @@ def read_json(content: bytes, path: Path) -> Any:
         raise ValueError(f"{path} is not JSON: {error}") from None
 
 
-def _line(kind: type, problem: Any) -> str:
-    # Pydantic appends the name of the union member it tried, which is not a key of the file.
-    place = ".".join(str(part) for part in problem["loc"] if part not in ("float", "dict[str,float]"))
-    if problem["type"] == "unexpected_keyword_argument":
-        owner = _owner(kind, problem["loc"][:-1])
-        known = ", ".join(field.name for field in fields(owner)) if is_dataclass(owner) else ""
-        return f"unknown key {place!r}" + (f"; known keys: {known}" if known else "")
-    if problem["type"] == "missing":
-        return f"the key {place!r} is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{place} = {problem['input']!r}: {message}" if place else message
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return a phrase for every setting that differs, by its dotted name, and a single one for those of the tasks."""
+    old, new = _flat(before), _flat(now)
+    different = [
+        path for path in sorted({*old, *new}) if old.get(path) != new.get(path) or (path in old) != (path in new)
+    ]
+    above = {path[:length] for path in different for length in range(len(path))}
+    different = [  # A table that is empty on one side is named by what the other has in it.
+        path for path in different if path not in above or {} not in (old.get(path), new.get(path))
+    ]
+    of_tasks = list(dict.fromkeys(path[1] for path in different if path[0] == "tasks" and len(path) > 1))
+    phrases = [
+        f"{'.'.join(path)} was {_shown(old, path)}, is {_shown(new, path)}"
+        for path in different
+        if path[0] != "tasks" or len(path) == 1
+    ]
+    if of_tasks:
+        more = f" and {len(of_tasks) - 1} more" if len(of_tasks) > 1 else ""
+        phrases.append(f"the benchmark's table of task {of_tasks[0]!r}{more} was another")
+    return phrases
 
 
-def _owner(kind: type, path: tuple[Any, ...]) -> Any:
-    """Return the dataclass that the last key of `path` belongs to."""
-    owner: Any = kind
-    for part in path:
-        if isinstance(part, str) and part in getattr(owner, "__dataclass_fields__", {}):
-            owner = owner.__dataclass_fields__[part].type
-        owner = getattr(owner, "__args__", (owner,))[0]
-    return owner
+def _made(kind: type[C], values: Any, above: str, problems: list[tuple[str, str]]) -> C | None:
+    """Make one configuration; what is wrong is appended to the problems, each with its dotted key."""
+    if not isinstance(values, Mapping):
+        key = above.removesuffix(".")
+        problems.append((key, f"{key} = {values!r} must be a table, [{key}]"))
+        return None
+    known: dict[str, Field[Any]] = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
+    num_before, ready = len(problems), {}
+    for key in values:
+        if key not in known:
+            problems.append((above + key, f"unknown key {above + key!r}; known keys: {', '.join(known)}"))
+    for key, field in known.items():
+        if key in values:
+            ready[key] = _ready(field, values[key], above + key, problems)
+        elif field.default is MISSING and field.default_factory is MISSING:
+            problems.append((above + key, f"the key {above + key!r} is missing"))
+    if len(problems) > num_before:
+        return None
+    try:
+        return kind(**ready)
+    except ValueError as error:
+        key = next((name for name in ready if str(error).startswith(name)), "")
+        problems.append((above + key, above + str(error) if key else str(error)))
+        return None
+
+
+def _ready(field: Field[Any], value: Any, key: str, problems: list[tuple[str, str]]) -> Any:
+    """Return a value as its field has it: a table as a configuration, otherwise checked."""
+    inner = _configuration(field.type)
+    if inner and get_origin(field.type) is tuple and isinstance(value, list):
+        return tuple(_made(inner, item, f"{key}.{number}.", problems) for number, item in enumerate(value))
+    if inner and not isinstance(value, inner):
+        return _made(inner, value, f"{key}.", problems)
+    try:
+        return _checked(field, value)
+    except ValueError as error:
+        problems.append((key, key.removesuffix(field.name) + str(error)))
+        return None
+
+
+def _checked(field: Field[Any], value: Any) -> Any:
+    """Return a value that has the type of its field, a list as a tuple and a text as a path where these are asked for.
+
+    Raises:
+        ValueError: If it has another type; the message names the field.
+    """
+    choices = get_args(field.type) if get_origin(field.type) is Literal else ()
+    if choices and value not in choices:
+        raise ValueError(f"{field.name} = {value!r} is unknown; choose from {', '.join(map(str, choices))}")
+    members = list(_members(field.type))
+    if isinstance(value, str) and Path in members and str not in members:
+        value = Path(value)
+    if isinstance(value, list) and any(get_origin(one) is tuple for one in members):
+        value = tuple(value)
+    if isinstance(value, str) and get_origin(field.type) is tuple:
+        raise ValueError(f"{field.name} = {value!r} must be a tuple of names, such as ({value!r},)")
+    if inner := _configuration(field.type):
+        if all(isinstance(one, inner) for one in (value if isinstance(value, tuple) else (value,))):
+            return value
+        raise ValueError(f"{field.name} = {value!r}: Input should be of {inner.__name__}")
+    try:
+        return _adapter(cast(Hashable, field.type)).validate_python(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ValueError(f"{field.name} = {value!r}: {first['msg']}") from None
+
+
+def _configuration(kind: Any) -> type[Config] | None:
+    """Return the configuration that a type is, or that a tuple is of."""
+    return next((one for one in (kind, *get_args(kind)) if isinstance(one, type) and issubclass(one, Config)), None)
+
+
+def _members(kind: Any) -> Iterator[Any]:
+    """Yield the types of a union, or the type itself."""
+    if get_origin(kind) in (Union, UnionType):
+        yield from get_args(kind)
+    else:
+        yield kind
+
+
+@cache
+def _adapter(kind: Hashable) -> TypeAdapter[Any]:
+    # Strict: "3" and True are no numbers.
+    return TypeAdapter(cast(Any, kind), config=ConfigDict(strict=True, arbitrary_types_allowed=True))
+
+
+def _flat(config: dict[str, Any], above: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """Return nested settings by their path; an empty table is a value too."""
+    flat: dict[tuple[str, ...], Any] = {}
+    for key, value in config.items():
+        path = (*above, key)
+        flat |= _flat(value, path) if isinstance(value, dict) and value else {path: value}
+    return flat
+
+
+def _shown(flat: dict[tuple[str, ...], Any], path: tuple[str, ...]) -> str:
+    return repr(flat[path]) if path in flat else "missing"

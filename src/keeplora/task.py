@@ -1,26 +1,16 @@
-"""A task, examples and a loss, is all that the methods see of a user's problem; a benchmark is a file that names some.
+"""A task, examples and a loss, is all that the methods see of a user's problem.
 
-Subclass `Task`, or hand any object with the same attributes: nothing in it is about images or text.
+Subclass `Task`, or hand any object with `name`, `batches` and `loss`: nothing in it is about images or text.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from keeplora.config import Config, parse, read_toml
-
 Batch = Any
-
-BENCHMARKS = Path(__file__).parent / "data" / "benchmarks"
-
-LONGEST_NAME = 200
-"""Bytes of a task's name; file systems end at 255, and other names are made of it."""
 
 
 class DeferredGradient:
@@ -53,7 +43,7 @@ class DeferredGradient:
 
     def surrogate(self) -> Tensor:
         """Return a scalar whose gradients are the weighted mean of what the losses' would have been."""
-        return (self.made * (self.gradient / max(self.weight, 1)).to(self.made.dtype)).sum()
+        return (self.made * (self.gradient / (self.weight or 1.0)).to(self.made.dtype)).sum()
 
 
 class Task:
@@ -61,27 +51,41 @@ class Task:
 
     name: str
 
+    @staticmethod
+    def of(task: Any) -> "Task":
+        """Return a task as it is, or one that takes what a plain object has, and the defaults for the rest.
+
+        Raises:
+            ValueError: If the object lacks a name, `batches` or `loss`.
+        """
+        if isinstance(task, Task):
+            return task
+        if missing := [name for name in ("name", "batches", "loss") if not hasattr(task, name)]:
+            raise ValueError(f"{task!r} is no task: it has no {missing[0]}; a task has name, batches() and loss(...)")
+        return _PlainTask(task)
+
     def batches(self) -> Iterable[Batch]:
         """Return the training batches, in an order of your choice; a sized iterable if a share of them is asked for."""
         raise NotImplementedError(f"{type(self).__name__} must define batches()")
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the loss of one batch as a scalar: the mean over its examples."""
+        """Return the loss of one batch as a scalar: a mean, over its examples unless `weight` says otherwise."""
         raise NotImplementedError(f"{type(self).__name__} must define loss(model, batch)")
 
-    def weight(self, batch: Batch) -> int:
-        """Return how many examples a batch holds: the length of the first tensor in it, unless overridden."""
-        for value in _leaves(batch):
-            if isinstance(value, Tensor) and value.dim() > 0:
-                return len(value)
-        raise ValueError(f"task {self.name!r}: a batch holds no tensor; override weight(batch)")
+    def weight(self, batch: Batch) -> float:
+        """Return of how much the loss of a batch is the mean: its examples, or answer tokens, say.
+
+        Gradients and losses of batches combine by it. Unless overridden, it is the length of the first tensor.
+        """
+        return length_of(batch, self)
 
     def padding_mask(self, layer: str, batch: Batch) -> Tensor | None:
-        """Say which rows of a layer's input are real: True for real, False for padding, shaped as the input less d_in.
+        """Say which rows of a layer's input are real, shaped as the input less d_in: true for real, false for padding.
 
-        None, the default, means that all rows are real. Padding rows never enter the statistics.
+        Unless overridden, it is the batch's `attention_mask`, if the batch is a mapping that has one; None means that
+        all rows are real. Padding rows never enter the statistics.
         """
-        return None
+        return batch.get("attention_mask") if isinstance(batch, Mapping) else None
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return what the merge check compares, logits for instance; the loss unless overridden."""
@@ -100,130 +104,45 @@ class Task:
         return ()
 
     def micro_batches(self, batch: Batch) -> Iterable[Batch]:
-        """Return the batches that one may be cut into, so that its loss is the mean of theirs by `num_examples`.
+        """Return the batches that one may be cut into, so that its loss is the mean of theirs by `weight`.
 
         Read by gradients, second moments, evaluation, and training where one process trains a model as it is.
         """
         return [batch]
 
     def sample(self, batch: Batch) -> Batch:
-        """Return what of a batch the merge check compares the outputs of: its first part, unless overridden."""
+        """Return what of a batch the merge check reads: its first micro-batch, unless overridden."""
         return next(iter(self.micro_batches(batch)))
 
     @contextmanager
     def frozen(self, model: nn.Module) -> Iterator[Sequence[DeferredGradient]]:
         """Promise that the weights stay as they are inside: a task may keep what depends on them alone.
 
-        What it keeps with a gradient it hands out, at any time inside, as a stand-in, and uses its leaf.
+        What it keeps with a gradient it hands out, at any time inside, as a deferred gradient, and uses its leaf.
         """
         yield ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class TaskSpec(Config):
-    """One task of a benchmark file."""
+class _PlainTask(Task):
+    """A task made of an object that is none by class: what the object has goes before the defaults."""
 
-    name: str
-    """Name of the task, and of its folder in a run."""
-    path: Path
-    """Folder or zip archive with SPLIT/CLASS/IMAGE, or a Hugging Face dataset; relative to the benchmark file."""
-    reader: str = "folder"
-    """How to read `path`: folder (a zip archive is one too) or dataset."""
-    template: str = "a photo of a {}."
-    """The prompt of a class; {} is replaced by its name."""
-    class_names: dict[str, str] = field(default_factory=dict)
-    """The name to use in the prompt, for classes whose stored name does not read well."""
-    image_column: str = "image"
-    """Column of the images (reader dataset)."""
-    label_column: str = "label"
-    """Column of the labels (reader dataset)."""
-    epochs: int | None = None
-    """Number of epochs of this task, where it differs from the run's."""
-    hub: str = ""
-    """`path` as it was written, for a dataset of the hub; filled in."""
-
-    def __post_init__(self) -> None:
-        if not self.name or "/" in self.name or self.name.startswith(".") or not self.name.isprintable():
-            raise ValueError(f"task name {self.name!r} cannot name a folder")
-        if len(self.name.encode(errors="replace")) > LONGEST_NAME:
-            raise ValueError(f"task name {self.name[:20] + '...'!r} is too long for a folder; give a shorter one")
-        if "{}" not in self.template:
-            raise ValueError(f"task {self.name!r}: template {self.template!r} has no {{}} for the class name")
-        if self.epochs is not None and self.epochs < 1:
-            raise ValueError(f"task {self.name!r}: epochs = {self.epochs} must be at least 1")
+    def __init__(self, task: Any) -> None:
+        for name in dir(Task):
+            if not name.startswith("_") and name != "of" and hasattr(task, name):
+                setattr(self, name, getattr(task, name))
+        self.name = task.name
 
 
-@dataclass(frozen=True, kw_only=True)
-class CompareBudget(Config):
-    """What a comparison spends on each method: epochs, and settings to choose from on the validation splits."""
-
-    epochs: int | None = None
-    """Epochs of each task; those of [defaults.train] if not given."""
-    search_tasks: int | None = None
-    """Learn this many tasks, the first ones, in each run of the search; all if not given."""
-    learning_rate: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
-    """Learning rates to try first, the same for every method."""
-    search: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
-    """For a method by its name: values of its settings to try next, at the best learning rates."""
-    rates_kept: int = 2
-    """At how many of the best learning rates they are tried."""
-    common: dict[str, Any] = field(default_factory=dict)
-    """Options that every method gets, such as the rank; otherwise its own defaults."""
-    options: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """For a method by its name: options that it gets instead."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        rates = self.learning_rate
-        if not rates or not all(math.isfinite(rate) and rate > 0 for rate in rates):
-            raise ValueError(f"learning_rate = {list(rates)} must list positive numbers")
-        if len(set(rates)) < len(rates):
-            raise ValueError(f"learning_rate = {list(rates)} lists a number twice")
-        for name in ("epochs", "search_tasks", "rates_kept"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} = {value} must be at least 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Benchmark(Config):
-    """A stream of tasks, in the order they are learned."""
-
-    name: str
-    description: str = ""
-    tasks: tuple[TaskSpec, ...]
-    defaults: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Settings that suit this benchmark: a table [defaults.train], and one for a method by its name."""
-    compare: CompareBudget = field(default_factory=CompareBudget)
-    """What `keeplora compare` spends on each method."""
-
-    def __post_init__(self) -> None:
-        names = [task.name for task in self.tasks]
-        if not names:
-            raise ValueError("a benchmark needs at least one [[tasks]]")
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"two tasks are named {sorted(twice)[0]!r}; names must differ")
-
-
-def read_benchmark(name: str) -> Benchmark:
-    """Read a benchmark that comes with the package by its name, or any by the path of its TOML file.
+def length_of(batch: Batch, task: Task) -> int:
+    """Return how many examples a batch holds: the length of the first tensor in it.
 
     Raises:
-        ValueError: If there is none, or the file is wrong; the message names the key or lists the known names.
+        ValueError: If there is none; the message names the task.
     """
-    path = Path(name) if name.endswith(".toml") else BENCHMARKS / f"{name}.toml"
-    if not name.endswith(".toml") and not path.is_file():
-        known = ", ".join(sorted(file.stem for file in BENCHMARKS.glob("*.toml")))
-        raise ValueError(f"unknown benchmark {name!r}; known: {known}, or give the path of a .toml file")
-    values = read_toml(path)
-    if any(isinstance(task, dict) and "hub" in task for task in _as_list(values.get("tasks"))):
-        raise ValueError(f"{path}: tasks have no key 'hub'; give the name of a dataset as path")
-    benchmark = parse(Benchmark, {"name": path.stem} | values, source=str(path))
-    tasks = tuple(replace(task, path=path.parent / task.path, hub=str(task.path)) for task in benchmark.tasks)
-    return replace(benchmark, tasks=tasks)
-
-
-def _as_list(value: object) -> list[Any]:
-    return value if isinstance(value, list) else []
+    for value in _leaves(batch):
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return len(value)
+    raise ValueError(f"task {task.name!r}: a batch holds no tensor; override weight(batch)")
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

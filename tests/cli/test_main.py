@@ -12,9 +12,9 @@ import pytest
 from rich.console import Console
 
 import tiny
-from keeplora import task
+from keeplora.cli import learn, progress
 from keeplora.cli import main as cli
-from keeplora.cli import progress
+from keeplora.data import benchmark
 from keeplora.evaluation.accuracy_matrix import Results
 from keeplora.methods.base import MethodConfig
 from keeplora.methods.keeplora import KeepLoRAConfig
@@ -37,7 +37,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def embedded(place, monkeypatch, tmp_path):
-    monkeypatch.setattr(task, "BENCHMARKS", place)
+    monkeypatch.setattr(benchmark, "BENCHMARKS", place)
     monkeypatch.setitem(registry.EMBEDDED, "mini", place / "model")
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
@@ -182,7 +182,7 @@ def test_an_interrupted_run_says_that_it_can_go_on(capsys, monkeypatch):
     def interrupted(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run_stream", interrupted)
+    monkeypatch.setattr(learn, "run_stream", interrupted)
     assert "interrupted; a run keeps what it has finished" in refused(capsys, "run")
 
 
@@ -201,8 +201,8 @@ def captured(monkeypatch):
             method=config.method, benchmark="b", model="m", seed=0, tasks=["a"], zero_shot=[1.0], accuracy=[[2.0]]
         )
 
-    monkeypatch.setattr(cli, "run_stream", fake)
-    monkeypatch.setattr(cli, "show_run", lambda results, run: None)  # There is no run directory.
+    monkeypatch.setattr(learn, "run_stream", fake)
+    monkeypatch.setattr(learn, "show_run", lambda results, run: None)  # There is no run directory.
     return configs
 
 
@@ -279,17 +279,33 @@ def test_help_of_run_shows_the_papers_defaults(capsys, place, monkeypatch):
         cli.main(["run", "--benchmark", str(place / "colors.toml"), "--help"])
     shown = words_of(capsys.readouterr().out)
     for flag, default in {
-        "--rank INT": "16", "--alpha FLOAT": "1.0", "--weight-energy": "vision 0.85 text 0.2",
+        "--rank INT": "16", "--alpha FLOAT": "1.0", "--weight-energy": "vision 0.85 text 0.2 other 0.6",
         "--feature-energy FLOAT": "0.99", "--learning-rate FLOAT": "0.001", "--batch-size INT": "64",
         "--epochs INT": "10", "--method STR": "keeplora", "--features": "second_moment", "--classifier": "none",
     }.items():  # fmt: skip
         assert f"(default: {default})" in shown.split(flag)[1].split(" --")[0], flag
 
 
-def test_help_of_run_shows_the_benchmarks_own_defaults(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["run", "--help"])
-    assert "(default: 2)" in words_of(capsys.readouterr().out).split("--rank INT")[1].split(" --")[0]
+def settings_shown(capsys, *arguments):
+    """Return what --show-settings says: the value and the source of each setting."""
+    cli.main(["run", *arguments, "--show-settings"])
+    lines = [re.split(r" {2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    return {line[0]: tuple(line[1:]) for line in lines if len(line) == 3}
+
+
+def test_settings_are_shown_with_their_sources_and_nothing_is_learned(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(learn, "run_stream", None)
+    (tmp_path / "mine.toml").write_text("seed = 5\n[train]\nwarmup = 0.5\n[options]\nalpha = 4.0\n")
+    found = settings_shown(capsys, "--config", "mine.toml", "--seed", "6", "--method", "keeplora_plus", "--epochs", "1")
+    assert found["seed"] == ("6", "--seed")
+    assert found["train.epochs"] == ("1", "--epochs")
+    assert found["train.warmup"] == ("0.5", "mine.toml")
+    assert found["options.alpha"] == ("4.0", "mine.toml")
+    assert found["train.batch_size"] == ("6", "benchmark 'mini' [defaults.train]")
+    assert found["options.rank"] == ("2", "benchmark 'mini' [defaults.keeplora]")
+    assert found["options.classifier"] == ("cosine", "method keeplora_plus")
+    assert found["options.feature_energy"] == ("0.99", "default")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_without_a_terminal_a_long_loop_tells_how_far_it_is_once_a_minute(monkeypatch, capsys):

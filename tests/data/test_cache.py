@@ -14,11 +14,11 @@ from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 import tiny
 from keeplora.data import cache
+from keeplora.data.benchmark import read_benchmark
 from keeplora.data.cache import PixelStore, kept
 from keeplora.data.readers import read_splits
 from keeplora.models.dual_encoder import DualEncoder
 from keeplora.progress import silent
-from keeplora.task import read_benchmark
 
 CROPPING = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
 STRETCHING = SiglipImageProcessorPil(size={"height": 16, "width": 16})

@@ -12,9 +12,9 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 import tiny
+from keeplora.data.benchmark import TaskSpec
 from keeplora.data.cache import PixelStore
 from keeplora.data.readers import HELD_OUT, read_splits
-from keeplora.task import TaskSpec
 
 
 def spec_of(path, **options):

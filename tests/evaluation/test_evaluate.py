@@ -7,12 +7,12 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 import tiny
+from keeplora.data.benchmark import TaskSpec, read_benchmark
 from keeplora.data.readers import read_splits
 from keeplora.evaluation.evaluate import evaluate
 from keeplora.models.dual_encoder import DualEncoder
 from keeplora.models.registry import family_of
 from keeplora.progress import silent
-from keeplora.task import TaskSpec, read_benchmark
 
 TEMPLATES = ("a drawing of a {}.", "a photo of a big dark {} thing.")
 

@@ -1,5 +1,4 @@
 import math
-import weakref
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -10,12 +9,14 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from keeplora.layers.fisher import fisher_diagonals
-from keeplora.layers.gradients import mean_gradients, mean_over_examples
+from keeplora.layers.gradients import averages, mean_gradients
 from keeplora.layers.input_covariance import input_grams
+from keeplora.layers.statistics import ExactGradient, SquaredGradient
+from keeplora.progress import silent
 from keeplora.subspace import linear_algebra as linalg
 from keeplora.subspace.protected import new_directions, principal_bases
-from keeplora.training.state_file import from_bytes, to_bytes
-from tiny import MLP, TokenTask, VectorTask, classification_task, clip_model, llama_model, siglip_model
+from keeplora.training.state_file import from_bytes
+from tiny import MLP, TokenTask, VectorTask, classification_task, clip_model, llama_model, siglip_model, to_bytes
 
 LAYERS = ["fc1", "fc2", "out"]
 SELF_ATTENTION = "model.layers.{}.self_attn.{}_proj"
@@ -93,11 +94,11 @@ def test_gradient_is_the_mean_over_examples_whatever_the_batch_sizes():
         close(gradients[name], wanted)
 
 
-def test_only_the_targets_get_a_gradient_and_the_model_is_in_evaluation_mode():
+def test_no_weight_requires_a_gradient_and_the_model_is_in_training_mode():
     model, task = odd_model(), Watching()
     assert list(mean_gradients(model, task, ["fc2"])) == ["fc2"]
-    assert task.required == ["fc2.weight"]
-    assert not any(task.training)
+    assert task.required == []
+    assert all(task.training)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -118,17 +119,23 @@ def test_flags_modes_and_hooks_are_given_back_after_an_error(collect):
     assert borrowed(model) == before
 
 
-def test_no_two_gradients_of_a_batch_are_held_at_once():
-    alive, most = [], []
+@pytest.mark.parametrize("kind", [ExactGradient, SquaredGradient])
+def test_no_two_gradients_of_a_batch_are_held_at_once(kind, monkeypatch):
+    held, most = {}, []
 
-    def statistic(gradient, num_examples):
-        alive.append(weakref.ref(gradient))
-        most.append(sum(reference() is not None for reference in alive))
-        return gradient
+    class Watched(kind):
+        def add(self, inputs, output_gradients, weight):
+            super().add(inputs, output_gradients, weight)
+            held[id(self)] = getattr(self, "_of_batch", None) is not None
+            most.append(sum(held.values()))
 
-    mean_over_examples(MLP(), VectorTask(), LAYERS, statistic)
+        def end_batch(self):
+            super().end_batch()
+            held[id(self)] = False
+
+    averages(Watched, MLP(), VectorTask(), LAYERS, share=1.0, track=silent)
     assert len(most) == len(LAYERS) * len(VectorTask().data)
-    assert max(most) == 1
+    assert max(most) <= 1
 
 
 class Twice(torch.nn.Module):
@@ -155,47 +162,49 @@ def test_layers_that_share_a_weight_both_get_what_is_found_of_it(collect):
     assert found["tied"].equal(found["fc"])
 
 
-def test_a_loss_may_differentiate_with_respect_to_a_weight():
+@pytest.mark.parametrize(
+    "extra",
+    [
+        lambda model, loss: loss + (model.fc1.weight**2).sum(),
+        lambda model, loss: loss + torch.cat([model.out.weight.flatten(), model.fc1.weight.flatten()]).norm(),
+        lambda model, loss: loss + torch.nn.functional.linear(torch.ones(2, 17), weight=model.fc2.weight).sum(),
+        lambda model, loss: loss + model.fc1.weight.T.sum(),
+    ],
+)
+def test_a_loss_that_uses_a_weight_past_its_layer_is_refused(extra):
     class Penalised(VectorTask):
         def loss(self, model, batch):
-            value = super().loss(model, batch)
-            (gradient,) = torch.autograd.grad(value, [model.fc1.weight], create_graph=True)
-            return value + (gradient**2).sum()
+            return extra(model, super().loss(model, batch))
 
-    model, task = MLP(), Penalised(sizes=(9, 4))
-    gradients = mean_gradients(model, task, LAYERS)
-    for name, wanted in gradients_in_batches(model, task, LAYERS).items():
-        close(gradients[name], wanted)
+    for collect in (mean_gradients, fisher_diagonals):
+        with pytest.raises(ValueError, match=r"'vectors': its loss uses the weight of layer '\w+' past the layer"):
+            collect(MLP(), Penalised(sizes=(9, 4)), LAYERS)
 
 
-def gradients_in_batches(model, task, layers):
-    """Average the gradients of the batches, as autograd returns them, over the examples."""
-    weights = [model.get_submodule(name).weight for name in layers]
-    sums, count = [0.0] * len(weights), 0
-    for batch in task.data:
-        found = torch.autograd.grad(task.loss(model, batch), weights)
-        sums = [total + len(batch[0]) * gradient for total, gradient in zip(sums, found, strict=True)]
-        count += len(batch[0])
-    return {name: total / count for name, total in zip(layers, sums, strict=True)}
-
-
-def test_a_gradient_that_a_function_of_the_users_stops_is_zero():
-    class Stop(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, weight):
-            return weight.sum()
-
-        @staticmethod
-        def backward(ctx, gradient):
-            return None
-
-    class Stopped(VectorTask):
+def test_what_a_loss_does_with_a_weight_without_a_gradient_is_no_use_of_it():
+    class Harmless(VectorTask):
         def loss(self, model, batch):
-            return super().loss(model, batch) + Stop.apply(model.spare.weight)
+            with torch.no_grad():
+                scale = model.fc1.weight.norm()
+            assert model.fc1.weight.dtype == torch.float32
+            return super().loss(model, batch) + 0 * (
+                scale + model.fc2.weight.detach().sum() + len(model.out.weight.data)
+            )
 
-    model = MLP()
-    model.spare = torch.nn.Linear(3, 4)
-    assert mean_gradients(model, Stopped(), ["fc2", "spare"])["spare"].equal(torch.zeros(4, 3))
+    found, wanted = (mean_gradients(MLP(), task, LAYERS) for task in (Harmless(), VectorTask()))
+    for name in LAYERS:
+        close(found[name], wanted[name])
+
+
+def test_a_loss_with_second_derivatives_is_refused():
+    class Smooth(VectorTask):
+        def loss(self, model, batch):
+            inputs = batch[0].clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(super().loss(model, (inputs, batch[1])), [inputs], create_graph=True)
+            return (gradient**2).sum()
+
+    with pytest.raises(ValueError, match="'vectors': its loss takes second derivatives"):
+        mean_gradients(MLP(), Smooth(), LAYERS)
 
 
 def test_a_task_leaves_its_frozen_state_after_an_error():
@@ -234,7 +243,7 @@ def test_a_loss_that_is_not_finite_names_the_task():
 def test_a_gradient_that_is_not_finite_names_task_and_layer():
     class Steep(VectorTask):
         def loss(self, model, batch):
-            return super().loss(model, batch) + (model.fc2.weight * 0).sum().sqrt()
+            return super().loss(model, batch) + (model.fc2(torch.ones(1, 17)) * 0).sum().sqrt()
 
     with pytest.raises(ValueError, match=r"'steep'.*'fc2'"):
         mean_gradients(MLP(), Steep("steep"), LAYERS)
@@ -317,22 +326,26 @@ def test_fisher_of_single_examples_is_the_mean_of_their_squared_gradients():
     close(fisher, sum(gradients_one_by_one(model, task, [batch], ["fc2"])["fc2"] ** 2 for batch in task.data) / 12)
 
 
+class Signed(VectorTask):
+    """Every example twice, once with the opposite loss: the mean gradient vanishes, those of examples do not."""
+
+    def __init__(self, num_examples):
+        super().__init__(sizes=(1,) * num_examples)
+        self.data = [(*batch, sign * torch.ones(1)) for batch in self.data for sign in (-1.0, 1.0)]
+
+    def loss(self, model, batch):
+        rows, labels, signs = batch
+        return (signs.to(rows.dtype) * torch.nn.functional.cross_entropy(model(rows), labels, reduction="none")).mean()
+
+
 def test_fisher_of_batches_estimates_that_of_single_examples_where_the_mean_gradient_vanishes():
-    model, task = MLP(), VectorTask(sizes=(1,) * 60)
-    singles = [gradients_one_by_one(model, task, [batch], ["fc2"])["fc2"] for batch in task.data]
-    mean = sum(singles) / 60
-
-    class Centred(VectorTask):
-        """The same losses less the mean gradient's part, which then vanishes."""
-
-        def loss(self, model, batch):
-            return super().loss(model, batch) - (mean.float() * model.fc2.weight).sum()
-
-    wanted = sum((single - mean) ** 2 for single in singles) / 60
+    model, task = MLP(), Signed(30)
+    wanted = fisher_diagonals(model, task, ["fc2"])["fc2"].double()
+    assert mean_gradients(model, task, ["fc2"])["fc2"].double().square().sum() < 1e-9 * wanted.sum()
     found = []
     for seed in range(40):
         order = torch.randperm(60, generator=torch.Generator().manual_seed(seed)).tolist()
-        shuffled = Centred(sizes=(1,) * 60)
+        shuffled = Signed(30)
         shuffled.data = [
             tuple(torch.cat(parts) for parts in zip(*(task.data[i] for i in order[k : k + 4]), strict=True))
             for k in range(0, 60, 4)
@@ -433,13 +446,13 @@ def test_what_was_made_of_an_input_in_place_is_another_input():
 
 
 @pytest.mark.parametrize("collect", [mean_gradients, fisher_diagonals])
-def test_a_loss_without_a_gradient_in_evaluation_mode_is_an_error(collect):
+def test_a_loss_without_a_gradient_is_an_error(collect):
     class Quiet(VectorTask):
         def loss(self, model, batch):
-            with torch.set_grad_enabled(model.training):
+            with torch.no_grad():
                 return super().loss(model, batch)
 
-    with pytest.raises(ValueError, match="'vectors': the loss depends on no target layer when the model is in eval"):
+    with pytest.raises(ValueError, match="'vectors': the loss depends on no target layer"):
         collect(MLP(), Quiet(), LAYERS)
 
 

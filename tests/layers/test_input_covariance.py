@@ -12,12 +12,13 @@ from keeplora.layers.input_covariance import SEEN, SeenInputs, Watched, grams_of
 from keeplora.methods.keeplora import KeepLoRA, KeepLoRAConfig
 from keeplora.runs.config import RunConfig
 from keeplora.runs.loop import run
-from keeplora.runs.phases import Unfinished
+from keeplora.runs.phases import TaskPhases
 from keeplora.subspace import linear_algebra as linalg
 from keeplora.subspace import protected
 from keeplora.training.checkpoints import Checkpoints
-from keeplora.training.state_file import from_bytes, to_bytes
+from keeplora.training.state_file import from_bytes
 from keeplora.training.trainer import TrainConfig, fit
+from tiny import to_bytes
 
 OPTIONS = {"targets": ("fc1", "fc2", "out"), "weight_energy": 0.4, "feature_energy": 0.8, "rank": 3}
 STILL = TrainConfig(epochs=3, learning_rate=1e-9)
@@ -59,7 +60,7 @@ def test_only_the_last_epoch_counts():
     class Watching(tiny.VectorTask):
         def loss(self, model, batch):
             if layers := lora.lora_layers(model):  # None in the gradient pass.
-                seen_inputs.append(len(layers["fc1"]._forward_pre_hooks))
+                seen_inputs.append(len(layers["fc1"]._forward_hooks))
             return super().loss(model, batch)
 
     method, merged = learned("last_epoch", MOVING, task=Watching())
@@ -76,9 +77,9 @@ def test_one_layers_input_is_collected_once_for_all_that_share_it():
     method = KeepLoRA(KeepLoRAConfig(features="last_epoch", rank=2, weight_energy=0.3))
     adapted = method.before_task(model, task)
     fit(adapted, method.training_task(adapted, task, 1), replace(STILL, epochs=1))
-    inputs = getattr(adapted, SEEN).inputs
-    assert len(inputs.leaders) == 16
-    assert len(inputs.statistics) == 8
+    watcher = getattr(adapted, SEEN).watcher
+    assert len(watcher.leaders) == 16
+    assert sum(own[0].total is not None for own in watcher.accumulators.values()) == 8
 
 
 def test_a_model_trained_without_the_lesson_is_an_error_that_says_the_cure():
@@ -152,9 +153,9 @@ def test_a_run_that_is_cut_off_at_any_checkpoint_ends_as_one_that_was_not(tmp_pa
         options=KeepLoRAConfig(rank=2, weight_energy=0.3, feature_energy=0.8, features="last_epoch"),
         checkpoint_steps=1,
     )
-    kept, keep = [], Unfinished._keep
+    kept, keep = [], TaskPhases._keep
     with monkeypatch.context() as patch:
-        patch.setattr(Unfinished, "_keep", lambda self, state: (kept.append(1), keep(self, state)))
+        patch.setattr(TaskPhases, "_keep", lambda self, state: (kept.append(1), keep(self, state)))
         run(config)
     assert len(kept) >= 12
 
@@ -170,7 +171,7 @@ def test_a_run_that_is_cut_off_at_any_checkpoint_ends_as_one_that_was_not(tmp_pa
                 raise CutOff
 
         with monkeypatch.context() as patch:
-            patch.setattr(Unfinished, "_keep", stop)
+            patch.setattr(TaskPhases, "_keep", stop)
             with pytest.raises(CutOff):
                 run(cut)
         run(cut)

@@ -3,11 +3,12 @@ import dataclasses
 import pytest
 import torch
 
+import tiny
 from keeplora.config import parse
 from keeplora.layers.gradients import mean_gradients
 from keeplora.methods.keeplora import KeepLoRA, KeepLoRAConfig
 from keeplora.methods.registry import METHODS, find_method, known_methods, method_behind, settings_of, variants
-from keeplora.runs.config import RunConfig, run_defaults
+from keeplora.runs.config import RunConfig
 from keeplora.subspace import linear_algebra as linalg
 from keeplora.subspace.protected import new_directions
 from tiny import MLP, VectorTask, clip_model, train
@@ -43,11 +44,11 @@ def test_names_of_methods_and_variants_differ():
 
 
 def test_a_variants_options_go_before_the_benchmarks_for_its_method_and_flags_before_them():
-    plain, ablated = (run_defaults("mini", name, {}, "test").options for name in ("keeplora", "keeplora_no_features"))
+    plain, ablated = (tiny.resolved("mini", name).options for name in ("keeplora", "keeplora_no_features"))
     assert ablated == dataclasses.replace(plain, feature_energy=0.0)
-    train_of = [run_defaults("mini", name, {}, "test").train for name in ("keeplora", "keeplora_no_features")]
+    train_of = [tiny.resolved("mini", name).train for name in ("keeplora", "keeplora_no_features")]
     assert train_of[0] == train_of[1]
-    given = run_defaults("mini", "keeplora_plus", {"options": {"rank": 5}}, "test").options
+    given = tiny.resolved("mini", "keeplora_plus", {"options": {"rank": 5}}).options
     assert (given.classifier, given.rank) == ("cosine", 5)
 
 
@@ -100,7 +101,7 @@ def test_a_trained_a_leaves_the_residual_space_and_the_certificate_says_how_far(
 def test_the_releases_principal_directions_are_those_of_the_output_side():
     model = clip_model()
     method = KeepLoRA(KeepLoRAConfig(rank=2, weight_side="output", weight_energy=0.5))
-    method.protect_principal(model)
+    method.protect(model)
     for name, basis in method.bases.items():
         weight = model.get_submodule(name).weight.detach().double()
         u, s, _ = torch.linalg.svd(weight)
@@ -120,7 +121,7 @@ def test_the_releases_energy_rule_is_one_direction_short_for_weights_and_first_t
     for rule in ("reach", "one_short"):
         model = MLP()
         method = KeepLoRA(KeepLoRAConfig(**{**OPTIONS, "energy_rule": rule, "weight_energy": 0.9}))
-        method.protect_principal(model)
+        method.protect(model)
         counts[rule] = {name: basis.shape[1] for name, basis in method.bases.items()}
     assert counts["one_short"] == {name: count - 1 for name, count in counts["reach"].items()}
     added = []

@@ -11,13 +11,12 @@ from transformers import CLIPModel
 from keeplora.evaluation.evaluate import evaluate
 from keeplora.layers import lora
 from keeplora.layers.fused_forward import fused_layers
-from keeplora.layers.gradient_sketches import gradient_sketches
-from keeplora.layers.gradients import mean_gradients
+from keeplora.layers.gradients import gradient_sketches, mean_gradients
 from keeplora.layers.input_covariance import input_grams
 from keeplora.models import dual_encoder
 from keeplora.models.clip_last_layer import only_the_pooled_row
 from keeplora.subspace.gradient_sketch import GradientSketch
-from tiny import classification_task, clip_model, siglip_model
+from tiny import autograd_gradients, classification_task, clip_model, siglip_model
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
@@ -126,11 +125,14 @@ def test_statistics_of_the_last_layers_inputs_see_all_rows():
         assert rows_in_the_mlp(model, lambda target=target: input_grams(model, task, [target])) == {5}
 
 
-def test_a_sketch_of_the_last_layers_gradient_sees_all_rows():
+def test_a_gradient_of_the_last_layer_is_read_from_the_one_row_that_it_is_made_of():
     model, task = clip_model(), classification_task()
     name = "vision_model.encoder.layers.1.self_attn.q_proj"
     sketches = {name: GradientSketch(24, torch.zeros(24, 0), 2, seed=0)}
-    assert rows_in_the_mlp(model, lambda: gradient_sketches(model, task, sketches)) == {5}
+    assert rows_in_the_mlp(model, lambda: gradient_sketches(model, task, sketches)) == {1}
+    whole = autograd_gradients(clip_model(), classification_task(), [name])[name]
+    whole = whole * sum(task.weight(batch) for batch in task.batches())
+    torch.testing.assert_close(sketches[name].range, whole @ sketches[name].right, rtol=1e-3, atol=1e-4)
 
 
 def watch(model):

@@ -3,10 +3,10 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
 
+from keeplora.data.benchmark import read_benchmark
 from keeplora.models.dual_encoder import tokenise
 from keeplora.models.registry import FAMILIES, family_of
 from keeplora.progress import silent
-from keeplora.task import read_benchmark
 from tiny import classification_task, save_dual_encoder, siglip_model, tokenizer, write_benchmark
 
 

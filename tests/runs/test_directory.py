@@ -204,11 +204,11 @@ def test_a_file_instead_of_a_folder_is_refused(tmp_path):
 def test_a_newer_format_asks_for_an_update(cut):
     manifest = json.loads((cut.output / "run.json").read_text()) | {"format": 99}
     (cut.output / "run.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=r"run\.json has format 99, newer than 2; update keeplora"):
+    with pytest.raises(ValueError, match=r"run\.json has format 99, newer than 3; update keeplora"):
         run(cut)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "3", '{"format": 2}', '{"format": "x"}', "\x00", "null"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "3", '{"format": 3}', '{"format": "x"}', "\x00", "null"])
 def test_a_damaged_manifest_is_named(cut, content):
     (cut.output / "run.json").write_text(content)
     with pytest.raises(ValueError, match=r"run\.json is damaged or not of keeplora"):
@@ -217,7 +217,7 @@ def test_a_damaged_manifest_is_named(cut, content):
 
 def test_a_run_of_an_older_format_says_what_to_do(cut):
     (cut.output / "run.json").write_text('{"format": 1}')
-    with pytest.raises(ValueError, match="format 1, older than 2; go on with the keeplora that wrote it"):
+    with pytest.raises(ValueError, match="format 1, older than 3; go on with the keeplora that wrote it"):
         run(cut)
 
 

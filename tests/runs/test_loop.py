@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoModel, AutoTokenizer
 
 import tiny
+from keeplora.data.benchmark import read_benchmark
 from keeplora.evaluation.accuracy_matrix import Results
 from keeplora.evaluation.evaluate import evaluate
 from keeplora.methods.base import MethodConfig
@@ -17,7 +18,6 @@ from keeplora.progress import silent
 from keeplora.runs.config import RunConfig
 from keeplora.runs.loop import run
 from keeplora.runs.manifest import read_manifest
-from keeplora.task import read_benchmark
 from keeplora.training.trainer import TrainConfig, fit
 
 run_module = importlib.import_module("keeplora.runs.loop")  # the package's own `run` is the function

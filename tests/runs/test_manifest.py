@@ -7,7 +7,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from keeplora.runs.manifest import RUN_FORMAT, differences, manifest_bytes, new_manifest, read_manifest
+from keeplora.config import differences
+from keeplora.runs.manifest import RUN_FORMAT, manifest_bytes, new_manifest, read_manifest
 
 QUICK = settings(deadline=None, derandomize=True, max_examples=100)
 
@@ -185,12 +186,12 @@ def test_a_missing_key_is_named_although_the_checksum_is_right(folder, key):
     assert key in refused(folder, manifest_bytes({name: value for name, value in WHOLE.items() if name != key}))
 
 
-@pytest.mark.parametrize("found", [2.0, "2", "x", None, True, False, [2], {"format": 2}], ids=repr)
+@pytest.mark.parametrize("found", [3.0, "3", "x", None, True, False, [3], {"format": 3}], ids=repr)
 def test_a_format_that_is_no_whole_number_is_damage_not_another_version(folder, found):
     assert "damaged or not of keeplora" in refused(folder, manifest_bytes({**WHOLE, "format": found}))
 
 
-@pytest.mark.parametrize("found", [0, 1, 3, -5, 2**70])
+@pytest.mark.parametrize("found", [0, 1, 2, 4, -5, 2**70])
 def test_another_format_is_named_and_what_to_do(folder, found):
     assert f"has format {found}, " in refused(folder, manifest_bytes({**WHOLE, "format": found}))
 

@@ -5,12 +5,12 @@ import random
 import pytest
 
 import tiny
+from keeplora.data.benchmark import read_benchmark
 from keeplora.evaluation.evaluate import evaluate
 from keeplora.methods.registry import known_methods
-from keeplora.runs.config import RunConfig, stream_of
+from keeplora.runs.config import RunConfig
 from keeplora.runs.loop import run
 from keeplora.runs.open import reopen
-from keeplora.task import read_benchmark
 
 
 class CutOff(Exception):
@@ -71,7 +71,7 @@ def test_orders_follow_from_their_number_and_hold_every_task(place, tmp_path):
 def test_every_order_of_the_tasks_comes_once_and_then_is_an_error(place):
     def stream(order):
         config = RunConfig(benchmark=str(place / "colors.toml"), order=order)
-        return tuple(spec.name for spec in stream_of(config))
+        return tuple(spec.name for spec in config.stream)
 
     assert len({stream(order) for order in range(6)}) == 6
     with pytest.raises(ValueError, match="order = 6: 3 tasks have only the orders 0 to 5"):
@@ -82,7 +82,7 @@ def test_a_long_streams_order_is_the_shuffle_of_its_number():
     places = list(range(11))
     random.Random(2).shuffle(places)
     names = [spec.name for spec in read_benchmark("mini").tasks]
-    assert [spec.name for spec in stream_of(RunConfig(order=2))] == [names[place] for place in places]
+    assert [spec.name for spec in RunConfig(order=2).stream] == [names[place] for place in places]
 
 
 @pytest.mark.slow

@@ -13,7 +13,6 @@ import tiny
 from keeplora.cli import main as cli
 from keeplora.methods.registry import METHODS
 from keeplora.models.registry import family_of
-from keeplora.runs.config import run_defaults
 from keeplora.runs.manifest import manifest_bytes, new_manifest
 from keeplora.studies.doctor import diagnose as doctor
 from keeplora.studies.doctor import dry_run, output_directory
@@ -35,7 +34,7 @@ def stream(tmp_path):
 
 def examine(stream, model, method="keeplora", duplicates=True, **values):
     settings = {**SETTINGS, "model": str(model), "output": stream.parent / "run", **values}
-    return diagnose(run_defaults(str(stream), method, settings, "test"), duplicates=duplicates)
+    return diagnose(tiny.resolved(str(stream), method, settings), duplicates=duplicates)
 
 
 def texts(found, level):

@@ -12,8 +12,8 @@ from torch import nn
 import tiny
 from keeplora.cli import main as cli
 from keeplora.evaluation.evaluate import evaluate
-from keeplora.layers.module_state import other_weights
-from keeplora.runs.config import load_stream
+from keeplora.layers.weights import other_weights
+from keeplora.runs.open import load_stream
 from keeplora.studies import principal as analyze
 from keeplora.studies.principal import PrincipalConfig, principal_curve, principal_spectrum
 from keeplora.subspace import linear_algebra as linalg

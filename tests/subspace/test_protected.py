@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy.linalg import subspace_angles
 
-from keeplora.layers.residual_gradients import residuals_of
+from keeplora.layers.gradients import residuals_of
 from keeplora.subspace import protected as subspace
 from keeplora.subspace.certificate import LayerCertificate, certificate_to_json, certificates, leak
 from tiny import MLP
@@ -104,10 +104,10 @@ def test_residuals_know_which_share_of_the_gradients_norm_is_left():
     wanted = float((gradient.double() @ outside).norm() / gradient.double().norm())
     given = {"any": gradient, "inside": gradient @ basis @ basis.T, "zero": torch.zeros(7, 12)}
     found = residuals_of(dict(given), dict.fromkeys(given, basis))
-    assert float(found["any.survives"]) == pytest.approx(wanted, rel=1e-5)
-    assert float(found["inside.survives"]) < 1e-5
-    assert float(found["zero.survives"]) == 0.0
-    assert float(residuals_of({"any": gradient}, {"any": basis[:, :0]})["any.survives"]) == pytest.approx(1.0)
+    assert found.surviving["any"] == pytest.approx(wanted, rel=1e-5)
+    assert found.surviving["inside"] < 1e-5
+    assert found.surviving["zero"] == 0.0
+    assert residuals_of({"any": gradient}, {"any": basis[:, :0]}).surviving["any"] == pytest.approx(1.0)
 
 
 def test_leak_is_the_share_of_the_update_inside_the_basis():

@@ -24,12 +24,13 @@ from keeplora.runs.directory import UNFINISHED, RunDirectory
 from keeplora.runs.loop import run
 from keeplora.runs.manifest import read_manifest
 from keeplora.runs.open import read_run
-from keeplora.runs.phases import Unfinished
+from keeplora.runs.phases import TaskPhases
 from keeplora.runs.verify import certify
 from keeplora.training.checkpoints import Checkpoints
 from keeplora.training.profiling import Clock
-from keeplora.training.state_file import from_bytes, to_bytes
+from keeplora.training.state_file import from_bytes
 from keeplora.training.trainer import TrainConfig, fit
+from tiny import to_bytes
 
 PHASES = ("gradient", "initialise", "train", "merge", "features", "evaluate", "record")
 
@@ -228,7 +229,7 @@ class CutOff(Exception):
 def cut_off(config, output, monkeypatch):
     """End a run when its second task has been trained for a while; return its configuration."""
     kept = count()
-    keep = Unfinished._keep
+    keep = TaskPhases._keep
 
     def cut(self, state):
         keep(self, state)
@@ -237,7 +238,7 @@ def cut_off(config, output, monkeypatch):
 
     config = replace(config, output=output)
     with monkeypatch.context() as patch:
-        patch.setattr(Unfinished, "_keep", cut)
+        patch.setattr(TaskPhases, "_keep", cut)
         with pytest.raises(CutOff):
             run(config)
     return config
@@ -288,8 +289,8 @@ def test_training_goes_on_from_the_last_checkpoint_and_computes_nothing_again(co
 @pytest.mark.slow
 def test_the_checkpoints_are_no_more_than_the_given_time_apart(config, tmp_path, monkeypatch):
     kept = []
-    keep = Unfinished._keep
-    monkeypatch.setattr(Unfinished, "_keep", lambda self, state: (kept.append(state["batch"]), keep(self, state)))
+    keep = TaskPhases._keep
+    monkeypatch.setattr(TaskPhases, "_keep", lambda self, state: (kept.append(state["batch"]), keep(self, state)))
     often = replace(config, output=tmp_path / "often", first_tasks=1, checkpoint_steps=None, checkpoint_minutes=1e-9)
     run(often)
     assert kept == [1, 2, 0, 1, 2, 0]
@@ -318,7 +319,7 @@ def test_a_changed_setting_is_refused_while_the_first_task_is_being_learned(conf
         raise CutOff
 
     with monkeypatch.context() as patch:
-        patch.setattr(Unfinished, "_keep", end)
+        patch.setattr(TaskPhases, "_keep", end)
         with pytest.raises(CutOff):
             run(cut)
     with pytest.raises(ValueError, match="seed was 0, is 1"):

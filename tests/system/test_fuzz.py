@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tiny
-from keeplora import task
 from keeplora.cli import main as cli
+from keeplora.data import benchmark
 from keeplora.methods.keeplora import KeepLoRAConfig
 from keeplora.models import registry
 from keeplora.runs.atomic_store import write_atomically
@@ -150,7 +150,7 @@ def elsewhere(place, tmp_path, monkeypatch):
         raise ValueError("nothing is learned in this test")
 
     monkeypatch.setattr(sys.modules["keeplora.runs.loop"], "learn", learn)
-    monkeypatch.setattr(task, "BENCHMARKS", place)
+    monkeypatch.setattr(benchmark, "BENCHMARKS", place)
     monkeypatch.setitem(registry.EMBEDDED, "mini", place / "model")
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
@@ -357,7 +357,7 @@ def test_train_settings_of_a_method_that_are_no_table_are_named(place, capsys):
     Path("fuzzed.toml").write_text((place / "colors.toml").read_text() + "[defaults.keeplora]\ntrain = 3\n")
     code, said = outcome(capsys, "run", "--benchmark", "fuzzed.toml")
     assert code == 1
-    assert "benchmark 'fuzzed.toml': train = 3 in the defaults of a method must be a table" in said
+    assert "benchmark 'fuzzed.toml' [defaults.keeplora]: train = 3 must be a table" in said
 
 
 @pytest.mark.parametrize("content", TEXTS, ids=lambda content: repr(content[:12]))

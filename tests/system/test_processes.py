@@ -14,7 +14,7 @@ from keeplora.methods.keeplora import KeepLoRAConfig
 from keeplora.runs.config import RunConfig
 from keeplora.runs.loop import run
 from keeplora.runs.manifest import read_manifest
-from keeplora.runs.phases import Unfinished
+from keeplora.runs.phases import TaskPhases
 from keeplora.runs.verify import certify
 from keeplora.training.trainer import TrainConfig
 
@@ -28,7 +28,7 @@ def in_one_of_two(rank, config, port, checkpoints_before_the_end):
     os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}", "ACCELERATE_USE_CPU": "true"}  # fmt: skip
     torch.set_num_threads(1)
-    keep, kept = Unfinished._keep, []
+    keep, kept = TaskPhases._keep, []
 
     def cut(self, state):
         keep(self, state)
@@ -37,7 +37,7 @@ def in_one_of_two(rank, config, port, checkpoints_before_the_end):
             torch.distributed.barrier()
             os._exit(CUT)
 
-    Unfinished._keep = cut
+    TaskPhases._keep = cut
     run(config)
     torch.distributed.destroy_process_group()
 

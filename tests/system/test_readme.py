@@ -11,7 +11,7 @@ import pytest
 
 from keeplora.cli import main as cli
 from keeplora.config import parse
-from keeplora.task import Benchmark
+from keeplora.data.benchmark import Benchmark
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -42,22 +42,18 @@ def test_the_benchmark_of_the_readme_is_one():
 
 @pytest.mark.parametrize("command", [line for line in shell_commands() if "keeplora " in line])
 def test_every_keeplora_command_is_understood(command, monkeypatch):
-    asked = {}
-    defaults = cli.run_defaults
+    asked, function_of = {}, cli._function
 
     def understood(name):
         """Take the command's arguments in its place."""
 
-        @wraps(cli.COMMANDS[name])
+        @wraps(function_of(name))
         def ask(*args, **options):
             asked[name] = (args, options)
 
         return ask
 
-    for name in cli.COMMANDS:
-        monkeypatch.setitem(cli.COMMANDS, name, understood(name))
-    monkeypatch.setattr(cli, "run", lambda flags: asked.update(run=flags.output))
-    monkeypatch.setattr(cli, "run_defaults", lambda benchmark, *rest: defaults("mini", *rest))
+    monkeypatch.setattr(cli, "_function", understood)
     arguments = shlex.split(command)[1:]
     cli.main(arguments)
     assert "runs/" in str(asked[arguments[0]])

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from keeplora.training.random_state import capture_order, capture_random, restore_order, restore_random
-from keeplora.training.state_file import from_bytes, to_bytes
+from keeplora.training.state_file import from_bytes
+from tiny import to_bytes
 
 QUICK = settings(deadline=None, derandomize=True, max_examples=100)
 

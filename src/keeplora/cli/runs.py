@@ -1,4 +1,4 @@
-"""The subcommands that work on a run directory. Each is a typed function, as in `cli`."""
+"""The commands that work on a run directory. Each is a typed function."""
 
 import sys
 from dataclasses import replace
@@ -26,7 +26,7 @@ console = Console()
 
 
 def evaluate(run: tyro.conf.Positional[Path], *, split: Literal["test", "validation"] | None = None) -> None:
-    """Evaluate the model of a run directory on all tasks of its benchmark, and compare with what the run recorded.
+    """Evaluate the model of a run on all tasks, and compare with what the run recorded.
 
     Args:
         run: The run directory.
@@ -44,6 +44,7 @@ def export(run: tyro.conf.Positional[Path], flags: tyro.conf.OmitArgPrefixes[Exp
     """Write what a run learned as a folder that works without keeplora, with a model card.
 
     Example: keeplora export runs/mini --format merged --output exports/mini
+
     Example: keeplora export runs/mini --format adapter --rank 32 --dtype bfloat16 --output exports/mini-lora
 
     Args:
@@ -59,7 +60,9 @@ def export(run: tyro.conf.Positional[Path], flags: tyro.conf.OmitArgPrefixes[Exp
 
 
 def certify(run: tyro.conf.Positional[Path], *, layers: bool = False, json: Path | None = None) -> None:
-    """Check a run directory against its own files: hashes, certificates, merged model. Ends with 1 if a check fails.
+    """Check a run directory against its own files: hashes, certificates, merged model.
+
+    Ends with exit code 1 if a check fails.
 
     Example: keeplora certify runs/mini --layers
 
@@ -84,7 +87,7 @@ def certify(run: tyro.conf.Positional[Path], *, layers: bool = False, json: Path
 def resume(
     run: tyro.conf.Positional[Path], *, checkpoint_steps: int | None = None, checkpoint_minutes: float = 5.0
 ) -> None:
-    """Go on with a run that was cut off, from its last finished phase or checkpoint; a complete one is shown.
+    """Resume a run after its last completed phase or checkpoint; a complete one is shown.
 
     Example: keeplora resume runs/mini
 
@@ -102,7 +105,9 @@ def resume(
 
 
 def undo(run: tyro.conf.Positional[Path], task: tyro.conf.Positional[str], *, output: Path) -> None:
-    """Write a run directory that is another one without one of its tasks: model, protected directions, scores.
+    """Write a run directory that is another one without one of its tasks.
+
+    The model is made again, the task's directions are protected no longer, and states that never were are evaluated.
 
     Example: keeplora undo runs/mini food --output runs/mini-without-food
 

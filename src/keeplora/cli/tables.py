@@ -13,6 +13,7 @@ from rich.text import Text
 from keeplora.evaluation.accuracy_matrix import METRIC_NAMES, Results
 from keeplora.evaluation.capacity import MOST, Capacity, LayerCapacity, forecast
 from keeplora.evaluation.intervals import Estimate
+from keeplora.runs.config import RunConfig
 from keeplora.runs.export.card import Card
 from keeplora.runs.verify import Proof, TaskProof
 from keeplora.studies.compare.comparison import COSTS, SCORES, Comparison
@@ -37,6 +38,17 @@ def score_table(runs: list[Results]) -> Table:
         table.add_row(escape(task), f"{runs[0].zero_shot[i]:.1f}", *cells, end_section=i + 1 == len(runs[0].tasks))
     for key in HEADLINE:
         table.add_row(METRIC_NAMES[key], "", *[_number(run.summary()[key]) for run in runs])
+    return table
+
+
+def settings_table(config: RunConfig) -> Table:
+    """Tabulate every setting of a run with its source; what somebody chose is bold."""
+    table = Table(title="Settings of the run", box=None, padding=(0, 2, 0, 0))
+    for heading in ("setting", "value", "from"):
+        table.add_column(heading, overflow="fold")
+    for name, (value, source) in config.settings.items():
+        shown = escape(str(value))
+        table.add_row(name, shown if source == "default" else f"[bold]{shown}[/]", escape(source))
     return table
 
 

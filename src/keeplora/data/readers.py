@@ -17,8 +17,8 @@ import datasets as hf_datasets
 import torch
 from PIL import Image
 
+from keeplora.data.benchmark import TaskSpec
 from keeplora.data.images import Examples
-from keeplora.task import TaskSpec
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 

@@ -32,8 +32,7 @@ def batches_of(model: nn.Module, task: Task, share: float, track: Track, what: s
                 f"task {task.name!r} has {total} batches for {num_processes} processes; use fewer processes"
             )
         total = len(range(rank, total, num_processes))
-    batches = track(itertools.islice(batches, rank, None, num_processes), f"{task.name}: {what}", total)
-    for batch in batches:
+    for batch in track(itertools.islice(batches, rank, None, num_processes), f"{task.name}: {what}", total):
         yield to_device(batch, device_of(model))
 
 
@@ -42,12 +41,21 @@ def share_of(num_batches: int, share: float) -> int:
     return math.ceil(round(share * num_batches, 6))  # 0.07 * 100 is a little above 7
 
 
-def sum_over_processes(tensors: dict[str, Tensor], count: int) -> int:
-    """Add tensors up over all processes, in place, and a count."""
+def add_up(*tensors: Tensor) -> None:
+    """Add each tensor up over all processes, in place."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def total_of(number: float, device: torch.device) -> float:
+    """Return the sum of a number over all processes."""
     if not dist.is_initialized():
-        return count
-    for tensor in tensors.values():
-        dist.all_reduce(tensor)
-    total = torch.tensor(count, device=next(iter(tensors.values())).device)
-    dist.all_reduce(total)
-    return int(total)
+        return number
+    add_up(total := torch.tensor(number, dtype=torch.float64, device=device))
+    return float(total)
+
+
+def is_main_process() -> bool:
+    """Tell whether this is the first of several processes, or the only one."""
+    return not dist.is_initialized() or dist.get_rank() == 0

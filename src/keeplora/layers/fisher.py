@@ -4,9 +4,10 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from keeplora.layers.gradients import mean_over_examples
+from keeplora.layers.gradients import averages
+from keeplora.layers.statistics import SquaredGradient
 from keeplora.progress import Track, silent
-from keeplora.task import Batch, Task
+from keeplora.task import Batch, Task, length_of
 
 
 def fisher_diagonals(
@@ -14,8 +15,8 @@ def fisher_diagonals(
 ) -> dict[str, Tensor]:
     """Estimate the diagonal of the empirical Fisher information of the target weights from one gradient pass.
 
-    The estimate is the mean over batches, each weighted by its examples, of `n * gradient ** 2`: `n` is the number of
-    examples in a batch, `gradient` that of their mean loss. For batches drawn at random its expectation is the mean
+    The estimate is the mean over batches, each by its weight, of `n * gradient ** 2`: `n` is the weight of a batch, the
+    number of its examples, `gradient` that of their mean loss. For batches drawn at random its expectation is the mean
     square of one example's gradient, which is the empirical Fisher's diagonal, plus `n - 1` times the square of the
     task's mean gradient. The two are equal where the mean gradient vanishes, and always with batches of one example;
     with few batches the estimate is noisy besides, so that smaller ones are better and slower.
@@ -33,9 +34,9 @@ def fisher_diagonals(
 
     Raises:
         LearningError: If a loss or a gradient is not finite.
-        ValueError: If there is no batch.
+        ValueError: If there is no batch, or the loss depends on a weight otherwise than through its layer.
     """
-    return mean_over_examples(model, _Cut(task, batch_size), targets, _squared, track=track)
+    return averages(SquaredGradient, model, _Cut(Task.of(task), batch_size), targets, share=1.0, track=track)
 
 
 class _Cut(Task):
@@ -50,14 +51,14 @@ class _Cut(Task):
         return self.task.batches()
 
     def micro_batches(self, batch: Batch) -> Iterable[Batch]:
-        count = self.task.weight(batch)
+        count = length_of(batch, self)
         size = self.batch_size or count
         return [_part(batch, count, slice(start, start + size)) for start in range(0, count, size)]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return self.task.loss(model, batch)
 
-    def weight(self, batch: Batch) -> int:
+    def weight(self, batch: Batch) -> float:
         return self.task.weight(batch)
 
 
@@ -71,7 +72,3 @@ def _part(batch: Batch, count: int, part: slice) -> Batch:
         cut = [_part(value, count, part) for value in batch]
         return type(batch)(*cut) if hasattr(batch, "_fields") else type(batch)(cut)
     return batch
-
-
-def _squared(gradient: Tensor, num_examples: int) -> Tensor:
-    return gradient.float().square().mul_(num_examples)

@@ -1,32 +1,30 @@
-"""Statistics of a model on a task: mean gradients of the target weights, and second moments of their inputs.
-
-Nothing is stored on modules, and whatever is borrowed (hooks, `requires_grad`, the training mode) is given back even
-when a batch raises. Several processes each take their share of the batches and add up what they found.
-"""
+"""Gradients of the target weights on a task: exact ones, sketches of them, and what of them lies outside a subspace."""
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from keeplora.layers.distributed import batches_of, sum_over_processes
-from keeplora.layers.fused_forward import fused_layers
-from keeplora.layers.module_state import evaluation_mode, only_these_require_grad
-from keeplora.layers.statistics import require_finite
+from keeplora.layers import weights
+from keeplora.layers.distributed import add_up
+from keeplora.layers.module_state import device_of
+from keeplora.layers.named_tensors import NamedTensors
+from keeplora.layers.statistics import Accumulator, ExactGradient, collect, require_finite
 from keeplora.progress import Track, silent
+from keeplora.subspace import linear_algebra as linalg
+from keeplora.subspace.certificate import share_of_norm
+from keeplora.subspace.gradient_sketch import GradientSketch
 from keeplora.task import Task
-
-Statistic = Callable[[Tensor, int], Tensor]
-"""Makes a statistic `[d_out, d_in]` of the gradient of a mean loss and the number of examples it is the mean of."""
 
 
 def mean_gradients(
     model: nn.Module, task: Task, targets: list[str], *, share: float = 1.0, track: Track = silent
 ) -> dict[str, Tensor]:
-    """Average the gradient of the loss with respect to the target weights over a task's examples (G_t, Eq. 4).
+    """Average the gradient of the loss with respect to the target weights over a task (G_t, Eq. 4).
 
-    Only the targets get a gradient. The mean is over examples, so a smaller last batch weighs less.
+    The mean is by `task.weight`, so a smaller last batch weighs less.
 
     Args:
         model: Any module whose targets are `nn.Linear`.
@@ -39,98 +37,148 @@ def mean_gradients(
         For each target the gradient `[d_out, d_in]` in float32; zero where no gradient reached the layer.
 
     Raises:
-        ValueError: If there is no batch, or if a loss or a gradient is not finite.
+        LearningError: If a loss or a gradient is not finite.
+        ValueError: If there is no batch, or the loss depends on a weight otherwise than through its layer.
     """
-    return mean_over_examples(model, task, targets, lambda gradient, _: gradient, share=share, track=track)
+    return averages(ExactGradient, model, task, targets, share=share, track=track)
 
 
-def mean_over_examples(
-    model: nn.Module, task: Task, targets: list[str], statistic: Statistic, *, share: float = 1.0, track: Track = silent
+def averages(
+    kind: Callable[[Tensor], Accumulator],
+    model: nn.Module,
+    task: Task,
+    targets: list[str],
+    *,
+    share: float,
+    track: Track,
 ) -> dict[str, Tensor]:
-    """Average a statistic of each batch's gradient over a task's examples, as `mean_gradients` does the gradient.
+    """Return for each layer what accumulators of a kind find of its gradients, by the weight of all batches.
 
-    Takes, returns and raises what `mean_gradients` does; `statistic` is asked for every part of a batch and target. One
-    that is not linear in the gradient needs a task that cuts batches as it means to, and keeps nothing frozen.
+    Layers that share a weight share an accumulator: its gradient is what is found by all of them.
     """
-    weights = {name: model.get_parameter(f"{name}.weight") for name in targets}
-    sums = GradientSums(weights, statistic)
-    with only_these_require_grad(model, list(weights.values())):
-        count = add_gradients(model, task, sums.add, share, track)
-    count = sum_over_processes(sums.totals, count)
-    if count == 0:
-        raise ValueError(f"task {task.name!r} gave no batch to take a gradient from")
-    for name, total in sums.totals.items():
-        require_finite(total, f"task {task.name!r}: the gradient of layer {name!r} is not finite; is the learning rate"
-                               " of an earlier task too high, or the precision too low?")  # fmt: skip
-        total.div_(count)
-    return sums.totals
+    found: dict[Tensor, Accumulator] = {}
+    for name in targets:
+        zeros = torch.zeros(weights.shape_of(model, name), device=device_of(model))
+        found.setdefault(model.get_parameter(f"{name}.weight"), kind(zeros))
+    own = {name: found[model.get_parameter(f"{name}.weight")] for name in targets}
+    watcher = collect(
+        model, task, {name: [one] for name, one in own.items()}, share=share, track=track, what="gradient"
+    )
+    _require_batches(watcher.total_weight, task)
+    for one in found.values():
+        one.result().div_(watcher.total_weight)
+    for name, one in own.items():
+        _require_finite_gradient(one.result(), name, task)
+    return {name: one.result() for name, one in own.items()}
 
 
-AddGradient = Callable[[Tensor, list[Tensor], int, float], tuple[Tensor | None, ...]]
-"""Takes a mean loss, leaves, of how many examples it is the mean, and its weight; uses the loss's gradient with respect
-to what it is after, and returns that with respect to the leaves."""
+class SketchedGradient(Accumulator):
+    """A sketch of the sum over batches of weight times the gradient of their mean loss."""
+
+    reads_gradients: ClassVar[bool] = True
+
+    def __init__(self, sketch: GradientSketch) -> None:
+        super().__init__()
+        self.sketch = sketch
+
+    def add(self, inputs: Tensor, output_gradients: Tensor | None, weight: float) -> None:
+        """Let the inputs and the gradients at the outputs meet in the sketch; their product is never made."""
+        assert output_gradients is not None
+        self.sketch.add(inputs, output_gradients, weight)
+
+    def reduce(self) -> None:
+        """Add the sketches of all processes up: together they are that of all batches."""
+        add_up(*self.sketch.sums)
 
 
-def add_gradients(model: nn.Module, task: Task, add: AddGradient, share: float, track: Track) -> int:
-    """Hand the loss of every part of a share of a task's batches to `add`; return the number of examples.
+def gradient_sketches(
+    model: nn.Module, task: Task, sketches: dict[str, GradientSketch], *, share: float = 1.0, track: Track = silent
+) -> None:
+    """Add the gradient of the loss, summed over a task, to a sketch for each target layer.
 
-    What the task keeps frozen is differentiated once, after all of them.
+    It is the gradient that `mean_gradients` averages, but for the weight of all batches, on which no direction depends.
+
+    Args:
+        model: Any module whose targets are `nn.Linear`.
+        task: Gives the batches and the loss.
+        sketches: By the target layers' names; they are changed in place.
+        share: Use this share of the batches, from the start of `task.batches()`.
+        track: Shows progress over the batches.
 
     Raises:
-        LearningError: If a loss is not finite.
-        ValueError: If no loss depends on what requires a gradient.
+        LearningError: If a loss or a gradient is not finite.
+        ValueError: If there is no batch, or the loss depends on a weight otherwise than through its layer.
     """
-    count, reached = 0, False
-    with evaluation_mode(model), fused_layers(model), task.frozen(model) as deferred:
-        for batch in batches_of(model, task, share, track, "gradient"):
-            for part in task.micro_batches(batch):
-                num_examples = task.weight(part)
-                if num_examples == 0:
-                    continue
-                loss = task.loss(model, part)
-                require_finite(loss, f"task {task.name!r}: the loss of a batch is {loss.item()} in the gradient pass")
-                count += num_examples
-                if not loss.requires_grad:
-                    continue
-                reached = True
-                gradients = add(loss, [one.leaf for one in deferred], num_examples, num_examples)
-                for one, gradient in zip(deferred, gradients, strict=True):
-                    one.add(gradient, num_examples)
-        for one in deferred:
-            add(one.surrogate(), [], count, one.weight)
-    if count and not reached:
-        raise ValueError(
-            f"task {task.name!r}: the loss depends on no target layer when the model is in evaluation mode, in which"
-            " the gradient pass runs; is it computed without gradients there?"
+    sharing: dict[Tensor, list[Accumulator]] = {}
+    for name, sketch in sketches.items():
+        sharing.setdefault(model.get_parameter(f"{name}.weight"), []).append(SketchedGradient(sketch))
+    own = {name: sharing[model.get_parameter(f"{name}.weight")] for name in sketches}
+    watcher = collect(model, task, own, share=share, track=track, what="gradient")
+    _require_batches(watcher.total_weight, task)
+    for name, sketch in sketches.items():
+        for picture in sketch.sums:
+            _require_finite_gradient(picture, name, task)
+
+
+@dataclass(frozen=True)
+class ResidualGradients(NamedTensors):
+    """By layer, what of the gradient on a task lies outside a protected subspace (Eq. 4 and 5, arXiv 2601.19659)."""
+
+    rows: dict[str, Tensor]
+    """`[n, d_in]`: their leading right singular vectors are those of the residual gradient."""
+    norms: dict[str, float]
+    """The norm of the whole gradient, in the scale of the rows."""
+    surviving: dict[str, float]
+    """The share of that norm which is left."""
+
+
+def exact_residuals(
+    model: nn.Module, task: Task, bases: dict[str, Tensor], rank: int, share: float, track: Track
+) -> ResidualGradients:
+    """Average the gradient of every layer and project its basis out; the rows are `[d_out, d_in]`."""
+    return residuals_of(mean_gradients(model, task, list(bases), share=share, track=track), bases)
+
+
+def residuals_of(gradients: dict[str, Tensor], bases: dict[str, Tensor]) -> ResidualGradients:
+    """Project the basis out of each layer's gradient `[d_out, d_in]`; the dictionary of gradients is emptied."""
+    found = ResidualGradients({}, {}, {})
+    for name, basis in bases.items():
+        gradient = gradients.pop(name)  # Given free at once, so that not all of them are there twice.
+        found.rows[name] = linalg.project_out(gradient, basis)
+        found.norms[name] = float(gradient.norm())
+        found.surviving[name] = share_of_norm(found.rows[name], gradient)
+    return found
+
+
+def sketched_residuals(
+    model: nn.Module, task: Task, bases: dict[str, Tensor], rank: int, share: float, track: Track
+) -> ResidualGradients:
+    """Sketch the gradient of every layer outside its basis; the rows are `[<= rank, d_in]`, the rest estimates."""
+    sketches = {
+        name: GradientSketch(weights.shape_of(model, name)[0], basis, rank, seed=seed)
+        for seed, (name, basis) in enumerate(bases.items())
+    }
+    gradient_sketches(model, task, sketches, share=share, track=track)
+    found = ResidualGradients({}, {}, {})
+    for name in bases:
+        sketch = sketches.pop(name)
+        s, vh = sketch.top(rank)
+        found.rows[name], found.norms[name], found.surviving[name] = (
+            s.unsqueeze(1) * vh,
+            sketch.norm,
+            sketch.surviving_share,
         )
-    return count
+    return found
 
 
-class GradientSums:
-    """Sums of a statistic of each weight's gradients. A gradient is let go of before the next weight's is made."""
+RESIDUALS = {"exact": exact_residuals, "sketch": sketched_residuals}
 
-    def __init__(self, weights: dict[str, nn.Parameter], statistic: Statistic) -> None:
-        self.totals = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
-        self._sharing: dict[nn.Parameter, list[Tensor]] = {}
-        for name, weight in weights.items():
-            self._sharing.setdefault(weight, []).append(self.totals[name])
-        self._statistic = statistic
 
-    def add(self, loss: Tensor, leaves: list[Tensor], num_examples: int, weight: float) -> tuple[Tensor | None, ...]:
-        """Add the statistic of the gradients of a mean over so many examples; return those of the leaves."""
-        take = partial(self._take, num_examples, weight)
-        # Only now: a loss may itself differentiate with respect to a weight.
-        hooks = [shared.register_hook(partial(take, totals)) for shared, totals in self._sharing.items()]
-        try:
-            return torch.autograd.grad(loss, [*self._sharing, *leaves], allow_unused=True)[len(self._sharing) :]
-        finally:
-            for hook in hooks:
-                hook.remove()
+def _require_batches(total_weight: float, task: Task) -> None:
+    if total_weight == 0:
+        raise ValueError(f"task {task.name!r} gave no batch to take a gradient from")
 
-    def _take(self, num_examples: int, weight: float, totals: list[Tensor], gradient: Tensor | None) -> Tensor | None:
-        if gradient is None:
-            return None
-        found = self._statistic(gradient, num_examples)
-        for total in totals:
-            total.add_(found, alpha=weight)
-        return gradient.new_zeros(()).expand_as(gradient)  # What autograd keeps until its pass ends takes no memory.
+
+def _require_finite_gradient(gradient: Tensor, layer: str, task: Task) -> None:
+    require_finite(gradient, f"task {task.name!r}: the gradient of layer {layer!r} is not finite; is the learning rate"
+                             " of an earlier task too high, or the precision too low?")  # fmt: skip

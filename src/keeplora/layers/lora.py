@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, cast
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from pydantic import BaseModel, FiniteFloat, PositiveInt
 from safetensors.torch import save
@@ -28,6 +29,15 @@ PREFIX = "base_model.model."
 N = TypeVar("N", int, float)
 LoraLinear: TypeAlias = Linear
 """A linear layer that PEFT adapted."""
+
+MERGE_ERROR_ALLOWED = 1e-3
+"""How far a merged layer may be from the adapted one, beyond rounding, relative to what the update changes."""
+
+ROUNDINGS = 4
+"""How many roundings of each product that a layer adds up are explained."""
+
+NUM_PROBES = 8
+"""Random rows on which a merged layer is compared with the adapted one."""
 
 A_KEY, B_KEY = ".lora_A.weight", ".lora_B.weight"
 
@@ -92,6 +102,21 @@ class SavedAdapter:
             ValueError: If it is none that `files` could have written; the message names the path and the key.
         """
         return PeftConfig.from_peft_type(**read_adapter_config(content, LoraConfig().to_dict(), path))
+
+
+def require_unadapted(model: nn.Module) -> None:
+    """Check that no layer has an adapter.
+
+    Raises:
+        ValueError: If one has: a second one would be trained beside it.
+    """
+    adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    if adapted:
+        raise ValueError(
+            f"the model has {len(adapted)} layers with an adapter, {adapted[0]!r} first. If a task was interrupted,"
+            " take it back: model = method.abandon(adapted). If the adapter is your own, merge it first: model ="
+            " adapted.merge_and_unload()"
+        )
 
 
 def linear_targets(model: nn.Module, suffixes: tuple[str, ...]) -> list[str]:
@@ -177,12 +202,6 @@ def lora_layers(adapted: nn.Module) -> dict[str, LoraLinear]:
     return {name.removeprefix(PREFIX): module for name, module in found.items()}
 
 
-def add_to_base(layer: LoraLinear, update: Tensor) -> None:
-    """Add an update `[d_out, d_in]` to the base weight of an adapted layer."""
-    with torch.no_grad():
-        layer.get_base_layer().weight.add_(update.to(layer.get_base_layer().weight.dtype))
-
-
 def set_factors(layer: LoraLinear, a: Tensor, b: Tensor) -> None:
     """Copy the factors `a [r, d_in]` and `b [d_out, r]` into an adapted layer."""
     with torch.no_grad():
@@ -219,10 +238,9 @@ def inner(adapted: nn.Module) -> nn.Module:
     return cast(nn.Module, cast(PeftModel, adapted).get_base_model())
 
 
-def base_parameters(adapted: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the base model's parameters by the names they have without the adapter."""
-    found = inner(adapted).named_parameters()
-    return {name.replace(".base_layer.", "."): value for name, value in found if ".lora_" not in name}
+def base_name(name: str) -> str:
+    """Return the name that a parameter of the model inside an adapter has without the adapter."""
+    return name.removeprefix(PREFIX).replace(".base_layer.", ".")
 
 
 def merge(adapted: nn.Module) -> nn.Module:
@@ -235,6 +253,46 @@ def merge(adapted: nn.Module) -> nn.Module:
         return cast(nn.Module, cast(PeftModel, adapted).merge_and_unload(safe_merge=True))
     except ValueError as error:
         raise LearningError(f"the trained update cannot be merged: {error}. Lower learning_rate") from error
+
+
+def merge_checked(adapted: nn.Module, task: str) -> tuple[nn.Module, float]:
+    """Merge every update, and compare on random inputs what each layer computes before and after.
+
+    Returns:
+        The plain base model, and the worst layer's error, relative to what the update changes in its outputs.
+
+    Raises:
+        LearningError: If a merged weight would not be finite, or the error is more than rounding explains.
+    """
+    probes = {name: _Probe(layer) for name, layer in lora_layers(adapted).items()}
+    merged = merge(adapted)
+    errors = [probe.error(name, merged.get_submodule(name), task) for name, probe in probes.items()]
+    return merged, max(errors, default=0.0)
+
+
+class _Probe:
+    """Random rows, and what an adapted layer makes of them, with its update and without."""
+
+    def __init__(self, layer: LoraLinear) -> None:
+        weight = layer.get_base_layer().weight
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            self.rows = torch.randn(NUM_PROBES, weight.shape[1], generator=generator).to(weight)
+            self.adapted = layer(self.rows).float()
+            self.change = float((self.adapted - layer.get_base_layer()(self.rows).float()).norm())
+            sizes = self.rows.abs() @ weight.abs().T
+            self.rounding = ROUNDINGS * torch.finfo(weight.dtype).eps * float(sizes.float().norm())
+
+    def error(self, name: str, merged: nn.Module, task: str) -> float:
+        """Return the relative error of the merged layer, or raise it."""
+        with torch.no_grad():
+            error = float((merged(self.rows).float() - self.adapted).norm())
+        if not error <= MERGE_ERROR_ALLOWED * self.change + self.rounding:
+            raise LearningError(
+                f"task {task!r}: merging changed what layer {name!r} computes by {error:.3g}, where its update changes"
+                f" {self.change:.3g} and rounding explains {self.rounding:.3g}; was it altered outside the adapter?"
+            )
+        return error / self.change if self.change > 0 else 0.0
 
 
 def unload(adapted: nn.Module) -> nn.Module:

@@ -1,21 +1,21 @@
-"""Borrow from a module and give back: gradient flags, training modes, weights."""
+"""What is changed of a module for a while and given back: gradient flags, modes, dropout."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 
 
 @contextmanager
-def only_these_require_grad(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Let only the given parameters require a gradient; give every flag back."""
+def nothing_requires_grad(model: nn.Module) -> Iterator[None]:
+    """Let no parameter require a gradient; give every flag back."""
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         model.requires_grad_(False)
-        for parameter in parameters:
-            parameter.requires_grad_(True)
         yield
     finally:
         for parameter, flag in before.items():
@@ -25,33 +25,52 @@ def only_these_require_grad(model: nn.Module, parameters: list[nn.Parameter]) ->
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put a model in evaluation mode; give each module its own mode back."""
+    with _modes_given_back(model):
+        model.eval()
+        yield
+
+
+@contextmanager
+def training_mode_without_dropout(model: nn.Module) -> Iterator[None]:
+    """Put a model in training mode, but without what makes it random or changes it: dropout and running statistics.
+
+    transformers checkpoints activations in training mode alone. Dropout is a module, or a number that a module hands to
+    a function (`attention_dropout`, `layerdrop`); the numbers are 0 inside.
+    """
+    numbers = [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if ("dropout" in name or name == "layerdrop") and isinstance(value, float)
+    ]
+    with _modes_given_back(model):
+        model.train()
+        for module in model.modules():
+            if isinstance(module, _DropoutNd | _NormBase):
+                module.eval()
+        try:
+            for module, name, _ in numbers:
+                setattr(module, name, 0.0)
+            yield
+        finally:
+            for module, name, value in numbers:
+                setattr(module, name, value)
+
+
+@contextmanager
+def _modes_given_back(model: nn.Module) -> Iterator[None]:
     before = {module: module.training for module in model.modules()}
     try:
-        model.eval()
         yield
     finally:
         for module, training in before.items():
             module.training = training
 
 
-@contextmanager
-def other_weights(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
-    """Let the layers named have other weights `[d_out, d_in]`; give each its own tensor back."""
-    parameters = {name: model.get_parameter(f"{name}.weight") for name in weights}
-    own = {name: parameter.data for name, parameter in parameters.items()}
-    try:
-        for name, parameter in parameters.items():
-            parameter.data = weights[name].to(parameter.dtype)
-        yield
-    finally:
-        for name, parameter in parameters.items():
-            parameter.data = own[name]
-
-
 def is_watched(module: nn.Module) -> bool:
-    """Say whether hooks look at what goes through a module."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(map(len, hooks))
+    """Say whether hooks look at what goes through a module, other than those that only read gradients."""
+    found = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(not getattr(hook, "reads_gradients_only", False) for hooks in found for hook in hooks.values())
 
 
 def is_wrapped(model: nn.Module) -> bool:

@@ -11,18 +11,23 @@ def in_tower(name: str, tower: str) -> bool:
 
 
 def tower_share(name: str, weight_energy: float | Mapping[str, float]) -> float:
-    """Return a layer's share of the energy: the one value, or that of the tower which its name names.
+    """Return a layer's share of the energy: the one value, that of the tower which its name names, or that of `other`.
 
     Raises:
-        ValueError: If the layer is in none of the towers.
+        ValueError: If the layer is in none of the towers, and there is no `other`.
     """
     if not isinstance(weight_energy, Mapping):
         return weight_energy
     for tower, share in weight_energy.items():
         if in_tower(name, tower):
             return share
+    if "other" in weight_energy:
+        return weight_energy["other"]
     towers = ", ".join(weight_energy)
-    raise ValueError(f"layer {name!r} is in none of the towers {towers} of weight_energy; give it one value for all")
+    raise ValueError(
+        f"layer {name!r} is in none of the towers {towers} of weight_energy; add a value for other"
+        ", or give one value for all"
+    )
 
 
 def layer_scales(names: list[str], first: float) -> dict[str, float]:

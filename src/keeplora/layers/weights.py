@@ -1,10 +1,47 @@
-"""The weights of a model: the one place that hashes them."""
+"""The weights of a model's layers: the one place that reads them, adds to them, or hashes them.
+
+Whoever asks gets the whole matrix of one layer at a time in float32, whatever it is stored as.
+"""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+import xxhash
+from torch import Tensor, nn
+
+
+def shape_of(model: nn.Module, layer: str) -> tuple[int, int]:
+    """Return `(d_out, d_in)` of a layer's weight."""
+    d_out, d_in = _stored(model, layer).shape
+    return d_out, d_in
+
+
+def read_weight(model: nn.Module, layer: str) -> Tensor:
+    """Return the weight of a layer in float32, `[d_out, d_in]`, on its device; it may be the stored one itself."""
+    return _stored(model, layer).detach().float()
+
+
+def add_update(model: nn.Module, layer: str, update: Tensor) -> None:
+    """Add an update `[d_out, d_in]` to the weight of a layer: in float32, rounded once to the precision it has."""
+    weight = _stored(model, layer)
+    with torch.no_grad():
+        weight.copy_(weight.float() + update.to(weight.device))
+
+
+@contextmanager
+def other_weights(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
+    """Let the layers named have other weights `[d_out, d_in]`; give each its own tensor back."""
+    parameters = {name: _stored(model, name) for name in weights}
+    own = {name: parameter.data for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            parameter.data = weights[name].to(parameter.dtype)
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = own[name]
 
 
 def digest_of(named: Iterable[tuple[str, Tensor]]) -> str:
@@ -14,3 +51,35 @@ def digest_of(named: Iterable[tuple[str, Tensor]]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def fingerprints(model: nn.Module) -> dict[str, bytes]:
+    """Return a 128-bit hash (XXH3) of the bytes of every parameter: whatever changes in one, its hash changes."""
+    return {
+        name: xxhash.xxh3_128_digest(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        for name, parameter in model.named_parameters()
+    }
+
+
+def require_own_weights(model: nn.Module, layers: Iterable[str]) -> None:
+    """Check that no other name in the model owns the weight of a layer: an update would change what is behind it too.
+
+    Raises:
+        ValueError: If one does, such as a tied embedding or a module that has two names; the message has both.
+    """
+    owners: dict[tuple[torch.device, int], list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.numel():
+            owners.setdefault((parameter.device, parameter.data_ptr()), []).append(name)
+    for layer in layers:
+        weight = _stored(model, layer)
+        if others := [name for name in owners[weight.device, weight.data_ptr()] if name != f"{layer}.weight"]:
+            raise ValueError(
+                f"layer {layer!r} shares its weight with {others[0]!r}: an update of the one would change the other."
+                " Give each its own weight (for a tied embedding: tie_word_embeddings = False, and a copy of it), or"
+                " leave the layer out of targets"
+            )
+
+
+def _stored(model: nn.Module, layer: str) -> nn.Parameter:
+    return model.get_parameter(f"{layer}.weight")

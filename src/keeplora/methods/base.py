@@ -1,32 +1,39 @@
-"""The three verbs of a continual-learning method. This base class is sequential LoRA: train, merge, go on.
+"""The three verbs of a continual-learning method. This base class is sequential LoRA: train, merge, next.
 
 A method changes what happens in `before_task`, `penalty` and `after_task`. What it carries from task to task it takes
-up in `remember`, from the task's record alone, so that a run can be resumed.
+up in `add_task`, from the task's record alone, so that a run can be resumed.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from keeplora.config import Config
 from keeplora.errors import LearningError
-from keeplora.layers import lora
+from keeplora.layers import lora, weights
 from keeplora.layers.module_state import device_of, evaluation_mode
 from keeplora.methods.task_record import TaskRecord
 from keeplora.progress import Track, silent
 from keeplora.subspace.certificate import LEAK_ALLOWED
 from keeplora.task import Task, to_device
 
-Once = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
-"""Returns what a phase of a task found, given its name and how to compute it; a run computes it only once."""
-
 HEAD = "task_head"
 """Name under which a task's own classifier joins the adapted model, so that its weights are trained."""
+
+
+class Step(NamedTuple):
+    """A costly step of a task: a method of the class, from a model and a task to a result."""
+
+    name: str
+    kind: type[Any] = dict
+    """What it returns: a dictionary of tensors, or a class of `NamedTensors`."""
+    supersedes: str = ""
+    """An earlier step whose result nobody needs once this one has its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +53,6 @@ class MethodConfig(Config):
             raise ValueError(f"rank = {self.rank} leaves nothing to train; set it to at least 1")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"alpha = {self.alpha} must be a positive number")
-        targets: object = self.targets
-        if isinstance(targets, str):
-            raise ValueError(f"targets = {targets!r} must be a tuple of names, such as ({targets!r},)")
         if not self.targets:
             raise ValueError("targets is empty; name at least one linear layer")
 
@@ -56,11 +60,13 @@ class MethodConfig(Config):
 class Method:
     """Sequential LoRA: each task trains a fresh adapter, which is then merged.
 
-    `record` holds what the last finished task left behind. `once` computes a statistic of a task; a run puts another
-    function there, which keeps what was found, so that a run that is cut off does not compute it again.
+    `record` holds what the last finished task left behind.
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
+
+    steps: ClassVar[tuple[Step, ...]] = ()
+    """The costly steps of `before_task` and `after_task`; a run keeps what each of them found."""
 
     one_by_one: ClassVar[bool] = True
     """Whether each task is learned from its own data alone; Transfer and forgetting mean nothing otherwise."""
@@ -79,10 +85,9 @@ class Method:
         self.seed = seed
         self.track = track
         self.record = TaskRecord()
-        self.once: Once = _compute
         self._learned: list[str] = []
         self._required_grad: dict[str, bool] = {}
-        self._fingerprints: dict[str, Tensor] = {}
+        self._fingerprints: dict[str, bytes] = {}
 
     def schedule(self, tasks: Sequence[Task]) -> Sequence[Task]:
         """Return what to learn at each place of a stream: its tasks, one by one."""
@@ -92,16 +97,17 @@ class Method:
         """Return the model to train on a task: here a stock PEFT LoRA model, with the same outputs as the given one.
 
         Raises:
-            ValueError: If no layer matches the targets.
+            LearningError: If nothing is left to learn with, or a statistic is not finite.
+            ValueError: If no layer matches the targets, one shares its weight, or the model has an adapter already.
         """
-        targets = lora.linear_targets(model, self.config.targets)
+        targets = self.targets_of(model)
         self.snapshot(model)
         return lora.attach(model, dict.fromkeys(targets, self.config.rank), dict.fromkeys(targets, self.config.alpha))
 
     def training_task(self, model: nn.Module, task: Task, epochs: int) -> Task:
         """Return what to train the adapted model on, for so many epochs: the task, here as it is.
 
-        Training asks it for the loss of each batch, or of each of its `parts`, once.
+        Training asks it for the loss of each batch, or of each of its `micro_batches`, once.
         """
         return task
 
@@ -113,28 +119,49 @@ class Method:
         """Merge what was learned and return the plain base model.
 
         Raises:
-            ValueError: If the merge changed the outputs or a weight would not be finite.
+            LearningError: If a merged weight, or the merged model's loss, is not finite, or the merge went wrong.
+            ValueError: If a weight of the base model was trained, or the update left its subspace.
         """
         saved = lora.detach(model)
         merged, error = self.merge_checked(model, task)
         self.keep(TaskRecord(adapter=saved, merge_error=error))
         return merged
 
+    def abandon(self, adapted: nn.Module) -> nn.Module:
+        """Give the model back as it was before the task that `adapted` was to learn, after an interruption, say.
+
+        Args:
+            adapted: What `before_task` returned, trained or not.
+        """
+        return self.restore(lora.unload(adapted))
+
     def add_task(self, record: TaskRecord) -> None:
         """Take up what later tasks need to know of a finished one: here nothing."""
 
-    def keep(self, record: TaskRecord) -> None:
-        """Leave a task's record behind, and remember it."""
-        self.record = record
-        self._take_up(record)
+    def remove_task(self, record: TaskRecord) -> None:
+        """Undo what `add_task` did for a task: here nothing."""
 
-    def _take_up(self, record: TaskRecord) -> None:
+    def protect(self, model: nn.Module) -> None:
+        """Protect what the untouched model knows: here nothing. Asked for once, before the first task."""
+
+    def protected(self) -> dict[str, Tensor]:
+        """Return what the next update must stay orthogonal to, `[d_in, k]` a layer; empty if nothing is protected."""
+        return {}
+
+    @property
+    def leak_allowed(self) -> float:
+        """The largest share of an update that may lie inside what is protected; 1 if nothing is promised."""
+        return LEAK_ALLOWED
+
+    def keep(self, record: TaskRecord) -> None:
+        """Leave a task's record behind, and take it up."""
+        self.record = record
         self._learned.append(record.digest())
         self.add_task(record)
 
     def replay(self, model: nn.Module, record: TaskRecord, folder: Path) -> nn.Module:
         """Redo a finished task from its record and the folder of its adapter; return the merged model."""
-        self._take_up(record)
+        self.keep(record)
         if record.adapter is None:
             return model
         self.snapshot(model)
@@ -159,28 +186,25 @@ class Method:
             raise ValueError("this record is of no task that the method has learned and not undone")
         self._learned.remove(learned)
         self.remove_task(record)
-        with torch.no_grad():
-            for name, (a, b) in ({} if record.adapter is None else record.adapter.factors()).items():
-                weight = model.get_parameter(f"{name}.weight")
-                weight.copy_(weight.float() - (b @ a).to(weight.device))
+        for name, (a, b) in ({} if record.adapter is None else record.adapter.factors()).items():
+            weights.add_update(model, name, -(b @ a))
         return model
 
-    def remove_task(self, record: TaskRecord) -> None:
-        """Undo what `remember` did for a task: here nothing."""
+    def targets_of(self, model: nn.Module) -> list[str]:
+        """Return the layers to adapt, of a model that has no adapter yet, each the only owner of its weight.
 
-    def protected(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return what the next update must stay orthogonal to, `[d_in, k]` a layer; empty if nothing is protected."""
-        return {}
-
-    @property
-    def leak_allowed(self) -> float:
-        """The largest share of an update that may lie inside what is protected; 1 if nothing is promised."""
-        return LEAK_ALLOWED
+        Raises:
+            ValueError: If there is none, or the model is not so.
+        """
+        lora.require_unadapted(model)
+        targets = lora.linear_targets(model, self.config.targets)
+        weights.require_own_weights(model, targets)
+        return targets
 
     def snapshot(self, model: nn.Module) -> None:
         """Remember which parameters required a gradient, and what the weights were."""
         self._required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        self._fingerprints = {name: _fingerprint(parameter) for name, parameter in model.named_parameters()}
+        self._fingerprints = weights.fingerprints(model)
 
     def restore(self, model: nn.Module) -> nn.Module:
         """Let the parameters require a gradient as they did before the task."""
@@ -188,49 +212,33 @@ class Method:
             parameter.requires_grad_(self._required_grad[name])
         return model
 
-    def _require_untouched(self, model: nn.Module, task: Task) -> None:
-        """Check that training changed the adapter alone: only then does the certificate speak for the weights."""
-        for name, parameter in lora.base_parameters(model).items():
-            if name in self._fingerprints and not torch.equal(_fingerprint(parameter), self._fingerprints[name]):
+    def require_untouched(self, adapted: nn.Module, task: Task) -> None:
+        """Check that training changed the adapter alone: only then does the certificate speak for the weights.
+
+        Raises:
+            ValueError: If a weight of the base model was changed; the message names it.
+        """
+        found = {lora.base_name(name): value for name, value in weights.fingerprints(lora.inner(adapted)).items()}
+        for name, fingerprint in self._fingerprints.items():
+            if found[name] != fingerprint:
                 raise ValueError(
                     f"task {task.name!r}: the weight {name!r} of the base model was changed during training; train only"
                     " the parameters that require a gradient after before_task"
                 )
 
-    def merge_checked(self, model: nn.Module, task: Task) -> tuple[nn.Module, float]:
-        """Merge the adapter; return the base model and the largest change of the outputs for a sample of a batch.
+    def merge_checked(self, adapted: nn.Module, task: Task) -> tuple[nn.Module, float]:
+        """Merge the adapter; return the base model, and the error of the merge relative to what the update changes.
 
         Raises:
-            ValueError: If a weight of the base model was trained, or the merge changed the outputs.
+            LearningError: If the merge went wrong, or the merged model's loss is not finite.
+            ValueError: If a weight of the base model was trained.
         """
-        self._require_untouched(model, task)
-        batch = task.sample(to_device(next(iter(task.batches())), device_of(model)))
-        # The base model with its adapter inside: a trainer may have left a wrapper of other precision around it.
-        before = _outputs(lora.inner(model), task, batch)
-        dtype = next(model.parameters()).dtype
-        merged = self.restore(lora.merge(model))
-        error = float((_outputs(merged, task, batch) - before).abs().max())
-        allowed = 4 * math.sqrt(torch.finfo(dtype).eps) * max(1.0, float(before.abs().max()))
-        if not math.isfinite(error):
-            raise LearningError(f"task {task.name!r}: the trained model's outputs are not finite; lower learning_rate")
-        if error > allowed:
-            raise LearningError(
-                f"task {task.name!r}: merging changed an output by {error:.3g}, more than the {allowed:.3g} that"
-                f" {dtype} explains; was the model altered outside the adapter?"
-            )
+        task = Task.of(task)
+        self.require_untouched(adapted, task)
+        merged, error = lora.merge_checked(adapted, task.name)
+        self.restore(merged)
+        batch = task.sample(to_device(next(iter(task.batches())), device_of(merged)))
+        with torch.no_grad(), evaluation_mode(merged):
+            if not torch.isfinite(task.loss(merged, batch)):
+                raise LearningError(f"task {task.name!r}: the trained model's loss is not finite; lower learning_rate")
         return merged, error
-
-
-def _compute(name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    return compute()
-
-
-def _fingerprint(parameter: Tensor) -> Tensor:
-    """Return a projection of a parameter that any change of it changes: one number a row."""
-    rows = parameter.detach().reshape(len(parameter) if parameter.dim() > 1 else 1, -1).float()
-    return rows @ torch.linspace(1.0, 2.0, rows.shape[1], device=rows.device).sin()
-
-
-def _outputs(model: nn.Module, task: Task, batch: object) -> Tensor:
-    with torch.no_grad(), evaluation_mode(model):
-        return task.outputs(model, batch).float()

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from keeplora.layers import lora
+from keeplora.layers import lora, weights
 from keeplora.layers.lora import alphas_for
 from keeplora.methods.base import Method, MethodConfig
 from keeplora.methods.task_record import TaskRecord
@@ -75,8 +75,8 @@ class Joint(Method):
         self.snapshot(model)
         if self.is_done:
             return model.requires_grad_(False)
-        targets = lora.linear_targets(model, self.config.targets)
-        sides = {name: min(model.get_parameter(f"{name}.weight").shape) for name in targets}
+        targets = self.targets_of(model)
+        sides = {name: min(weights.shape_of(model, name)) for name in targets}
         ranks = {name: max(self.config.rank, min(self._num_tasks * self.config.rank, sides[name])) for name in targets}
         return lora.attach(model, ranks, alphas_for(ranks, self.config.alpha, self.config.rank))
 
@@ -130,7 +130,7 @@ class Union(Task):
         with ExitStack() as inside:
             yield _Joined([inside.enter_context(task.frozen(model)) for task in self.tasks])
 
-    def weight(self, batch: tuple[int, Batch]) -> int:
+    def weight(self, batch: tuple[int, Batch]) -> float:
         """Return the number of examples in a batch."""
         return self.tasks[batch[0]].weight(batch[1])
 

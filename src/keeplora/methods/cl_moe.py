@@ -87,7 +87,7 @@ class CLMoE(Method):
         Raises:
             ValueError: If no layer matches the targets.
         """
-        targets = lora.linear_targets(model, self.config.targets)
+        targets = self.targets_of(model)
         while self._handles:
             self._handles.pop().remove()
         self.snapshot(model)
@@ -110,7 +110,7 @@ class CLMoE(Method):
         Raises:
             ValueError: If a weight of the base model was trained, or an expert is not finite.
         """
-        self._require_untouched(model, task)
+        self.require_untouched(model, task)
         routers = cast(list[Router], model.get_submodule("lora_routers"))
         state: dict[str, Tensor] = {}
         for name, router in zip(lora.lora_layers(model), routers, strict=True):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from keeplora.layers import lora
 from keeplora.layers.fisher import fisher_diagonals
-from keeplora.methods.base import MethodConfig
+from keeplora.methods.base import MethodConfig, Step
 from keeplora.methods.penalty import Penalised, trained_update
 from keeplora.methods.task_record import TaskRecord
 from keeplora.progress import Track, silent
@@ -51,6 +51,7 @@ class EWC(Penalised):
     Config: ClassVar[type[MethodConfig]] = EWCConfig
     config: EWCConfig
 
+    steps: ClassVar[tuple[Step, ...]] = (Step("features"),)
     stands_alone: ClassVar[bool] = False
 
     def __init__(self, config: EWCConfig | None = None, *, seed: int = 0, track: Track = silent) -> None:
@@ -76,14 +77,16 @@ class EWC(Penalised):
         self.layers = {}
         saved = lora.detach(model)
         merged, error = self.merge_checked(model, task)
-        fishers = self.once("features", lambda: self._fishers(merged, task, list(saved.factors())))
+        fishers = self.features(merged, task)
         for name, earlier in self.fishers.items():
             fishers[name] += self.config.decay * earlier.to(fishers[name].device)
         self.keep(TaskRecord(adapter=saved, merge_error=error, state=fishers))
         return merged
 
-    def _fishers(self, merged: nn.Module, task: Task, layers: list[str]) -> dict[str, Tensor]:
-        return fisher_diagonals(merged, task, layers, batch_size=self.config.fisher_batch, track=self.track)
+    def features(self, model: nn.Module, task: Task) -> dict[str, Tensor]:
+        """Return the task's Fisher at the merged weights."""
+        layers = lora.linear_targets(model, self.config.targets)
+        return fisher_diagonals(model, task, layers, batch_size=self.config.fisher_batch, track=self.track)
 
     def add_task(self, record: TaskRecord) -> None:
         """Take up the Fisher of all tasks up to a finished one."""

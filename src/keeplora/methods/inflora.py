@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from keeplora.errors import LearningError
-from keeplora.layers import lora
+from keeplora.layers import lora, weights
 from keeplora.layers.input_covariance import input_grams
 from keeplora.layers.lora import alphas_for, warn_of_small_ranks
-from keeplora.methods.base import Method, MethodConfig
+from keeplora.layers.module_state import device_of
+from keeplora.methods.base import Method, MethodConfig, Step
 from keeplora.methods.task_record import TaskRecord
 from keeplora.progress import Track, silent
 from keeplora.subspace import protected as subspace
@@ -61,6 +62,8 @@ class InfLoRA(Method):
     Config: ClassVar[type[MethodConfig]] = InfLoRAConfig
     config: InfLoRAConfig
 
+    steps: ClassVar[tuple[Step, ...]] = (Step("initialise"), Step("features"))
+
     def __init__(self, config: InfLoRAConfig | None = None, *, seed: int = 0, track: Track = silent) -> None:
         super().__init__(config, seed=seed, track=track)
         self.bases: dict[str, Tensor] = {}
@@ -82,12 +85,13 @@ class InfLoRA(Method):
         """Return a stock PEFT LoRA model with `a` set from the task's residual inputs and frozen.
 
         Raises:
-            ValueError: If no layer matches the targets, an input is not finite, or nothing is left to learn with.
+            LearningError: If an input is not finite, or nothing is left to learn with.
+            ValueError: If no layer matches the targets, one shares its weight, or the model has an adapter already.
         """
-        self.bases = self.protected(model)
-        rows = self.once("initialise", lambda: self._residual_rows(model, task))
+        self._start_bases(model, self.targets_of(model))
+        rows = self.initialise(model, task)
         warn_of_small_ranks({name: len(rows.get(name, ())) for name in self.bases}, self.config.rank, task.name)
-        d_outs = {name: len(model.get_parameter(f"{name}.weight")) for name in rows}
+        d_outs = {name: weights.shape_of(model, name)[0] for name in rows}
         factors = {name: (a, a.new_zeros(d_outs[name], len(a))) for name, a in rows.items()}
         ranks = {name: len(a) for name, a in rows.items()}
         self.snapshot(model)
@@ -102,7 +106,7 @@ class InfLoRA(Method):
         updates, saved = lora.factors_of(model), lora.detach(model)
         require_no_leak(updates, self.bases, task.name)
         merged, error = self.merge_checked(model, task)
-        added = self.once("features", lambda: self._new_directions(merged, task))
+        added = self.features(merged, task)
         certificate = certificates(self.bases, subspace.extend_bases(self.bases, added), updates)
         self.keep(TaskRecord(adapter=saved, directions=added, certificate=certificate, merge_error=error))
         return merged
@@ -118,20 +122,28 @@ class InfLoRA(Method):
         self.bases = subspace.remove_directions(self.bases, record.directions)
         self._num_learned -= 1
 
-    def _new_directions(self, merged: nn.Module, task: Task) -> dict[str, Tensor]:
-        grams = input_grams(merged, task, list(self.bases), track=self.track)
+    def features(self, model: nn.Module, task: Task) -> dict[str, Tensor]:
+        """Return the dominant directions of the task's inputs that no basis covers yet."""
+        grams = input_grams(model, task, list(self.bases), track=self.track)
         if self.config.energy == "squared":
             grams = {name: gram @ gram for name, gram in grams.items()}
         return subspace.new_directions(self.bases, grams, self.share)
 
-    def protected(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the bases; those of the target layers are empty before the first task."""
-        targets = lora.linear_targets(model, self.config.targets)
-        weights = {name: model.get_parameter(f"{name}.weight").detach() for name in targets}
-        empty = {name: weight.new_zeros(weight.shape[1], 0, dtype=torch.float32) for name, weight in weights.items()}
-        return {name: self.bases.get(name, none).to(none.device) for name, none in empty.items()}
+    def protect(self, model: nn.Module) -> None:
+        """Start the bases: empty before the first task."""
+        self._start_bases(model, lora.linear_targets(model, self.config.targets))
 
-    def _residual_rows(self, model: nn.Module, task: Task) -> dict[str, Tensor]:
+    def protected(self) -> dict[str, Tensor]:
+        """Return the bases."""
+        return dict(self.bases)
+
+    def _start_bases(self, model: nn.Module, targets: list[str]) -> None:
+        for name in targets:
+            d_in, device = weights.shape_of(model, name)[1], device_of(model)
+            self.bases[name] = self.bases.get(name, torch.zeros(d_in, 0)).to(device)
+
+    def initialise(self, model: nn.Module, task: Task) -> dict[str, Tensor]:
+        """Return the start of `a` of every layer that has room: the top of the task's residual inputs."""
         grams = input_grams(model, task, list(self.bases), track=self.track)
         rank, seed = self.config.rank, self.seed
         rows = {name: subspace.leading_inputs(gram, self.bases[name], rank, seed=seed) for name, gram in grams.items()}

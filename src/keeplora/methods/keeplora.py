@@ -17,28 +17,31 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from keeplora.errors import LearningError
-from keeplora.layers import lora
+from keeplora.layers import lora, weights
+from keeplora.layers.gradients import RESIDUALS, ResidualGradients
 from keeplora.layers.input_covariance import SEEN, SeenInputs, Watched, grams_of, input_grams, pop_seen_inputs
-from keeplora.layers.lora import alphas_for, warn_of_small_ranks
 from keeplora.layers.module_state import device_of
+from keeplora.layers.named_tensors import NamedTensors
 from keeplora.layers.names import layer_scales, tower_share
-from keeplora.layers.residual_gradients import RESIDUALS
-from keeplora.methods.base import HEAD, Method, MethodConfig
+from keeplora.methods.base import HEAD, Method, MethodConfig, Step
 from keeplora.methods.task_record import TaskRecord
 from keeplora.progress import Track, silent
 from keeplora.subspace import linear_algebra as linalg
-from keeplora.subspace import protected as subspace
+from keeplora.subspace import protected
 from keeplora.subspace.certificate import LEAK_ALLOWED, certificates, require_no_leak
 from keeplora.task import Task
+
+SIGNIFICANT = 1e-5
+"""Singular values of the residual gradient below this share of the gradient's norm are rounding noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeepLoRAConfig(MethodConfig):
     """KeepLoRA's options; the defaults are the paper's for MTIL with CLIP ViT-B/16."""
 
-    weight_energy: float | dict[str, float] = field(default_factory=lambda: {"vision": 0.85, "text": 0.2})
+    weight_energy: float | dict[str, float] = field(default_factory=lambda: {"vision": 0.85, "text": 0.2, "other": 0.6})
     """Share of each weight's energy that its principal subspace covers (eps_w): one value, or one for each tower, found
-    by its name in the layer's."""
+    by its name in the layer's, and `other` for layers of no tower: in a language model, 0.6 as in the paper."""
     feature_energy: float = 0.99
     """Share of each layer's input energy on a task that is protected after it (eps_f)."""
     gradient_share: float = 1.0
@@ -84,8 +87,16 @@ class KeepLoRAConfig(MethodConfig):
             raise ValueError("b_start = 'gradient' needs a_start = 'gradient'; set one of the two otherwise")
 
 
-SIGNIFICANT = 1e-5
-"""Singular values of the residual gradient below this share of the gradient's norm are rounding noise."""
+@dataclass(frozen=True)
+class Initialisation(NamedTensors):
+    """By layer, the start of a task's adapter (Eq. 4 to 6); layers with nothing to learn with have no `a` and `b`."""
+
+    a: dict[str, Tensor]
+    """`[r, d_in]`: orthonormal rows that span the top of the residual gradient."""
+    b: dict[str, Tensor]
+    """`[d_out, r]`"""
+    surviving: dict[str, float]
+    """The share of the gradient's norm that the protected subspace leaves."""
 
 
 class KeepLoRA(Method):
@@ -94,6 +105,12 @@ class KeepLoRA(Method):
     Config: ClassVar[type[MethodConfig]] = KeepLoRAConfig
     config: KeepLoRAConfig
 
+    steps: ClassVar[tuple[Step, ...]] = (
+        Step("gradient", ResidualGradients),
+        Step("initialise", Initialisation, supersedes="gradient"),
+        Step("head"),
+        Step("features"),
+    )
     fixed: ClassVar[tuple[str, ...]] = ("targets", "weight_energy", "weight_side", "energy_rule", "a_training")
 
     def __init__(self, config: KeepLoRAConfig | None = None, *, seed: int = 0, track: Track = silent) -> None:
@@ -102,22 +119,26 @@ class KeepLoRA(Method):
         self._num_learned = 0
         self._starts: dict[str, tuple[Tensor, Tensor]] = {}
         self._surviving: dict[str, float] = {}
+        self._seen: SeenInputs | None = None
 
     def before_task(self, model: nn.Module, task: Task) -> nn.Module:
-        """Return a stock PEFT LoRA model with `a` set from the task's residual gradient and frozen (Eq. 4 to 6).
-
-        Raises:
-            LearningError: If a gradient is not finite, or nothing is left to learn with.
-            ValueError: If no layer matches the targets.
-        """
+        """Return a stock PEFT LoRA model with `a` set from the task's residual gradient and frozen (Eq. 4 to 6)."""
         self._require_one_process()
-        self.protect_principal(model)
-        factors = self._unpack(self.once("initialise", lambda: self._start(model, task)), task)
-        ranks = {name: a.shape[0] for name, (a, _) in factors.items()}
-        head = None
-        if self.config.classifier == "cosine":
-            head = task.load_head(self.once("head", lambda: dict(task.start_head(model).state_dict())))
+        self.targets_of(model)
+        self.protect(model)
+        start = self.initialise(model, task)
+        self._surviving = start.surviving
+        factors = {name: (a, start.b[name]) for name, a in start.a.items()}
+        ranks = {name: len(start.a.get(name, ())) for name in self.bases}
+        if not factors:
+            raise LearningError(
+                f"task {task.name!r}: no layer has a residual direction left to learn with; the protected subspaces"
+                " are full, or no gradient reaches the targets. Lower weight_energy or feature_energy, or add targets"
+            )
+        lora.warn_of_small_ranks(ranks, self.config.rank, task.name)
+        head = Task.of(task).load_head(self.head(model, task)) if self.config.classifier == "cosine" else None
         self.snapshot(model)
+        ranks = {name: ranks[name] for name in factors}
         adapted = lora.attach(model, ranks, self._alphas(ranks), factors=factors)
         if self.config.a_training == "trained":
             lora.thaw_a(adapted)
@@ -131,55 +152,103 @@ class KeepLoRA(Method):
         """Return the task; with `features="last_epoch"` one that looks at the layers' inputs in the last epoch."""
         if self.config.features != "last_epoch":
             return task
+        task = Task.of(task)
         seen = SeenInputs(task, {name: len(basis) for name, basis in self.bases.items()})
         model.add_module(SEEN, seen)
         layers = {name: lora.inner(model).get_submodule(name) for name in self.bases}
         return Watched(task, seen, layers, epochs)
 
     def after_task(self, model: nn.Module, task: Task) -> nn.Module:
-        """Merge the update, protect the task's dominant input directions (Eq. 8 to 10), and certify that none leaked.
-
-        Raises:
-            ValueError: If the update left the residual subspace, or the merge changed the outputs.
-        """
+        """Merge the update, protect the task's dominant input directions (Eq. 8 to 10), certify that none leaked."""
         self._put_start_back(model)
         updates = lora.factors_of(model)
         require_no_leak(updates, self.bases, task.name, allowed=self.leak_allowed)
-        saved = lora.detach(model)
-        head = {name: value.detach().cpu().clone() for name, value in _head_state(model).items()}
-        seen = pop_seen_inputs(model)
+        saved, head = lora.detach(model), getattr(model, HEAD, None)
+        trained_head = {} if head is None else {key: value.cpu().clone() for key, value in head.state_dict().items()}
+        self._seen = pop_seen_inputs(model)
         merged, error = self.merge_checked(model, task)
-        directions = self.once("features", lambda: self._new_directions(merged, task, seen))
+        directions = self.features(merged, task)
         record = TaskRecord(
             adapter=saved,
             directions=directions,
-            certificate=certificates(self.bases, subspace.extend_bases(self.bases, directions), updates),
+            certificate=certificates(self.bases, protected.extend_bases(self.bases, directions), updates),
             merge_error=error,
-            head=head,
+            head=trained_head,
             surviving_gradient=self._surviving,
         )
         self.keep(record)
         return merged
 
+    def abandon(self, adapted: nn.Module) -> nn.Module:
+        """Give the model back as it was before the task."""
+        self._put_start_back(adapted)
+        return super().abandon(adapted)
+
+    def gradient(self, model: nn.Module, task: Task) -> ResidualGradients:
+        """Return what of the gradient on a task lies outside the bases."""
+        residuals, rank = RESIDUALS[self.config.gradient], self.config.rank
+        return residuals(model, task, self.bases, rank, self.config.gradient_share, self.track)
+
+    def initialise(self, model: nn.Module, task: Task) -> Initialisation:
+        """Return the start of every layer's adapter."""
+        gradients = self.gradient(model, task)
+        generator = torch.Generator().manual_seed(self.seed + 1000 * self._num_learned)
+        start = Initialisation({}, {}, gradients.surviving)
+        for name, basis in self.bases.items():
+            rows = gradients.rows[name]
+            a = _leading_rows(rows, basis, self.config.rank, gradients.norms[name], self.seed)
+            if self.config.a_start == "random":
+                a = linalg.orthonormal_rows(_random_rows(a, generator), basis)
+            if len(a) > 0:
+                d_out, from_gradient = weights.shape_of(model, name)[0], self.config.b_start == "gradient"
+                start.a[name] = a
+                start.b[name] = rows @ a.T if from_gradient else rows.new_zeros(d_out, len(a))
+        return start
+
+    def head(self, model: nn.Module, task: Task) -> dict[str, Tensor]:
+        """Return the start of the task's own classifier."""
+        return dict(Task.of(task).start_head(model).state_dict())
+
+    def features(self, model: nn.Module, task: Task) -> dict[str, Tensor]:
+        """Return the dominant directions of the task's inputs that no basis covers yet (Eq. 8 to 10)."""
+        if self.config.features == "last_epoch":
+            grams = grams_of(self._seen, task, device_of(model))
+        else:
+            grams = input_grams(model, task, list(self.bases), features=self.config.features, track=self.track)
+        directions = protected.new_directions(self.bases, grams, self.config.feature_energy)
+        is_short = self.config.energy_rule == "one_short" and self._num_learned == 0
+        return protected.without_last(directions) if is_short else directions
+
     def add_task(self, record: TaskRecord) -> None:
         """Protect the directions that a task recorded."""
         self._num_learned += 1
         directions = {name: value.to(self.bases[name].device) for name, value in record.directions.items()}
-        self.bases = subspace.extend_bases(self.bases, directions)
+        self.bases = protected.extend_bases(self.bases, directions)
 
     def remove_task(self, record: TaskRecord) -> None:
         """Protect the directions that a task recorded no longer."""
-        self.bases = subspace.remove_directions(self.bases, record.directions)
+        self.bases = protected.remove_directions(self.bases, record.directions)
         self._num_learned -= 1
 
     def replay(self, model: nn.Module, record: TaskRecord, folder: Path) -> nn.Module:
         """Redo a finished task: merge its adapter and protect the directions it recorded."""
-        self.protect_principal(model)
+        self.protect(model)
         return super().replay(model, record, folder)
 
-    def protected(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the bases: before the first task, the principal subspace of each target weight."""
-        self.protect_principal(model)
+    def protect(self, model: nn.Module) -> None:
+        """Start the bases with the principal subspace of every target weight (Eq. 2), unless that was done."""
+        if self.bases:
+            return
+        targets = lora.linear_targets(model, self.config.targets)
+        seen = {name: self._seen_from_its_side(name, weights.read_weight(model, name)) for name in targets}
+        self.bases = protected.principal_bases(
+            seen, {name: tower_share(name, self.config.weight_energy) for name in targets}
+        )
+        if self.config.energy_rule == "one_short":
+            self.bases = protected.without_last(self.bases)
+
+    def protected(self) -> dict[str, Tensor]:
+        """Return the bases."""
         return dict(self.bases)
 
     @property
@@ -187,83 +256,26 @@ class KeepLoRA(Method):
         """The largest share of an update that may lie inside the bases; a trained `a` may go anywhere."""
         return LEAK_ALLOWED if self.config.a_training == "frozen" else 1.0
 
-    def protect_principal(self, model: nn.Module) -> None:
-        """Start the bases with the principal subspace of every target weight (Eq. 2), unless that was done."""
-        if self.bases:
-            return
-        targets = lora.linear_targets(model, self.config.targets)
-        weights = {name: self._seen_from_its_side(name, model.get_parameter(f"{name}.weight")) for name in targets}
-        shares = {name: tower_share(name, self.config.weight_energy) for name in targets}
-        self.bases = subspace.principal_bases(weights, shares)
-        if self.config.energy_rule == "one_short":
-            self.bases = subspace.without_last(self.bases)
-
     def _seen_from_its_side(self, name: str, weight: Tensor) -> Tensor:
         """Return a weight so that its right singular vectors are those to protect."""
         if self.config.weight_side == "input":
-            return weight.detach()
+            return weight
         if weight.shape[0] != weight.shape[1]:
             raise ValueError(
                 f"weight_side = 'output' needs square layers, and {name!r} is {tuple(weight.shape)}; leave it out of"
                 " targets, or set weight_side to 'input'"
             )
-        return weight.detach().T
-
-    def _start(self, model: nn.Module, task: Task) -> dict[str, Tensor]:
-        """Return by layer the `.a` and `.b` of the start, and the share of the gradient that `.survives` (Eq. 4 to 6).
-
-        Layers without room have no `.a`; the others' spans the top of the residual gradient.
-        """
-        rank, share, residuals = self.config.rank, self.config.gradient_share, RESIDUALS[self.config.gradient]
-        gradients = self.once("gradient", lambda: residuals(model, task, self.bases, rank, share, self.track))
-        generator = torch.Generator().manual_seed(self.seed + 1000 * self._num_learned)
-        start = {}
-        for name, basis in self.bases.items():
-            residual, norm = gradients[f"{name}.residual"], float(gradients[f"{name}.norm"])
-            start[f"{name}.survives"] = gradients[f"{name}.survives"]
-            a = _leading_rows(residual, basis, self.config.rank, norm, self.seed)
-            if self.config.a_start == "random":
-                a = linalg.orthonormal_rows(_random_rows(a, generator), basis)
-            if len(a) > 0:
-                d_out, from_gradient = len(model.get_parameter(f"{name}.weight")), self.config.b_start == "gradient"
-                start[f"{name}.a"] = a
-                start[f"{name}.b"] = residual @ a.T if from_gradient else residual.new_zeros(d_out, len(a))
-        return start
-
-    def _unpack(self, start: dict[str, Tensor], task: Task) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return `(a, b)` at the start for every layer with room, and say which ones have little or none."""
-        self._surviving = {name: float(start[f"{name}.survives"]) for name in self.bases}
-        factors = {name: (start[f"{name}.a"], start[f"{name}.b"]) for name in self.bases if f"{name}.a" in start}
-        if not factors:
-            raise LearningError(
-                f"task {task.name!r}: no layer has a residual direction left to learn with; the protected subspaces"
-                " are full, or no gradient reaches the targets. Lower weight_energy or feature_energy, or add targets"
-            )
-        ranks = {name: len(factors[name][0]) if name in factors else 0 for name in self.bases}
-        warn_of_small_ranks(ranks, self.config.rank, task.name)
-        return factors
-
-    def _new_directions(self, merged: nn.Module, task: Task, seen: SeenInputs | None) -> dict[str, Tensor]:
-        """Return the dominant directions of the task's inputs that no basis covers yet (Eq. 8 to 10)."""
-        if self.config.features == "last_epoch":
-            grams = grams_of(seen, task, device_of(merged))
-        else:
-            grams = input_grams(merged, task, list(self.bases), features=self.config.features, track=self.track)
-        directions = subspace.new_directions(self.bases, grams, self.config.feature_energy)
-        is_short = self.config.energy_rule == "one_short" and self._num_learned == 0
-        return subspace.without_last(directions) if is_short else directions
+        return weight.T
 
     def _require_one_process(self) -> None:
-        if not dist.is_initialized():
-            return
         for option, value in (("features", "batch_mean"), ("classifier", "cosine")):
-            if getattr(self.config, option) == value:
+            if dist.is_initialized() and getattr(self.config, option) == value:
                 raise ValueError(f"{option} = {value!r} works in one process only; run without a launcher")
 
     def _alphas(self, ranks: dict[str, int]) -> dict[str, float]:
         """Return each layer's alpha, so that alpha / rank is the same where a rank had to shrink."""
         scales = layer_scales(list(self.bases), self.config.layer_scale)
-        alphas = alphas_for(ranks, self.config.alpha, self.config.rank)
+        alphas = lora.alphas_for(ranks, self.config.alpha, self.config.rank)
         return {name: alpha * scales[name] for name, alpha in alphas.items()}
 
     def _take_start_out(self, adapted: nn.Module, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
@@ -272,7 +284,8 @@ class KeepLoRA(Method):
         for name, (a, b) in factors.items():
             weight = layers[name].get_base_layer().weight
             self._starts[name] = (b, weight.detach().clone())
-            lora.add_to_base(layers[name], -layers[name].scaling[lora.ADAPTER] * b @ a)
+            with torch.no_grad():
+                weight.sub_((layers[name].scaling[lora.ADAPTER] * b @ a).to(weight.dtype))
 
     def _put_start_back(self, adapted: nn.Module) -> None:
         """Give the weights back, bit by bit, and take the start out of `b`: the adapter is then the whole update."""
@@ -296,8 +309,3 @@ def _leading_rows(residual: Tensor, basis: Tensor, rank: int, norm: float, seed:
 def _random_rows(like: Tensor, generator: torch.Generator) -> Tensor:
     rows = torch.randn(like.shape, generator=generator).to(like)
     return nn.functional.normalize(rows, dim=1)
-
-
-def _head_state(model: nn.Module) -> dict[str, Tensor]:
-    head = getattr(model, HEAD, None)
-    return {} if head is None else head.state_dict()

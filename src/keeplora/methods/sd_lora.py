@@ -67,7 +67,7 @@ class SDLoRA(Method):
         Raises:
             ValueError: If no layer matches the targets.
         """
-        targets = lora.linear_targets(model, self.config.targets)
+        targets = self.targets_of(model)
         blocks = 1 + self._num_learned
         self.snapshot(model)
         adapted = lora.attach(

@@ -16,13 +16,14 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
+from keeplora.data.benchmark import TaskSpec
 from keeplora.data.cache import Pixels, PixelStore
 from keeplora.data.readers import read_splits
 from keeplora.layers.module_state import device_of, evaluation_mode
 from keeplora.models.clip_last_layer import only_the_pooled_row
 from keeplora.models.interfaces import StreamTask
 from keeplora.progress import Track
-from keeplora.task import Batch, DeferredGradient, TaskSpec, to_device
+from keeplora.task import Batch, DeferredGradient, to_device
 
 PIXELS_AT_ONCE = 1_250_000
 """Values of the images that a CPU reads at once: 8 of 224 x 224. What the layers make of more fits its caches less."""

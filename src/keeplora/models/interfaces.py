@@ -6,8 +6,9 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from keeplora.data.benchmark import TaskSpec
 from keeplora.progress import Track
-from keeplora.task import Batch, Task, TaskSpec
+from keeplora.task import Batch, Task
 
 
 class StreamTask(Task):

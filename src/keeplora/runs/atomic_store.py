@@ -9,13 +9,15 @@ In several processes, the first one alone touches the disk.
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
 
+from keeplora.layers.distributed import is_main_process
 from keeplora.progress import Track, silent
 from keeplora.runs.manifest import manifest_bytes
 
@@ -48,6 +50,13 @@ class Store:
         if is_main_process():
             write_through(self.folder / STAGED / name, content)
         self._waiting[name] = sha256(content)
+        self._leaving.discard(name)
+
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+        """Hand in a safetensors file for the next commit; the tensors are written from where they are."""
+        if is_main_process():
+            save_tensors(self.folder / STAGED / name, tensors, metadata)
+            self._waiting[name] = sha256_of(self.folder / STAGED / name)
         self._leaving.discard(name)
 
     def write_folder(self, name: str, save: Callable[[Path], None]) -> None:
@@ -165,11 +174,6 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def is_main_process() -> bool:
-    """Tell whether this is the first of several processes, or the only one."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, on the disk itself, and rename it: a reader sees the old or the new one."""
     temporary = path.with_name(path.name + ".part")
@@ -184,6 +188,14 @@ def write_through(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+    _sync(path.parent)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file as `write_through` writes a file."""
+    make_folder(path.parent)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata)
+    _sync(path)
     _sync(path.parent)
 
 

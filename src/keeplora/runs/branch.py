@@ -8,6 +8,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from keeplora.config import differences
+from keeplora.data.stream import absolute, resolved
 from keeplora.evaluation.accuracy_matrix import Results
 from keeplora.evaluation.evaluate import evaluate
 from keeplora.methods.registry import find_method, method_behind
@@ -15,11 +17,10 @@ from keeplora.models.interfaces import StreamTask
 from keeplora.models.registry import family_of, locate
 from keeplora.progress import Track, silent
 from keeplora.runs.atomic_store import made_whole
-from keeplora.runs.config import RunConfig, absolute, open_stream, plain_values, resolved, stream_of
+from keeplora.runs.config import RunConfig, plain_values
 from keeplora.runs.directory import RunDirectory
 from keeplora.runs.loop import replay, report, require_same_model
-from keeplora.runs.manifest import differences
-from keeplora.runs.open import config_of, open_run, read_run
+from keeplora.runs.open import config_of, open_run, open_stream, read_run
 from keeplora.subspace.certificate import certificate_to_json, certificates
 from keeplora.training.trainer import best_device
 
@@ -85,7 +86,7 @@ def fork(folder: Path, config: RunConfig, *, track: Track = silent) -> Results:
         options = [name for name in fixed if getattr(before.options, name) != getattr(config.options, name)]
         different += [f"options.{name}" for name in options]
     finished = source.manifest["tasks"][: source.num_finished]
-    old, new = ({spec.name: resolved(spec) for spec in stream_of(settings)} for settings in (before, config))
+    old, new = ({spec.name: resolved(spec) for spec in settings.stream} for settings in (before, config))
     if list(new)[: len(finished)] != finished or any(old.get(name, spec) != spec for name, spec in new.items()):
         different.append("the finished tasks")
     if different:
@@ -158,7 +159,7 @@ def _branch(source: RunDirectory, config: RunConfig, kept: list[int], origin: di
     with made_whole(config.output) as part:
         model, tasks = open_stream(config, track)
         require_same_model(model, config, source)
-        with open_run(part, values, list(values["tasks"])) as directory:
+        with open_run(part, values, list(values["tasks"]), sources=config.all_sources) as directory:
             directory.manifest["origin"] = {"run": str(source.folder.resolve()), **origin}
             model = _Copy(source, directory, tasks, track).write(model, config, kept)
             save = partial(family_of(config.model).save, model, locate(config.model))
@@ -180,18 +181,19 @@ class _Copy:
         """Hand in the tasks of these places in the old run; return the model behind the last of them."""
         method = find_method(config.method)[0](config.options, seed=config.seed, track=self.track)
         method.schedule(self.tasks)
+        method.protect(model)
         old = self.source.manifest
         zero_shot = self._scores(model, old["zero_shot"])
         self.directory.manifest |= {"model_digest": old["model_digest"], "zero_shot": zero_shot, "start": old["start"]}
         for place, index in enumerate(self.track(kept, "merging", len(kept))):
             details = dict(self.source.tasks[index])
-            before = method.protected(model)
+            before = method.protected()
             model = replay(method, model, self.tasks[place], self.source, index)
             if place == index:
                 details["scores"] = self._scores(model, details["scores"])
             else:  # A state that the old run never had.
                 details["scores"] = evaluate(model, self.tasks, track=self.track)
-                details["certificate"] = self._certificate(before, method.protected(model), index)
+                details["certificate"] = self._certificate(before, method.protected(), index)
             self.directory.copy_task(self.source, index, details)
         return model
 

@@ -1,30 +1,28 @@
-"""What a run is: its configuration, and from it the stream of tasks and the model."""
+"""What a run is: its settings, resolved once, each with the place it came from."""
 
 import dataclasses
 import json
-import math
-import random
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
-
 from keeplora.config import Config, parse
+from keeplora.data.benchmark import TaskSpec, read_benchmark
+from keeplora.data.stream import absolute, stream_of
 from keeplora.methods.base import MethodConfig
 from keeplora.methods.registry import find_method, known_methods, method_behind
-from keeplora.models.interfaces import StreamTask
-from keeplora.models.registry import EMBEDDED, family_of, locate
-from keeplora.progress import Track, silent
-from keeplora.task import TaskSpec, read_benchmark
-from keeplora.training.trainer import TrainConfig, best_device
+from keeplora.models.registry import EMBEDDED
+from keeplora.training.trainer import TrainConfig
 
 MOST_ORDERS = 99_999
 """The highest number of an order; each needs all before it, to be another one."""
 
-NOT_PART_OF_A_RUN = ("output", "checkpoint_steps", "checkpoint_minutes")
-"""Settings that do not change what a run learns: it may go on with others."""
+NOT_PART_OF_A_RUN = ("output", "checkpoint_steps", "checkpoint_minutes", "sources")
+"""Settings that do not change what a run learns: it may be resumed with others."""
+
+Sourced = tuple[str, Mapping[str, Any]]
+"""Where settings come from, and the settings: those of a run, and the tables `train` and `options`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +38,7 @@ class RunConfig(Config):
     seed: int = 0
     """Seed of every random draw."""
     output: Path = Path("runs/run")
-    """The run directory; a run that was cut off goes on where it stopped."""
+    """The run directory; a run that is there is resumed after its last completed phase."""
     evaluation: Literal["test", "validation"] = "test"
     """The split to evaluate on; choose settings on validation."""
     order: int = 0
@@ -59,19 +57,22 @@ class RunConfig(Config):
     """The most minutes from one checkpoint of training to the next."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """How each task is optimised."""
-    options: MethodConfig = field(default_factory=MethodConfig)
+    options: MethodConfig = None  # type: ignore[assignment]
     """The method's own options; left out, its defaults."""
+    sources: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+    """Where settings came from, by dotted name; filled in."""
 
     def __post_init__(self) -> None:
+        kind, variant = find_method(self.method)
+        if self.options is None:
+            made = parse(kind.Config, variant, source=f"method {self.method}")  # type: ignore[unreachable]
+            object.__setattr__(self, "options", made)
         super().__post_init__()
-        method, options = find_method(self.method)
-        kind = method.Config
-        if type(self.options) is MethodConfig and (options or kind is not MethodConfig):
-            object.__setattr__(self, "options", parse(kind, options, source=f"method {self.method}"))
-        if type(self.options) is not kind:
+        if type(self.options) is not kind.Config:
             raise ValueError(
-                f"options of method {self.method!r} must be {kind.__name__}, not {type(self.options).__name__}"
+                f"options of method {self.method!r} must be {kind.Config.__name__}, not {type(self.options).__name__}"
             )
+        _require_variant(self.method, variant, dataclasses.asdict(self.options))
         for name, most in (("seed", 2**31 - 1), ("order", MOST_ORDERS)):
             if not 0 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} = {getattr(self, name)} must be from 0 to {most}")
@@ -81,93 +82,108 @@ class RunConfig(Config):
         if not self.checkpoint_minutes > 0:
             raise ValueError(f"checkpoint_minutes = {self.checkpoint_minutes} must be above 0")
 
+    @property
+    def stream(self) -> tuple[TaskSpec, ...]:
+        """The tasks that the run learns, in their order."""
+        return stream_of(
+            self.benchmark, order=self.order, first_tasks=self.first_tasks, more=self.more, without=self.without
+        )
 
-def load_stream(
-    model: str = "mini",
-    benchmark: str = "mini",
-    *,
-    batch_size: int = 64,
-    evaluation: Literal["test", "validation"] = "test",
-    seed: int = 0,
-    track: Track = silent,
-) -> tuple[nn.Module, list[StreamTask]]:
-    """Load a model, in float32 on the best device, and the tasks of a benchmark for it.
+    @property
+    def settings(self) -> dict[str, tuple[Any, str]]:
+        """Every setting by its dotted name, and where it came from."""
+        defaults = _by_name(RunConfig(method=self.method))
+        return {
+            name: (value, self.sources.get(name, "default" if value == defaults[name] else "given"))
+            for name, value in _by_name(self).items()
+        }
+
+    @property
+    def all_sources(self) -> dict[str, str]:
+        """Where every setting came from, by its dotted name."""
+        return {name: source for name, (_, source) in self.settings.items()}
+
+
+def resolve(*given: Sourced) -> RunConfig:
+    """Return a run's settings: those that are given, before the benchmark's, before the method's, before the library's.
 
     Args:
-        model: The embedded model, a hub name, or a folder.
-        benchmark: Name of a benchmark, or path of its TOML file.
-        batch_size: Images in a batch.
-        evaluation: The split to evaluate on, test or validation.
-        seed: Seed of the order of the training batches.
-        track: Shows progress over the images that are read.
+        given: Settings, those that go before others first: of the command line, say, then of a file.
 
     Raises:
-        ValueError: If the model, the benchmark or the data is wrong; the message names what.
+        ValueError: If the benchmark or the method is unknown, a value is wrong, or settings contradict each other; the
+            message names where each came from.
     """
-    train = TrainConfig(batch_size=batch_size)
-    config = RunConfig(benchmark=benchmark, model=model, seed=seed, evaluation=evaluation, train=train)
-    return open_stream(config, track)
+    names = {"benchmark": RunConfig.benchmark, "method": RunConfig.method}
+    for source, table in reversed(given):
+        for key in names.keys() & table.keys():
+            if not isinstance(table[key], str):
+                raise ValueError(f"{source}: {key} = {table[key]!r} must be a name")
+            names[key] = table[key]
+    return settle([*given, *_defaults_of(names["benchmark"], names["method"])])
 
 
-def open_stream(config: RunConfig, track: Track = silent) -> tuple[nn.Module, list[StreamTask]]:
-    """Load the model of a run, in float32 on the best device, and its tasks in their order."""
-    family, source = family_of(config.model), locate(config.model)
-    tasks = family.tasks(
-        source,
-        stream_of(config),
-        batch_size=config.train.batch_size,
-        evaluation=config.evaluation,
-        seed=config.seed,
-        track=track,
-    )
-    return family.load(source).to(best_device()), tasks
-
-
-def stream_of(config: RunConfig) -> tuple[TaskSpec, ...]:
-    """Return the tasks that a run learns, in their order.
+def settle(tables: Iterable[Sourced]) -> RunConfig:
+    """Make a run's settings of tables: of each setting, the first table that has it decides.
 
     Raises:
-        ValueError: If a benchmark is wrong, its tasks have fewer orders than the number of this one, two different
-            tasks have one name, or a task to leave out is not there.
+        ValueError: If a value is wrong, or contradicts what makes the method's variant; the message names its source.
     """
-    stream = {spec.name: spec for spec in _first_tasks(config)}
-    for benchmark in config.more:
-        for spec in read_benchmark(benchmark).tasks:
-            if resolved(stream.setdefault(spec.name, spec)) != resolved(spec):
-                raise ValueError(
-                    f"benchmark {benchmark!r} has another task {spec.name!r} than the stream before it; rename one"
-                )
-    if unknown := [name for name in config.without if name not in stream]:
-        raise ValueError(f"without = {unknown[0]!r} is no task of the stream; its tasks are {', '.join(stream)}")
-    if not (left := tuple(spec for name, spec in stream.items() if name not in config.without)):
-        raise ValueError(f"without = {list(config.without)} leaves no task to learn")
-    return left
+    values: dict[str, Any] = {"train": {}, "options": {}}
+    sources: dict[str, str] = {}
+    for source, table in tables:
+        for key, value in table.items():
+            if key not in ("train", "options"):
+                _take(values, key, value, key, sources, source)
+                continue
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{source}: {key} = {value!r} must be a table, [{key}]")
+            for name, inner in value.items():
+                _take(values[key], name, inner, f"{key}.{name}", sources, source)
+    method = values.get("method", RunConfig.method)
+    kind, variant = find_method(method)
+    _require_variant(method, variant, values["options"], sources)
+    for name, value in variant.items():
+        _take(values["options"], name, value, f"options.{name}", sources, f"method {method}")
+    own = {key.removeprefix("options."): source for key, source in sources.items() if key.startswith("options.")}
+    values["options"] = parse(kind.Config, values["options"], source=f"method {method}", sources=own)
+    return parse(RunConfig, {**values, "sources": sources}, source="the run's settings", sources=sources)
 
 
-def _first_tasks(config: RunConfig) -> list[TaskSpec]:
-    """Return the tasks of the benchmark itself."""
-    specs = read_benchmark(config.benchmark).tasks
-    if config.order >= (num_orders := math.factorial(len(specs))):
-        raise ValueError(f"order = {config.order}: {len(specs)} tasks have only the orders 0 to {num_orders - 1}")
-    return [specs[place] for place in _permutation(config.order, len(specs))][: config.first_tasks]
+def _take(values: dict[str, Any], key: str, value: Any, name: str, sources: dict[str, str], source: str) -> None:
+    if key not in values:
+        values[key] = value
+        sources[name] = source
 
 
-def resolved(spec: TaskSpec) -> TaskSpec:
-    """Return a task in the form in which it can be compared with one of another file."""
-    return dataclasses.replace(spec, path=spec.path.resolve(), hub="")
+def _require_variant(
+    method: str, variant: Mapping[str, Any], options: Mapping[str, Any], sources: Mapping[str, str] | None = None
+) -> None:
+    """Check that options do not contradict what makes a variant of a method."""
+    for key, value in variant.items():
+        if key in options and options[key] != value:
+            place = (sources or {}).get(f"options.{key}", "options")
+            raise ValueError(
+                f"{place}: {key} = {options[key]!r} contradicts method {method!r}, which is {method_behind(method)!r}"
+                f" with {key} = {value!r}; leave it out, or take method {method_behind(method)!r}"
+            )
 
 
-@cache
-def _permutation(number: int, size: int) -> tuple[int, ...]:
-    """Return 0 to size - 1 in the number-th distinct order; number 0 is the identity, the others are random."""
-    found = {(identity := tuple(range(size))): None}
-    seed = 0
-    while len(found) <= number:
-        seed += 1
-        places = list(identity)
-        random.Random(seed).shuffle(places)
-        found[tuple(places)] = None
-    return list(found)[number]
+def _defaults_of(benchmark: str, method: str) -> list[Sourced]:
+    """Return what a benchmark sets for a method: for its variant, for the method behind it, for all methods."""
+    _, variant = find_method(method)
+    defaults = read_benchmark(benchmark).defaults
+    if unknown := sorted(set(defaults) - {"train", *known_methods()}):
+        raise ValueError(f"benchmark {benchmark!r}: [defaults.{unknown[0]}] is neither train nor a method")
+    tables: list[Sourced] = []
+    for name in dict.fromkeys((method, method_behind(method))):
+        table = defaults.get(name, {})
+        options = {key: value for key, value in table.items() if key != "train"}
+        if name != method:  # What makes the variant is not the other method's to set.
+            options = {key: value for key, value in options.items() if key not in variant}
+        source = f"benchmark {benchmark!r} [defaults.{name}]"
+        tables.append((source, {"train": table.get("train", {}), "options": options}))
+    return [*tables, (f"benchmark {benchmark!r} [defaults.train]", {"train": defaults.get("train", {})})]
 
 
 def plain_values(config: RunConfig) -> dict[str, Any]:
@@ -179,44 +195,16 @@ def plain_values(config: RunConfig) -> dict[str, Any]:
     if Path(config.model).is_dir() and config.model not in EMBEDDED:
         values["model"] = str(Path(config.model).resolve())
     # As a number: a task that is added to the file later is another stream, which is to be asked for.
-    values["first_tasks"] = len(_first_tasks(config))
-    tasks = {spec.name: dataclasses.asdict(spec) for spec in stream_of(config)}
+    values["first_tasks"] = len(stream_of(config.benchmark, order=config.order, first_tasks=config.first_tasks))
+    tasks = {spec.name: dataclasses.asdict(spec) for spec in config.stream}
     for spec in tasks.values():
         spec["path"] = spec["path"].name
     return dict(json.loads(json.dumps({**values, "tasks": tasks})))
 
 
-def absolute(benchmark: str) -> str:
-    """Return a benchmark's name, or its path so that it can be found from anywhere."""
-    return str(Path(benchmark).resolve()) if benchmark.endswith(".toml") else benchmark
-
-
-def run_defaults(benchmark: str, method: str, values: dict[str, Any], source: str) -> RunConfig:
-    """Return a run's settings: the given values before the benchmark's own defaults before the library's.
-
-    Raises:
-        ValueError: If the benchmark or the method is unknown, or a value is wrong.
-    """
-    kind, variant = find_method(method)
-    defaults = read_benchmark(benchmark).defaults
-    if unknown := sorted(set(defaults) - {"train", *known_methods()}):
-        raise ValueError(f"benchmark {benchmark!r}: [defaults.{unknown[0]}] is neither train nor a method")
-    train: dict[str, Any] = dict(defaults.get("train", {}))
-    options: dict[str, Any] = {}
-    for table in (defaults.get(method_behind(method), {}), variant, defaults.get(method, {})):
-        options |= {key: value for key, value in table.items() if key != "train"}
-        if not isinstance(more := table.get("train", {}), dict):
-            raise ValueError(f"benchmark {benchmark!r}: train = {more!r} in the defaults of a method must be a table")
-        train |= more
-    train |= _table(values, "train", source)
-    options |= _table(values, "options", source)
-    parsed = parse(RunConfig, {**values, "train": train, "benchmark": benchmark, "method": method}, source=source)
-    return dataclasses.replace(parsed, options=parse(kind.Config, options, source=f"{source} [options]"))
-
-
-def _table(values: dict[str, Any], key: str, source: str) -> dict[str, Any]:
-    """Take a table out of a file's values."""
-    table = values.pop(key, {})
-    if not isinstance(table, dict):
-        raise ValueError(f"{source}: {key} = {table!r} must be a table, [{key}]")
-    return table
+def _by_name(config: RunConfig) -> dict[str, Any]:
+    """Return every setting by its dotted name."""
+    values = dataclasses.asdict(config)
+    train, options, _ = (values.pop(key) for key in ("train", "options", "sources"))
+    inner = {"train": train, "options": options}
+    return values | {f"{key}.{name}": value for key, table in inner.items() for name, value in table.items()}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 
 from keeplora.evaluation.accuracy_matrix import Results
 from keeplora.layers.lora import CONFIG_FILE, WEIGHTS_FILE, SavedAdapter
@@ -18,7 +18,7 @@ from keeplora.methods.task_record import TaskRecord
 from keeplora.runs.atomic_store import Store
 from keeplora.runs.schemas import read_task, require_start
 from keeplora.subspace.certificate import certificate_to_json
-from keeplora.training.profiling import Phases
+from keeplora.training.profiling import Costs
 from keeplora.training.state_file import aligned
 
 UNFINISHED = "unfinished"
@@ -66,7 +66,7 @@ class RunDirectory(Store):
             peak_memory_mb=max((m["peak_memory_mb"] for phase in phases for m in phase.values()), default=0.0),
         )
 
-    def start(self, model_digest: str, zero_shot: list[float], phases: Phases) -> None:
+    def start(self, model_digest: str, zero_shot: list[float], phases: Costs) -> None:
         """Record the untouched model: the hash of its weights, and its scores."""
         self.manifest |= {"model_digest": model_digest, "zero_shot": zero_shot, "start": phases}
         self.commit()
@@ -85,8 +85,7 @@ class RunDirectory(Store):
                 self.write(f"{folder}/adapter/{name}", content)
         for name, tensors in (("subspace", record.directions), ("head", record.head), ("state", record.state)):
             if tensors:
-                plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-                self.write(f"{folder}/{name}.safetensors", save(plain))
+                self.write_tensors(f"{folder}/{name}.safetensors", tensors)
         certificate = {**certificate_to_json(record.certificate), "merge_error": record.merge_error}
         if record.surviving_gradient:
             certificate["surviving_gradient"] = record.surviving_gradient
@@ -150,13 +149,15 @@ class RunDirectory(Store):
         ), adapter
 
     def require_intact(self, prefix: str = "") -> None:
-        """Check the files whose path begins so against their hashes.
+        """Check the files whose path begins so against their hashes; tensors are checked only if a prefix is given.
+
+        They may be large, and are checked when they are read.
 
         Raises:
             ValueError: If one is missing or damaged; the message names it.
         """
         for name in self.files:
-            if name.startswith(prefix):
+            if name.startswith(prefix) and (prefix or not name.endswith(".safetensors")):
                 self.check(name)
 
     def write_json(self, name: str, value: object) -> None:

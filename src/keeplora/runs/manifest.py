@@ -1,6 +1,5 @@
 """`run.json`: what a run is, how far it is, and the hash of every file; and how one is opened by one process alone."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -12,11 +11,12 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, Field, ValidationError
 
 from keeplora.errors import InUseError
 
-RUN_FORMAT = 2
+RUN_FORMAT = 3
 """Version of the layout of a run directory; a reader refuses any other."""
 
 VERSIONS_OF = ("keeplora", "torch", "transformers", "peft", "accelerate", "safetensors")
@@ -36,12 +36,13 @@ class _Required(BaseModel, extra="allow", strict=True):
     leaving: list[str] = []
 
 
-def new_manifest(config: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
-    """Return the manifest of a run that has not begun."""
+def new_manifest(config: dict[str, Any], tasks: list[str], sources: dict[str, str] | None = None) -> dict[str, Any]:
+    """Return the manifest of a run that has not begun, with its settings and the place each of them came from."""
     return {
         "format": RUN_FORMAT,
         "versions": {name: version(name) for name in VERSIONS_OF} | {"python": platform.python_version()},
         "config": config,
+        "sources": sources or {},
         "tasks": tasks,
         "tasks_finished": 0,
         "phase": "running",
@@ -94,56 +95,20 @@ def locked(folder: Path) -> Iterator[None]:
         InUseError: If another process has the lock.
     """
     path = folder / "lock"
-    while True:
-        with path.open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                owner = file.read().strip() or "unknown"
-                raise InUseError(
-                    f"another process ({owner}) is writing to {folder}; wait for it, or give another --output"
-                ) from None
-            if not _is_at(path, file.fileno()):
-                continue  # The owner before us removed it after we had opened it.
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-            return
-
-
-def _is_at(path: Path, number: int) -> bool:
-    """Tell whether an open file is still the one of that name."""
+    lock = FileLock(path, timeout=0)
     try:
-        return path.stat().st_ino == os.fstat(number).st_ino
-    except FileNotFoundError:
-        return False
-
-
-def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return a phrase for every setting that differs, by its dotted name, and a single one for those of the tasks."""
-    old, new = _flat(before), _flat(now)
-    different = [
-        path for path in sorted({*old, *new}) if old.get(path) != new.get(path) or (path in old) != (path in new)
-    ]
-    above = {path[:length] for path in different for length in range(len(path))}
-    different = [  # A table that is empty on one side is named by what the other has in it.
-        path for path in different if path not in above or {} not in (old.get(path), new.get(path))
-    ]
-    of_tasks = list(dict.fromkeys(path[1] for path in different if path[0] == "tasks" and len(path) > 1))
-    phrases = [
-        f"{'.'.join(path)} was {_shown(old, path)}, is {_shown(new, path)}"
-        for path in different
-        if path[0] != "tasks" or len(path) == 1
-    ]
-    if of_tasks:
-        more = f" and {len(of_tasks) - 1} more" if len(of_tasks) > 1 else ""
-        phrases.append(f"the benchmark's table of task {of_tasks[0]!r}{more} was another")
-    return phrases
+        lock.acquire()
+    except Timeout:
+        owner = path.read_text().strip() if path.exists() else ""
+        raise InUseError(
+            f"another process ({owner or 'unknown'}) is writing to {folder}; wait for it, or give another --output"
+        ) from None
+    try:
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # While it is ours: who waits for it takes a new one.
+        lock.release()
 
 
 def _other_format(path: Path, found: int) -> str:
@@ -157,16 +122,3 @@ def _first_line(error: Exception) -> str:
         first = error.errors()[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def _flat(config: dict[str, Any], above: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    """Return nested settings by their path; an empty table is a value too."""
-    flat: dict[tuple[str, ...], Any] = {}
-    for key, value in config.items():
-        path = (*above, key)
-        flat |= _flat(value, path) if isinstance(value, dict) and value else {path: value}
-    return flat
-
-
-def _shown(flat: dict[tuple[str, ...], Any], path: tuple[str, ...]) -> str:
-    return repr(flat[path]) if path in flat else "missing"

@@ -1,6 +1,5 @@
 """How a run directory is opened: put in order after a crash, checked, by one process, and only for its own run."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -10,29 +9,39 @@ from typing import Any, Literal
 import torch.distributed as dist
 from torch import nn
 
-from keeplora.config import parse
+from keeplora.config import differences, parse
+from keeplora.data.benchmark import TaskSpec
 from keeplora.errors import InUseError
+from keeplora.layers.distributed import is_main_process
 from keeplora.methods.registry import find_method
 from keeplora.models.interfaces import StreamTask
+from keeplora.models.registry import family_of, locate
 from keeplora.progress import Track, silent
-from keeplora.runs.atomic_store import STAGED, Store, is_main_process, require_no_links
-from keeplora.runs.config import RunConfig, open_stream
+from keeplora.runs.atomic_store import STAGED, Store, require_no_links
+from keeplora.runs.config import RunConfig, Sourced, settle
 from keeplora.runs.directory import UNFINISHED, RunDirectory
-from keeplora.runs.manifest import differences, locked, new_manifest, read_manifest
+from keeplora.runs.manifest import locked, new_manifest, read_manifest
 from keeplora.runs.schemas import require_config
-from keeplora.task import TaskSpec
-from keeplora.training.trainer import TrainConfig
+from keeplora.training.trainer import TrainConfig, best_device
 
 
 @contextmanager
-def open_run(folder: Path, config: dict[str, Any], tasks: list[str], *, extend: bool = False) -> Iterator[RunDirectory]:
-    """Open a run directory for writing: a new one, or one of the same configuration to go on with.
+def open_run(
+    folder: Path,
+    config: dict[str, Any],
+    tasks: list[str],
+    *,
+    sources: dict[str, str] | None = None,
+    extend: bool = False,
+) -> Iterator[RunDirectory]:
+    """Open a run directory for writing: a new one, or one of the same configuration, to resume it.
 
     Args:
         folder: The run directory.
         config: What is to be run, as plain values.
         tasks: The names of the tasks.
-        extend: Whether a finished run may go on with more tasks than it had.
+        sources: Where the settings came from, for a new run.
+        extend: Whether a finished run may be given more tasks than it had.
 
     Raises:
         ValueError: If the folder belongs to another run or is no run or is damaged, or another process is writing to
@@ -46,7 +55,7 @@ def open_run(folder: Path, config: dict[str, Any], tasks: list[str], *, extend: 
     folder.mkdir(parents=True, exist_ok=True)
     require_no_links(folder)
     with locked(folder) if is_main_process() else nullcontext():
-        manifest = _manifest(folder, config, tasks, extend)
+        manifest = _manifest(folder, config, tasks, sources or {}, extend)
         Store(folder, manifest).recover(UNFINISHED)
         if dist.is_initialized():
             dist.barrier()  # The first process has now put the folder in order.
@@ -85,10 +94,12 @@ def settled_manifest(folder: Path) -> dict[str, Any]:
         return read_manifest(folder)
 
 
-def _manifest(folder: Path, config: dict[str, Any], tasks: list[str], extend: bool) -> dict[str, Any]:
+def _manifest(
+    folder: Path, config: dict[str, Any], tasks: list[str], sources: dict[str, str], extend: bool
+) -> dict[str, Any]:
     """Return the manifest of the run that is there if it may be gone on with, or a new one."""
     if not (folder / "run.json").exists():
-        return new_manifest(config, tasks)
+        return new_manifest(config, tasks, sources)
     found = read_manifest(folder)
     before, now = found["config"], config
     if extend:
@@ -100,7 +111,7 @@ def _manifest(folder: Path, config: dict[str, Any], tasks: list[str], extend: bo
     if not different:
         return found
     if found["tasks_finished"] == 0 and not any(name.startswith(f"{UNFINISHED}/") for name in found["files"]):
-        return new_manifest(config, tasks)  # Nothing is lost by starting over, perhaps with what was mended.
+        return new_manifest(config, tasks, sources)  # Nothing is lost by starting over, perhaps with what was mended.
     raise ValueError(
         f"{folder} holds another run ({'; '.join(different)}); give another --output. To start"
         f" from the tasks that are finished here: --fork {folder} --output NEW"
@@ -145,12 +156,59 @@ def config_of(directory: RunDirectory) -> RunConfig:
     Raises:
         ValueError: If `run.json` holds none, or one that is no longer possible; the message names the key.
     """
+    return settle([settings_of_run(directory)])
+
+
+def settings_of_run(directory: RunDirectory) -> Sourced:
+    """Return the settings that a run was started with, as a table, after the file that they are in.
+
+    Raises:
+        ValueError: If `run.json` holds none; the message names the key.
+    """
     path = directory.folder / "run.json"
-    source = str(path)
     require_config(directory.manifest["config"], directory.manifest["tasks"], path)
-    values = json.loads(json.dumps(directory.manifest["config"]))
+    values = dict(directory.manifest["config"])
     for name, table in values.pop("tasks").items():
-        parse(TaskSpec, table, source=f"{source}: task {name!r}")
-    options = parse(find_method(values["method"])[0].Config, values.pop("options"), source=source)
-    train = parse(TrainConfig, values.pop("train"), source=source)
-    return parse(RunConfig, {**values, "output": directory.folder, "train": train, "options": options}, source=source)
+        parse(TaskSpec, table, source=f"{path}: task {name!r}")
+    return str(path), {**values, "output": directory.folder}
+
+
+def load_stream(
+    model: str = "mini",
+    benchmark: str = "mini",
+    *,
+    batch_size: int = 64,
+    evaluation: Literal["test", "validation"] = "test",
+    seed: int = 0,
+    track: Track = silent,
+) -> tuple[nn.Module, list[StreamTask]]:
+    """Load a model, in float32 on the best device, and the tasks of a benchmark for it.
+
+    Args:
+        model: The embedded model, a hub name, or a folder.
+        benchmark: Name of a benchmark, or path of its TOML file.
+        batch_size: Images in a batch.
+        evaluation: The split to evaluate on, test or validation.
+        seed: Seed of the order of the training batches.
+        track: Shows progress over the images that are read.
+
+    Raises:
+        ValueError: If the model, the benchmark or the data is wrong; the message names what.
+    """
+    train = TrainConfig(batch_size=batch_size)
+    config = RunConfig(benchmark=benchmark, model=model, seed=seed, evaluation=evaluation, train=train)
+    return open_stream(config, track)
+
+
+def open_stream(config: RunConfig, track: Track = silent) -> tuple[nn.Module, list[StreamTask]]:
+    """Load the model of a run, in float32 on the best device, and its tasks in their order."""
+    family, source = family_of(config.model), locate(config.model)
+    tasks = family.tasks(
+        source,
+        config.stream,
+        batch_size=config.train.batch_size,
+        evaluation=config.evaluation,
+        seed=config.seed,
+        track=track,
+    )
+    return family.load(source).to(best_device()), tasks

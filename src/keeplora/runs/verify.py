@@ -58,6 +58,7 @@ class Replay:
 
     def __post_init__(self) -> None:
         self.original = copied(self.model.state_dict())
+        self.method.protect(self.model)
 
     def take(
         self, name: str, recorded: object, read: Callable[[], tuple[TaskRecord, Path]]
@@ -86,7 +87,7 @@ class Replay:
         return measured
 
     def _take(self, name: str, record: TaskRecord, folder: Path) -> tuple[dict[str, LayerCertificate], list[str]]:
-        before, device = self.method.protected(self.model), device_of(self.model)
+        before, device = self.method.protected(), device_of(self.model)
         factors = {} if record.adapter is None else record.adapter.factors()
         updates = {layer: (a.to(device), b.to(device)) for layer, (a, b) in factors.items()}
         if misfits := self._misfits(updates, record.directions, before):
@@ -100,8 +101,8 @@ class Replay:
                 f"task {name!r}: {text}" for text in _unlike(weights, self._weights(list(weights)), updates)
             ]
         elif record.merged:
-            self.method.add_task(record)
-        return certificates(before, self.method.protected(self.model), updates), []
+            self.method.keep(record)
+        return certificates(before, self.method.protected(), updates), []
 
     def _misfits(self, updates: dict[str, tuple[Tensor, Tensor]], directions: Weights, bases: Weights) -> list[str]:
         """Say what is wrong with the form of a task's files, so that nothing of them can be measured."""

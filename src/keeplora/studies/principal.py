@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from keeplora.config import Config
 from keeplora.evaluation.evaluate import evaluate
 from keeplora.layers.lora import linear_targets
-from keeplora.layers.module_state import other_weights
 from keeplora.layers.names import in_tower
+from keeplora.layers.weights import other_weights
 from keeplora.methods.base import MethodConfig
 from keeplora.models.interfaces import StreamTask
 from keeplora.progress import Track, silent
 from keeplora.runs.atomic_store import write_atomically
-from keeplora.runs.config import load_stream
+from keeplora.runs.open import load_stream
 from keeplora.subspace import linear_algebra as linalg
 
 

@@ -43,9 +43,9 @@ class GradientSketch:
         self.range = basis.new_zeros(d_out, k)
         self.corange = basis.new_zeros(m, d_in)
 
-    def add(self, deltas: Tensor, inputs: Tensor, *, weight: float = 1.0) -> None:
-        """Add `weight * deltas.T @ inputs`, for rows `[n, d_out]` and `[n, d_in]` of any floating type."""
-        deltas, inputs = deltas.float(), inputs.float()
+    def add(self, inputs: Tensor, output_gradients: Tensor, weight: float = 1.0) -> None:
+        """Add `weight * output_gradients.T @ inputs`, for rows `[n, d_in]` and `[n, d_out]` of any floating type."""
+        deltas, inputs = output_gradients.float(), inputs.float()
         self.range.addmm_(deltas.T, inputs @ self.right, alpha=weight)
         self.corange.addmm_(self.left @ deltas.T, inputs, alpha=weight)
 

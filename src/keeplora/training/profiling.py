@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-Phases = dict[str, dict[str, float]]
+Costs = dict[str, dict[str, float]]
 """Seconds and peak memory (MiB) of each phase, by its name."""
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -22,8 +22,8 @@ class Clock:
     The memory is the GPU's where there is one, otherwise that of the whole process, its libraries included.
     """
 
-    def __init__(self, before: Phases | None = None) -> None:
-        self._phases: Phases = {name: dict(measured) for name, measured in (before or {}).items()}
+    def __init__(self, before: Costs | None = None) -> None:
+        self._phases: Costs = {name: dict(measured) for name, measured in (before or {}).items()}
         self._running: list[str] = []
         self._since = 0.0
 
@@ -39,7 +39,7 @@ class Clock:
             self._running.pop()
             self._start()
 
-    def read(self) -> Phases:
+    def read(self) -> Costs:
         """Return what was measured so far, in the order in which the phases first ended or were interrupted."""
         self._book()
         return {name: dict(measured) for name, measured in self._phases.items()}
@@ -58,7 +58,7 @@ class Clock:
 
 
 @contextmanager
-def measured(phases: Phases, name: str) -> Iterator[None]:
+def measured(phases: Costs, name: str) -> Iterator[None]:
     """Write the seconds and the peak memory of what runs inside to the phases."""
     clock = Clock()
     with clock.phase(name):

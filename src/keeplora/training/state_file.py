@@ -10,21 +10,21 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 State = Any
 
 
-def to_bytes(state: State) -> bytes:
-    """Return a state as the content of a safetensors file."""
+def pack(state: State) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a safetensors file that holds a state; the tensors are not copied."""
     tensors: dict[str, Tensor] = {}
     skeleton = _strip(state, tensors)
-    return save(tensors, metadata={"state": json.dumps(skeleton)})
+    return tensors, {"state": json.dumps(skeleton)}
 
 
 def from_bytes(content: bytes) -> State:
-    """Return the state that `to_bytes` wrote; its tensors are on the CPU.
+    """Return the state of a file that `pack` was written to; its tensors are on the CPU.
 
     Raises:
         ValueError: If the bytes are no such state.
@@ -50,7 +50,10 @@ def _strip(value: State, tensors: dict[str, Tensor]) -> State:
         return {"kind": "array", "items": _strip(whole, tensors), "dtype": str(value.dtype)}
     if isinstance(value, Tensor):
         number = str(len(tensors))
-        tensors[number] = value.detach().cpu().clone().contiguous()
+        is_shared = any(
+            value.untyped_storage().data_ptr() == one.untyped_storage().data_ptr() for one in tensors.values()
+        )
+        tensors[number] = value.detach().clone() if is_shared else value.detach()
         return {"kind": "tensor", "items": number}
     if isinstance(value, dict):
         return {"kind": "dict", "items": [[_strip(key, tensors), _strip(item, tensors)] for key, item in value.items()]}

@@ -24,7 +24,7 @@ from keeplora.methods.task_record import TaskRecord
 from keeplora.models.registry import EMBEDDED, family_of, locate
 from keeplora.progress import Track, silent
 from keeplora.runs.atomic_store import flush, made_whole
-from keeplora.runs.config import RunConfig, stream_of
+from keeplora.runs.config import RunConfig
 from keeplora.runs.directory import RunDirectory
 from keeplora.runs.export.card import Card, render_card
 from keeplora.runs.open import config_of, read_run
@@ -123,9 +123,8 @@ def _read(folder: Path, config: ExportConfig, track: Track) -> _Source:
 def _write_merged(source: _Source, config: ExportConfig, part: Path) -> dict[str, Any]:
     """Write the base model with all updates merged."""
     run, model = source.config, source.base
-    method = find_method(run.method)[0](run.options, seed=run.seed)
     for record, folder in source.track(source.records, "merging", len(source.records)):
-        model = method.replay(model, record, folder)
+        model = model if record.adapter is None else lora.merge_from(model, folder)
     model = model.to(getattr(torch, config.dtype))
     _require_finite(model.state_dict(), config.dtype)
     family_of(run.model).save(model, locate(run.model), part)
@@ -182,7 +181,7 @@ def _write_heads(source: _Source, part: Path) -> dict[str, str]:
     if not heads:
         return {}
     (part / "heads").mkdir()
-    specs = {spec.name: spec for spec in stream_of(source.config)}
+    specs = {spec.name: spec for spec in source.config.stream}
     for index, head in heads.items():
         name, place = source.name(index), part / "heads" / source.place(index)
         if name not in specs:

@@ -1,22 +1,49 @@
 """What a comparison is asked for, and the configuration of each run; all are checked before the first one starts."""
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from keeplora.config import Config, parse
+from keeplora.data.benchmark import read_benchmark
 from keeplora.methods.registry import find_method, known_methods, method_behind, settings_of
-from keeplora.runs.config import RunConfig, stream_of
-from keeplora.task import CompareBudget, read_benchmark
-from keeplora.training.trainer import TrainConfig
+from keeplora.runs.config import RunConfig, settle
 
 QUICK_TASKS = 2
 
 Settings = dict[str, Any]
-Tables = list[tuple[str, Settings]]
-"""Tables that are merged, later ones over earlier ones, each after the place it comes from."""
 
-C = TypeVar("C")
+
+@dataclass(frozen=True, kw_only=True)
+class CompareBudget(Config):
+    """What a comparison spends on each method: epochs, and settings to choose from on the validation splits."""
+
+    epochs: int | None = None
+    """Epochs of each task; those of [defaults.train] if not given."""
+    search_tasks: int | None = None
+    """Learn this many tasks, the first ones, in each run of the search; all if not given."""
+    learning_rate: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    """Learning rates to try first, the same for every method."""
+    search: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
+    """For a method by its name: values of its settings to try next, at the best learning rates."""
+    rates_kept: int = 2
+    """At how many of the best learning rates they are tried."""
+    common: dict[str, Any] = field(default_factory=dict)
+    """Options that every method gets, such as the rank; otherwise its own defaults."""
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """For a method by its name: options that it gets instead."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rates = self.learning_rate
+        if not rates or not all(math.isfinite(rate) and rate > 0 for rate in rates):
+            raise ValueError(f"learning_rate = {list(rates)} must list positive numbers")
+        if len(set(rates)) < len(rates):
+            raise ValueError(f"learning_rate = {list(rates)} lists a number twice")
+        for name in ("epochs", "search_tasks", "rates_kept"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} = {value} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +95,19 @@ class CompareConfig(Config):
     @property
     def budget(self) -> CompareBudget:
         """What is spent on each method."""
-        budget = read_benchmark(self.benchmark).compare
+        budget = budget_of(self.benchmark)
         if self.quick:
             budget = replace(budget, epochs=1, learning_rate=budget.learning_rate[:1], search={})
         return budget if self.epochs is None else replace(budget, epochs=self.epochs)
+
+
+def budget_of(benchmark: str) -> CompareBudget:
+    """Return what a benchmark's [compare] table says.
+
+    Raises:
+        ValueError: If the table is wrong; the message names the benchmark.
+    """
+    return parse(CompareBudget, read_benchmark(benchmark).compare, source=f"benchmark {benchmark} [compare]")
 
 
 def require_valid(config: CompareConfig) -> None:
@@ -81,7 +117,7 @@ def require_valid(config: CompareConfig) -> None:
         ValueError: If a table of the benchmark's budget is wrong, or the tasks have fewer orders than asked for.
     """
     place = f"benchmark {config.benchmark}"
-    whole, budget = read_benchmark(config.benchmark).compare, config.budget
+    whole, budget = budget_of(config.benchmark), config.budget
     for table in ("search", "options"):
         if unknown := sorted(set(getattr(whole, table)) - set(known_methods())):
             known = ", ".join(known_methods())
@@ -99,7 +135,7 @@ def require_valid(config: CompareConfig) -> None:
         for settings in [*rates, *variations(budget, settings_of(name), rates[0])]:
             run_config(config, settings_of(name), settings, seed=0, order=0, is_trial=True)
             run_config(config, name, settings, seed=0, order=0)
-    stream_of(run_config(config, config.names[0], {}, seed=0, order=config.orders - 1))
+    assert run_config(config, config.names[0], {}, seed=0, order=config.orders - 1).stream
 
 
 def variations(budget: CompareBudget, name: str, settings: Settings) -> list[Settings]:
@@ -112,50 +148,42 @@ def run_config(
     config: CompareConfig, name: str, settings: Settings, *, seed: int, order: int, is_trial: bool = False
 ) -> RunConfig:
     """Return one run of the comparison: the benchmark's training, the method's own defaults, and the settings."""
-    budget, (kind, variant), behind = config.budget, find_method(name), method_behind(name)
+    budget, (_, variant), behind = config.budget, find_method(name), method_behind(name)
     place = f"benchmark {config.benchmark}"
     rate = {key: value for key, value in settings.items() if key == "learning_rate"}
-    own = {key: value for key, value in settings.items() if key not in rate}
     searched = f"{place} [compare.search.{settings_of(name)}]"
-    options = [
-        (f"{place} [compare.common]", budget.common),
-        (f"{place} [compare.options.{behind}]", budget.options.get(behind, {})),
-        (f"{place} [compare.options.{name}]", budget.options.get(name, {})),
-        (searched, own),
-        (f"method {name}", variant),
-    ]
-    train = [
-        (f"{place} [defaults.train]", read_benchmark(config.benchmark).defaults.get("train", {})),
-        (f"{place} [compare]", {} if budget.epochs is None else {"epochs": budget.epochs}),
-        (f"{place} [compare]" if rate.get("learning_rate") in budget.learning_rate else searched, rate),
-    ]
     label = "-".join(f"{key}{value}" for key, value in settings.items())
     folder = Path("search") / name / label if is_trial else Path("runs") / name / f"order{order}-seed{seed}"
-    return RunConfig(
-        benchmark=config.benchmark,
-        model=config.model,
-        method=name,
-        seed=seed,
-        order=order,
-        first_tasks=QUICK_TASKS if config.quick else budget.search_tasks if is_trial else None,
-        evaluation="validation" if is_trial else "test",
-        save_model=False,
-        output=config.output / folder,
-        train=_parse(TrainConfig, train),
-        options=_parse(kind.Config, options),
+    run = {
+        "benchmark": config.benchmark,
+        "model": config.model,
+        "method": name,
+        "seed": seed,
+        "order": order,
+        "first_tasks": QUICK_TASKS if config.quick else budget.search_tasks if is_trial else None,
+        "evaluation": "validation" if is_trial else "test",
+        "save_model": False,
+        "output": config.output / folder,
+    }
+    of_others = [  # What makes a variant is not to be set by tables about other methods too.
+        (searched, {key: value for key, value in settings.items() if key not in rate}),
+        (f"{place} [compare.options.{behind}]", budget.options.get(behind, {})),
+        (f"{place} [compare.common]", budget.common),
+    ]
+    options = [(source, {key: value for key, value in one.items() if key not in variant}) for source, one in of_others]
+    options.insert(1, (f"{place} [compare.options.{name}]", budget.options.get(name, {})))
+    train = [
+        (f"{place} [compare]" if rate.get("learning_rate") in budget.learning_rate else searched, rate),
+        (f"{place} [compare]", {} if budget.epochs is None else {"epochs": budget.epochs}),
+        (f"{place} [defaults.train]", read_benchmark(config.benchmark).defaults.get("train", {})),
+    ]
+    return settle(
+        [
+            ("keeplora compare", run),
+            *((source, {"options": table}) for source, table in options),
+            *((source, {"train": table}) for source, table in train),
+        ]
     )
-
-
-def _parse(kind: type[C], tables: Tables) -> C:
-    """Merge tables to a configuration; an error names the first table that is wrong."""
-    try:
-        return parse(kind, {key: value for _, table in tables for key, value in table.items()}, source="")
-    except ValueError:
-        merged: Settings = {}
-        for source, table in tables:
-            merged |= table
-            parse(kind, merged, source=source)
-        raise
 
 
 def _require_searchable(source: str, name: str, table: dict[str, list[Any]], rates: tuple[float, ...]) -> None:

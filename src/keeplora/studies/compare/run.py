@@ -15,14 +15,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from keeplora.config import differences
+from keeplora.data.stream import absolute
 from keeplora.evaluation.accuracy_matrix import METRIC_NAMES, Results
 from keeplora.methods.registry import find_method, settings_of
 from keeplora.progress import Track, silent
 from keeplora.report.charts import trade_off
 from keeplora.report.html import render
 from keeplora.runs.atomic_store import write_atomically
-from keeplora.runs.config import RunConfig, absolute
-from keeplora.runs.manifest import differences, locked
+from keeplora.runs.config import RunConfig
+from keeplora.runs.manifest import locked
 from keeplora.runs.open import read_run
 from keeplora.studies.compare.comparison import SCORES, Comparison, RunRow, Trial
 from keeplora.studies.compare.config import CompareConfig, Settings, require_valid, run_config, variations

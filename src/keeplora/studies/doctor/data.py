@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 
 from datasets.exceptions import DatasetsError
 
+from keeplora.data.benchmark import TaskSpec
 from keeplora.data.images import Examples
 from keeplora.data.readers import READERS, read_splits
 from keeplora.progress import Track
 from keeplora.studies.doctor.findings import Finding, Level, counted, listed, without_task
 from keeplora.studies.doctor.image_scan import LOSSY, Scan, scan
-from keeplora.task import TaskSpec
 
 UNREADABLE_DATA = (ValueError, OSError, DatasetsError)
 """What a reader raises for data that is missing or damaged."""

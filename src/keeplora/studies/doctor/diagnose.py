@@ -15,7 +15,7 @@ from keeplora.data.cache import MEMORY_LIMIT, kept
 from keeplora.methods.registry import find_method
 from keeplora.models.interfaces import StreamTask
 from keeplora.progress import Track, silent
-from keeplora.runs.config import RunConfig, stream_of
+from keeplora.runs.config import RunConfig
 from keeplora.studies.doctor.data import TaskData, read_task, scan_task, task_findings
 from keeplora.studies.doctor.dry_run import BATCHES, FAILURES, Rehearsal, rehearse
 from keeplora.studies.doctor.duplicates import duplicate_findings
@@ -66,7 +66,7 @@ def diagnose(config: RunConfig, *, duplicates: bool = True, track: Track = silen
         ValueError: If the benchmark's file is wrong; all else is a finding.
     """
     found = Diagnosis(config)
-    specs = stream_of(config)
+    specs = config.stream
     found.subject, of_model = load_subject(config.model)
     if found.subject is not None:
         method = find_method(config.method)[0](config.options, seed=config.seed, track=silent)

@@ -26,7 +26,7 @@ from keeplora.runs.config import RunConfig
 from keeplora.studies.doctor.findings import Finding, listed, without_task
 from keeplora.studies.doctor.resource_estimate import Pace, Paces, pace_of
 from keeplora.task import Batch, Task
-from keeplora.training.profiling import Phases, measured
+from keeplora.training.profiling import Costs, measured
 from keeplora.training.trainer import fit
 
 T = TypeVar("T")
@@ -210,7 +210,7 @@ def _learn(
 @contextmanager
 def _phase(found: Rehearsal, name: str, clock: FirstBatches) -> Iterator[list[Pace]]:
     """Append the pace of what runs inside to the list that is given, and keep its peak memory."""
-    phases: Phases = {}
+    phases: Costs = {}
     paces: list[Pace] = []
     clock.passes = []
     with measured(phases, name):

@@ -12,7 +12,7 @@ from keeplora.methods.keeplora import KeepLoRA
 from keeplora.models.interfaces import Family
 from keeplora.models.registry import family_of, locate
 from keeplora.studies.doctor.findings import Finding, Level, counted, listed
-from keeplora.training.profiling import Phases, measured
+from keeplora.training.profiling import Costs, measured
 from keeplora.training.trainer import best_device
 
 
@@ -36,7 +36,7 @@ class Subject:
     """`(d_out, d_in)` of each target layer."""
     free: dict[str, int] = field(default_factory=dict)
     """How many input directions of each layer a method that protects some leaves at the start."""
-    phases: Phases = field(default_factory=dict)
+    phases: Costs = field(default_factory=dict)
 
 
 def load_subject(name: str) -> tuple[Subject | None, list[Finding]]:
@@ -85,7 +85,7 @@ def _room_findings(subject: Subject, method: KeepLoRA) -> list[Finding]:
     """Compare the free dimensions of each layer with the rank, once its principal directions are protected."""
     try:
         with measured(subject.phases, "start"):
-            method.protect_principal(subject.model)
+            method.protect(subject.model)
     except (ValueError, RuntimeError) as error:
         return [Finding("problem", "", f"the principal directions cannot be protected: {error}")]
     subject.free = {name: basis.shape[0] - basis.shape[1] for name, basis in method.bases.items()}

@@ -1,0 +1,90 @@
+"""A benchmark: a TOML file that names the tasks of a stream, and settings that suit them."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from keeplora.config import Config, parse, read_toml
+
+BENCHMARKS = Path(__file__).parent / "benchmarks"
+
+LONGEST_NAME = 200
+"""Bytes of a task's name; file systems end at 255, and other names are made of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSpec(Config):
+    """One task of a benchmark file."""
+
+    name: str
+    """Name of the task, and of its folder in a run."""
+    path: Path
+    """Folder or zip archive with SPLIT/CLASS/IMAGE, or a Hugging Face dataset; relative to the benchmark file."""
+    reader: str = "folder"
+    """How to read `path`: folder (a zip archive is one too) or dataset."""
+    template: str = "a photo of a {}."
+    """The prompt of a class; {} is replaced by its name."""
+    class_names: dict[str, str] = field(default_factory=dict)
+    """The name to use in the prompt, for classes whose stored name does not read well."""
+    image_column: str = "image"
+    """Column of the images (reader dataset)."""
+    label_column: str = "label"
+    """Column of the labels (reader dataset)."""
+    epochs: int | None = None
+    """Number of epochs of this task, where it differs from the run's."""
+    hub: str = ""
+    """`path` as it was written, for a dataset of the hub; filled in."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.name or "/" in self.name or self.name.startswith(".") or not self.name.isprintable():
+            raise ValueError(f"task name {self.name!r} cannot name a folder")
+        if len(self.name.encode(errors="replace")) > LONGEST_NAME:
+            raise ValueError(f"task name {self.name[:20] + '...'!r} is too long for a folder; give a shorter one")
+        if "{}" not in self.template:
+            raise ValueError(f"task {self.name!r}: template {self.template!r} has no {{}} for the class name")
+        if self.epochs is not None and self.epochs < 1:
+            raise ValueError(f"task {self.name!r}: epochs = {self.epochs} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark(Config):
+    """A stream of tasks, in the order they are learned."""
+
+    name: str
+    description: str = ""
+    tasks: tuple[TaskSpec, ...]
+    defaults: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Settings that suit this benchmark: a table [defaults.train], and one for a method by its name."""
+    compare: dict[str, Any] = field(default_factory=dict)
+    """What `keeplora compare` spends on each method."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = [task.name for task in self.tasks]
+        if not names:
+            raise ValueError("a benchmark needs at least one [[tasks]]")
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"two tasks are named {sorted(twice)[0]!r}; names must differ")
+
+
+def read_benchmark(name: str) -> Benchmark:
+    """Read a benchmark that comes with the package by its name, or any by the path of its TOML file.
+
+    Raises:
+        ValueError: If there is none, or the file is wrong; the message names the key or lists the known names.
+    """
+    path = Path(name) if name.endswith(".toml") else BENCHMARKS / f"{name}.toml"
+    if not name.endswith(".toml") and not path.is_file():
+        known = ", ".join(sorted(file.stem for file in BENCHMARKS.glob("*.toml")))
+        raise ValueError(f"unknown benchmark {name!r}; known: {known}, or give the path of a .toml file")
+    values = read_toml(path)
+    if any(isinstance(task, dict) and "hub" in task for task in _as_list(values.get("tasks"))):
+        raise ValueError(f"{path}: tasks have no key 'hub'; give the name of a dataset as path")
+    benchmark = parse(Benchmark, {"name": path.stem} | values, source=str(path))
+    tasks = tuple(replace(task, path=path.parent / task.path, hub=str(task.path)) for task in benchmark.tasks)
+    return replace(benchmark, tasks=tasks)
+
+
+def _as_list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []

@@ -1,0 +1,71 @@
+"""The stream of tasks that benchmarks, an order, and a choice of tasks make."""
+
+import math
+import random
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+from keeplora.data.benchmark import TaskSpec, read_benchmark
+
+
+def stream_of(
+    benchmark: str,
+    *,
+    order: int = 0,
+    first_tasks: int | None = None,
+    more: tuple[str, ...] = (),
+    without: tuple[str, ...] = (),
+) -> tuple[TaskSpec, ...]:
+    """Return the tasks of a stream, in their order.
+
+    Args:
+        benchmark: Name of a benchmark, or path of its TOML file.
+        order: 0 for the benchmark's own order, k for the k-th random one, each another than those before.
+        first_tasks: Take only this many tasks of it, the first ones.
+        more: Benchmarks whose tasks follow; a task of the same name and data comes once.
+        without: Names of tasks to leave out.
+
+    Raises:
+        ValueError: If a benchmark is wrong, its tasks have fewer orders than the number of this one, two different
+            tasks have one name, or a task to leave out is not there.
+    """
+    specs = read_benchmark(benchmark).tasks
+    if order >= (num_orders := math.factorial(len(specs))):
+        raise ValueError(f"order = {order}: {len(specs)} tasks have only the orders 0 to {num_orders - 1}")
+    first = [specs[place] for place in _permutation(order, len(specs))][:first_tasks]
+    stream = {spec.name: spec for spec in first}
+    for another in more:
+        for spec in read_benchmark(another).tasks:
+            if resolved(stream.setdefault(spec.name, spec)) != resolved(spec):
+                raise ValueError(
+                    f"benchmark {another!r} has another task {spec.name!r} than the stream before it; rename one"
+                )
+    if unknown := [name for name in without if name not in stream]:
+        raise ValueError(f"without = {unknown[0]!r} is no task of the stream; its tasks are {', '.join(stream)}")
+    if not (left := tuple(spec for name, spec in stream.items() if name not in without)):
+        raise ValueError(f"without = {list(without)} leaves no task to learn")
+    return left
+
+
+def resolved(spec: TaskSpec) -> TaskSpec:
+    """Return a task in the form in which it can be compared with one of another file."""
+    return replace(spec, path=spec.path.resolve(), hub="")
+
+
+def absolute(benchmark: str) -> str:
+    """Return a benchmark's name, or its path so that it can be found from anywhere."""
+    return str(Path(benchmark).resolve()) if benchmark.endswith(".toml") else benchmark
+
+
+@cache
+def _permutation(number: int, size: int) -> tuple[int, ...]:
+    """Return 0 to size - 1 in the number-th distinct order; number 0 is the identity, the others are random."""
+    found = {(identity := tuple(range(size))): None}
+    seed = 0
+    while len(found) <= number:
+        seed += 1
+        places = list(identity)
+        random.Random(seed).shuffle(places)
+        found[tuple(places)] = None
+    return list(found)[number]
