@@ -34,7 +34,7 @@ def run_flags(more: Mapping[str, Any]) -> dict[str, Any]:
     groups = {
         "settings": settings | dict(more),
         "train": _flags(fields(TrainConfig), TrainConfig),
-        "options": _options(),
+        "method": _options(),
     }
     return {
         name: tyro.conf.OmitArgPrefixes[TypedDict(name.capitalize(), flags, total=False)]  # type: ignore[operator, misc]
