@@ -12,8 +12,8 @@ from keeplora.methods.registry import METHODS
 ROOT = Path(keeplora.__file__).parent
 
 PACKAGES = (
-    "config", "errors", "progress", "task", "subspace", "layers", "methods", "data", "models", "training", "evaluation",
-    "report", "runs", "studies", "cli", "__main__", "__init__",
+    "config", "errors", "progress", "registry", "task", "subspace", "layers", "methods", "data", "models", "training",
+    "evaluation", "report", "runs", "studies", "cli", "__main__", "__init__",
 )  # fmt: skip
 """From the lowest up: a module may import its own package and those before it."""
 

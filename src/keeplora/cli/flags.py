@@ -14,6 +14,7 @@ import tyro
 
 from keeplora.methods.base import MethodConfig
 from keeplora.methods.registry import METHODS
+from keeplora.registry import load_extensions
 from keeplora.runs.config import RunConfig, Sourced, resolve
 from keeplora.training.trainer import TrainConfig
 
@@ -58,6 +59,7 @@ def resolve_flags(file: Sourced | None, **given: Mapping[str, Any]) -> RunConfig
 
 def _options() -> dict[str, Any]:
     """Return a flag for every option of every method; one that several have says of whom it is."""
+    load_extensions()
     methods = {RunConfig.method: METHODS[RunConfig.method], **METHODS}
     common = {field.name for field in fields(MethodConfig)}
     owners: dict[str, dict[str, Field[Any]]] = {}

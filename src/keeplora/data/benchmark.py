@@ -30,6 +30,8 @@ class TaskSpec(Config):
     """Column of the images (reader dataset)."""
     label_column: str = "label"
     """Column of the labels (reader dataset)."""
+    metric: str = "accuracy"
+    """What its predictions are scored by."""
     epochs: int | None = None
     """Number of epochs of this task, where it differs from the run's."""
     hub: str = ""

@@ -19,6 +19,7 @@ from PIL import Image
 
 from keeplora.data.benchmark import TaskSpec
 from keeplora.data.images import Examples
+from keeplora.registry import Registry
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
@@ -37,9 +38,11 @@ def read_splits(spec: TaskSpec, evaluation: str) -> tuple[Examples, Examples]:
     Raises:
         ValueError: If data is missing, empty, or inconsistent; the message names the task and the place.
     """
-    if spec.reader not in READERS:
-        raise ValueError(f"task {spec.name!r}: unknown reader {spec.reader!r}; known readers: {', '.join(READERS)}")
-    splits = READERS[spec.reader](spec)
+    try:
+        read = READERS.find(spec.reader)
+    except ValueError as error:
+        raise ValueError(f"task {spec.name!r}: {error}") from None
+    splits = read(spec)
     if "train" not in splits:
         raise ValueError(f"task {spec.name!r}: {spec.path} has no train split; it has {', '.join(splits)}")
     train = splits["train"]
@@ -157,7 +160,9 @@ def _dataset_split(spec: TaskSpec, split: str, rows: Any) -> Examples:
     return Examples(class_names, tuple(labels), load, lambda i: f"task {spec.name!r}: {split} row {i} of {spec.path}")
 
 
-READERS: dict[str, Callable[[TaskSpec], dict[str, Examples]]] = {"folder": _read_folder, "dataset": _read_dataset}
+Reader = Callable[[TaskSpec], dict[str, Examples]]
+
+READERS: Registry[Reader] = Registry("reader", {"folder": _read_folder, "dataset": _read_dataset})
 
 
 def _is_image(name: str) -> bool:

@@ -28,4 +28,4 @@ def _score(model: nn.Module, task: StreamTask, track: Track) -> float:
             for part in task.micro_batches(to_device(batch, device_of(model))):
                 predictions.append(task.predict(model, part).cpu())
                 references.append(task.references(part).cpu())
-    return METRICS[task.metric](torch.cat(predictions), torch.cat(references))
+    return METRICS.find(task.metric)(torch.cat(predictions), torch.cat(references))

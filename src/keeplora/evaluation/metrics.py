@@ -4,10 +4,12 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from keeplora.registry import Registry
+
 
 def accuracy(predictions: Tensor, references: Tensor) -> float:
     """Return the share of right answers, in percent."""
     return 100.0 * float((predictions == references).double().mean())
 
 
-METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {"accuracy": accuracy}
+METRICS: Registry[Callable[[Tensor, Tensor], float]] = Registry("metric", {"accuracy": accuracy})

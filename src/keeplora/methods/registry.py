@@ -5,29 +5,32 @@ from pathlib import Path
 from typing import Any
 
 from keeplora.config import read_toml
-from keeplora.methods.base import Method, MethodConfig
+from keeplora.methods.base import Method
 from keeplora.methods.baselines import Joint, LoRAFT, ZeroShot
 from keeplora.methods.cl_moe import CLMoE
 from keeplora.methods.ewc import EWC
 from keeplora.methods.inflora import InfLoRA
-from keeplora.methods.keeplora import KeepLoRA, KeepLoRAConfig
+from keeplora.methods.keeplora import KeepLoRA
 from keeplora.methods.olora import OLoRA
 from keeplora.methods.sd_lora import SDLoRA
 from keeplora.methods.sefe import SEFE
-from keeplora.methods.task_record import TaskRecord
+from keeplora.registry import Registry
 
-METHODS: dict[str, type[Method]] = {
-    "zero_shot": ZeroShot,
-    "lora_ft": LoRAFT,
-    "ewc": EWC,
-    "olora": OLoRA,
-    "inflora": InfLoRA,
-    "sd_lora": SDLoRA,
-    "sefe": SEFE,
-    "cl_moe": CLMoE,
-    "keeplora": KeepLoRA,
-    "joint": Joint,
-}
+METHODS: Registry[type[Method]] = Registry(
+    "method",
+    {
+        "zero_shot": ZeroShot,
+        "lora_ft": LoRAFT,
+        "ewc": EWC,
+        "olora": OLoRA,
+        "inflora": InfLoRA,
+        "sd_lora": SDLoRA,
+        "sefe": SEFE,
+        "cl_moe": CLMoE,
+        "keeplora": KeepLoRA,
+        "joint": Joint,
+    },
+)
 
 VARIANTS = Path(__file__).with_name("variants.toml")
 """Methods that are another one with other options, as data."""
@@ -41,7 +44,7 @@ def variants() -> dict[str, dict[str, Any]]:
 
 def known_methods() -> list[str]:
     """List the names of all methods and variants."""
-    return [*METHODS, *variants()]
+    return [*METHODS.names(), *variants()]
 
 
 def method_behind(name: str) -> str:
@@ -60,32 +63,8 @@ def find_method(name: str) -> tuple[type[Method], dict[str, Any]]:
     Raises:
         ValueError: If there is none of this name; the message lists the known ones.
     """
-    if name in METHODS:
-        return METHODS[name], {}
     if name in variants():
         return METHODS[method_behind(name)], dict(variants()[name]["options"])
-    raise ValueError(f"unknown method {name!r}; known methods: {', '.join(known_methods())}")
-
-
-__all__ = [
-    "EWC",
-    "METHODS",
-    "SEFE",
-    "CLMoE",
-    "InfLoRA",
-    "Joint",
-    "KeepLoRA",
-    "KeepLoRAConfig",
-    "LoRAFT",
-    "Method",
-    "MethodConfig",
-    "OLoRA",
-    "SDLoRA",
-    "TaskRecord",
-    "ZeroShot",
-    "find_method",
-    "known_methods",
-    "method_behind",
-    "settings_of",
-    "variants",
-]
+    if name not in known_methods():
+        raise ValueError(f"unknown method {name!r}; known methods: {', '.join(known_methods())}")
+    return METHODS[name], {}

@@ -206,7 +206,7 @@ class DualEncoder:
                 batch_size=batch_size,
                 seed=seed + index,
             )
-            task.epochs = spec.epochs
+            task.epochs, task.metric = spec.epochs, spec.metric
             tasks.append(task)
         return tasks
 

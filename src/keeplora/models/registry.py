@@ -5,12 +5,16 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from keeplora.models.dual_encoder import DualEncoder
-from keeplora.models.interfaces import Family, StreamTask
+from keeplora.models.interfaces import Family
+from keeplora.registry import Registry, load_extensions
 
-FAMILIES: dict[str, Family] = {
-    "clip": DualEncoder(),
-    "siglip": DualEncoder(),
-}
+FAMILIES: Registry[type[Family]] = Registry(
+    "model type",
+    {
+        "clip": DualEncoder,
+        "siglip": DualEncoder,
+    },
+)
 
 EMBEDDED = {"mini": Path(__file__).parents[1] / "data" / "mini" / "model"}
 """Models that come with the package, by name."""
@@ -27,6 +31,7 @@ def family_of(model: str) -> Family:
     Raises:
         ValueError: If the model cannot be found or is of no known family; the message lists the known ones.
     """
+    load_extensions()  # They may teach transformers new types.
     try:
         if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).is_dir():
             raise ValueError("there is no such folder, and no name on the hub looks like this")
@@ -38,9 +43,8 @@ def family_of(model: str) -> Family:
             f"model {model!r} is neither an embedded model ({known}), nor a folder with a Hugging Face model, nor on"
             f" the hub: {reason}"
         ) from None
-    if model_type not in FAMILIES:
-        raise ValueError(f"model {model!r} is of type {model_type!r}; known types: {', '.join(FAMILIES)}")
-    return FAMILIES[model_type]
-
-
-__all__ = ["EMBEDDED", "FAMILIES", "Family", "StreamTask", "family_of", "locate"]
+    try:
+        return FAMILIES.find(model_type)()
+    except ValueError:
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"model {model!r} is of type {model_type!r}; known types: {known}") from None

@@ -57,7 +57,7 @@ class TrainingState:
         self.epoch = 0
         self.batch = 0
         self.losses: list[float] = []
-        self._of_epoch: list[float] = []
+        self._of_epoch: list[tuple[float, float]] = []
         self._order = capture_random(checkpoints.generators)
         self._random: State | None = None
         self._steps = 0
@@ -87,16 +87,17 @@ class TrainingState:
                 restore_order(order, self.checkpoints.generators)
             yield batch
 
-    def add(self, loss: float) -> None:
-        """Count a batch and its loss."""
+    def add(self, loss: float, weight: float) -> None:
+        """Count a batch, its loss and its weight."""
         self.batch += 1
-        self._of_epoch.append(loss)
+        self._of_epoch.append((loss, weight))
 
     def after_step(self, *, is_last: bool) -> None:
         """Count an optimiser step, the last one of an epoch or not, and put a checkpoint away if it is time."""
         self._steps += 1
         if is_last:
-            self.losses.append(sum(self._of_epoch) / len(self._of_epoch))
+            total = sum(weight for _, weight in self._of_epoch)
+            self.losses.append(sum(loss * weight for loss, weight in self._of_epoch) / total)
             self.epoch, self.batch, self._of_epoch = self.epoch + 1, 0, []
         every = self.checkpoints.steps
         due = (self._steps >= every if every else is_last) or self.epoch == self.epochs

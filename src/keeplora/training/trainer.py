@@ -3,6 +3,7 @@
 Trains whatever requires a gradient in the model it is given, and knows nothing of methods or families.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, nullcontext
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from keeplora.config import Config
 from keeplora.errors import LearningError
+from keeplora.layers.distributed import total_of
 from keeplora.layers.fused_forward import fused_layers
 from keeplora.layers.module_state import is_wrapped
 from keeplora.progress import Track, silent
@@ -81,6 +83,8 @@ def fit(
 ) -> list[float]:
     """Minimise a task's loss plus a penalty over the parameters that require a gradient.
 
+    The loss of a step is the mean over its batches, on all processes, by `task.weight`.
+
     Args:
         model: The model to train, in place.
         task: Gives sized `batches()` and the loss, in a single process for one of a batch's `parts()` after the other.
@@ -96,6 +100,7 @@ def fit(
         LearningError: If a loss or a gradient is not finite.
         ValueError: If `batches()` has no length.
     """
+    task = Task.of(task)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         return []
@@ -129,42 +134,52 @@ class _Step:
     accumulation: int
 
     def epoch(self, rest: Iterable[Any], total: int, places: TrainingState, track: Track, description: str) -> None:
-        """Go through what is left of an epoch of so many batches."""
+        """Go through what is left of an epoch of so many batches, a group of them for each step."""
         done = places.batch
-        for number, batch in enumerate(track(rest, description, total - done), done):
-            start = number - number % self.accumulation
-            group = min(self.accumulation, total - start)  # the last one of an epoch may be smaller
-            ends = number + 1 == start + group
-            place = f"{description}, batch {number + 1}"
-            with nullcontext() if ends else self.accelerator.no_sync(self.model):
-                places.add(self._backward(to_device(batch, self.accelerator.device), place, group))
-            if ends:
-                self._update(place)
-                places.after_step(is_last=number + 1 == total)
+        batches = iter(track(rest, description, total - done))
+        while done < total:
+            group = list(itertools.islice(batches, min(self.accumulation, total - done)))  # The last may be smaller.
+            shares = self._shares([to_device(batch, self.accelerator.device) for batch in group])
+            for number, (batch, weight, share) in enumerate(shares, done + 1):
+                place = f"{description}, batch {number}"
+                with nullcontext() if number == done + len(group) else self.accelerator.no_sync(self.model):
+                    places.add(self._backward(batch, place, share), weight)
+            done += len(group)
+            self._update(place)
+            places.after_step(is_last=done == total)
 
-    def _backward(self, batch: Any, place: str, group: int) -> float:
-        """Add a batch's share of the gradient of the mean over its group; return the batch's loss."""
+    def _shares(self, group: list[Any]) -> list[tuple[Any, float, float]]:
+        """Return each batch of a step, its weight, and its share of the loss: by the mean over processes of all."""
+        weights = [float(self.task.weight(batch)) for batch in group]
+        num_processes = self.accelerator.num_processes  # Gradients of processes are averaged, not added up.
+        total = total_of(sum(weights), self.accelerator.device) / num_processes
+        if total <= 0:
+            raise ValueError(f"task {self.task.name!r}: the batches of a step have no weight; leave out what is empty")
+        return [(batch, weight, weight / total) for batch, weight in zip(group, weights, strict=True)]
+
+    def _backward(self, batch: Any, place: str, share: float) -> float:
+        """Add a batch's share of the gradient of its step; return the batch's loss."""
         if self._takes_micro_batches() and len(parts := list(self.task.micro_batches(batch))) > 1:
-            return self._backward_by_micro_batches(parts, place, group)
+            return self._backward_by_micro_batches(parts, place, share)
         with self.accelerator.autocast():
             loss = self.task.loss(self.model, batch)
             extra = self.penalty(self.model)
-        return self._add(loss if extra is None else loss + extra, place, group)
+        return self._add(loss if extra is None else loss + extra, place, share)
 
     def _takes_micro_batches(self) -> bool:
         """Say whether nothing stands around the model that wants to be called once for a batch."""
         return bool(self.accelerator.distributed_type == DistributedType.NO) and not is_wrapped(self.model)
 
-    def _backward_by_micro_batches(self, parts: list[Any], place: str, group: int) -> float:
+    def _backward_by_micro_batches(self, parts: list[Any], place: str, share: float) -> float:
         """Do the same part after part, so that what is kept for the backward pass is that of one part."""
-        counts = [self.task.weight(part) for part in parts]
+        weights = [float(self.task.weight(part)) for part in parts]
         value = 0.0
         with self.task.frozen(self.model) as deferred:
-            for part, count in zip(parts, counts, strict=True):
+            for part, weight in zip(parts, weights, strict=True):
                 with self.accelerator.autocast():
                     loss = self.task.loss(self.model, part)
-                if count:
-                    value += count / sum(counts) * self._add(loss, place, group * sum(counts) / count)
+                if weight:
+                    value += weight / sum(weights) * self._add(loss, place, share * weight / sum(weights))
                 for one in deferred:
                     one.take()  # With the loss's weight, and the scaler's scale, in it.
             for one in deferred:
@@ -173,17 +188,17 @@ class _Step:
             extra = self.penalty(self.model)
         if extra is None:
             return value
-        return value + (self._add(extra, place, group) if extra.requires_grad else float(extra))
+        return value + (self._add(extra, place, share) if extra.requires_grad else float(extra))
 
-    def _add(self, loss: Tensor, place: str, divisor: float) -> float:
-        """Add the gradient of a loss by a divisor; return the loss."""
+    def _add(self, loss: Tensor, place: str, share: float) -> float:
+        """Add a share of the gradient of a loss; return the loss."""
         value = float(loss.detach())
         if not math.isfinite(value):
             raise LearningError(
                 f"{place}: the loss is {value}. Lower learning_rate, or set mixed_precision to no;"
                 " finished tasks are kept"
             )
-        self.accelerator.backward(loss / divisor)
+        self.accelerator.backward(loss if share == 1 else loss * share)
         return value
 
     def _update(self, place: str) -> None:

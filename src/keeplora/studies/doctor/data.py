@@ -99,10 +99,10 @@ def _all_refusals(data: TaskData, error: Exception) -> list[Finding]:
     """Name all that makes a run refuse the task, where `error` is the first of it."""
     spec, evaluation = data.spec, data.evaluation
     first = Finding("problem", spec.name, without_task(error, spec.name))
-    if spec.reader not in READERS:
+    if spec.reader not in READERS.names():
         return [first]
     try:
-        splits = READERS[spec.reader](spec)
+        splits = READERS.find(spec.reader)(spec)
     except UNREADABLE_DATA:
         return [first]
     data.splits = {name: splits[name] for name in ("train", evaluation) if name in splits}

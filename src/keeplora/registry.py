@@ -1,0 +1,59 @@
+"""Registries: dictionaries by name that this package fills, and that others can add to."""
+
+from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
+from typing import TypeVar
+
+T = TypeVar("T")
+
+GROUP = "keeplora"
+"""Entry points of this group, in any package that is installed, are loaded: what they import may register itself."""
+
+_LOADED: set[str] = set()
+
+
+class Registry(dict[str, T]):
+    """Things of one kind by name. Add one with `@REGISTRY.register("name")`, or as to any dictionary."""
+
+    def __init__(self, kind: str, known: dict[str, T] | None = None) -> None:
+        super().__init__(known or {})
+        self.kind = kind
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Return a decorator that adds what it decorates under a name.
+
+        Raises:
+            ValueError: If the name is taken.
+        """
+
+        def add(thing: T) -> T:
+            if self.setdefault(name, thing) != thing:
+                raise ValueError(f"two things are registered as the {self.kind} {name!r}; rename one")
+            return thing
+
+        return add
+
+    def find(self, name: str) -> T:
+        """Return what has a name; if nothing has, other packages are asked first.
+
+        Raises:
+            ValueError: If there is nothing of this name; the message lists the known ones.
+        """
+        if name not in self:
+            load_extensions()
+        if name not in self:
+            raise ValueError(f"unknown {self.kind} {name!r}; known: {', '.join(self)}")
+        return self[name]
+
+    def names(self) -> Iterator[str]:
+        """Yield all names, those that other packages bring too."""
+        load_extensions()
+        yield from self
+
+
+def load_extensions() -> None:
+    """Load what other packages bring, once each."""
+    for point in entry_points(group=GROUP):
+        if point.value not in _LOADED:
+            _LOADED.add(point.value)
+            point.load()
