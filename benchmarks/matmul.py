@@ -24,9 +24,9 @@ import tyro
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from keeplora.layers import input_covariance
 from keeplora.layers.gradients import residuals_of
 from keeplora.layers.lora import linear_targets
+from keeplora.layers.statistics import InputCovariance
 from keeplora.methods.base import Method
 from keeplora.methods.baselines import LoRAFT
 from keeplora.methods.keeplora import KeepLoRA
@@ -121,15 +121,15 @@ def accumulations(num_rows: int, width: int) -> dict[str, tuple[int, Work]]:
     rows, total = torch.randn(num_rows, width), torch.zeros(width, width)
     inputs = rows.unsqueeze(0)
     real = torch.rand(inputs.shape[:-1]) < 0.9
-    halves, in_numpy = inputs.bfloat16(), rows.numpy().T
-    whole, masked, half = (input_covariance.STATISTICS["second_moment"]() for _ in range(3))
+    halves, in_numpy = rows.bfloat16(), rows.numpy().T
+    whole, masked, half = (InputCovariance() for _ in range(3))
     return {
         "mm": (num_rows, lambda: torch.mm(rows.T, rows, out=total)),
         "addmm_ in place": (num_rows, lambda: total.addmm_(rows.T, rows)),
         "syrk of scipy, one half": (num_rows, lambda: scipy.linalg.blas.ssyrk(1.0, in_numpy)),
-        "collect": (num_rows, lambda: whole.add(inputs, None)),
-        "collect, padding left out": (int(real.sum()), lambda: masked.add(inputs, real)),
-        "collect, bfloat16 inputs": (num_rows, lambda: half.add(halves, None)),
+        "collect": (num_rows, lambda: whole.add(rows, None, 1.0)),
+        "collect, padding left out": (int(real.sum()), lambda: masked.add(inputs[real], None, 1.0)),
+        "collect, bfloat16 inputs": (num_rows, lambda: half.add(halves, None, 1.0)),
     }
 
 
@@ -252,13 +252,13 @@ def one_method(name: str, options: Any) -> Method:
 class _Unprotected(KeepLoRA):
     """KeepLoRA without a principal subspace and without a gradient pass: what it trains is of the same size."""
 
-    def protect_principal(self, model: torch.nn.Module) -> None:
+    def protect(self, model: torch.nn.Module) -> None:
         """Protect nothing."""
         names = linear_targets(model, self.config.targets)
         weights = {name: model.get_parameter(f"{name}.weight") for name in names}
         self.bases = {name: weight.new_zeros(weight.shape[1], 0) for name, weight in weights.items()}
         random = residuals_of({name: torch.randn_like(weight) for name, weight in weights.items()}, self.bases)
-        self.once = lambda name, compute: random if name == "gradient" else compute()
+        self.gradient = lambda model, task: random
 
 
 def table(rows: list[Row]) -> str:

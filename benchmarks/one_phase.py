@@ -26,8 +26,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import naive
 from keeplora.evaluation.evaluate import evaluate
-from keeplora.layers import gradients as collect
-from keeplora.layers.gradients import residuals_of
+from keeplora.layers.gradients import mean_gradients, residuals_of
+from keeplora.layers.input_covariance import input_grams
 from keeplora.layers.names import tower_share
 from keeplora.methods.base import Method, MethodConfig
 from keeplora.methods.baselines import LoRAFT
@@ -93,13 +93,13 @@ class Given:
     def gradients(self) -> dict[str, Tensor]:
         """The gradients of a few examples; how long it takes to work with them does not depend on how many."""
         few = Few(self.workload.task, 8)
-        return self._kept("gradients", lambda: collect.mean_gradients(self.workload.model, few, self.workload.targets))
+        return self._kept("gradients", lambda: mean_gradients(self.workload.model, few, self.workload.targets))
 
     @cached_property
     def grams(self) -> dict[str, Tensor]:
         """The input grams of a few examples."""
         few = Few(self.workload.task, 8)
-        return self._kept("grams", lambda: collect.input_grams(self.workload.model, few, self.workload.targets))
+        return self._kept("grams", lambda: input_grams(self.workload.model, few, self.workload.targets))
 
     def forget_gradients(self) -> None:
         """Let go of what a run would no longer hold once the adapted model is made."""
@@ -252,7 +252,7 @@ def naive_bases(given: Given) -> list[Part]:
 def keeplora_gradient(given: Given) -> list[Part]:
     """Take the mean gradient by the library."""
     workload = given.workload
-    return [(1, lambda: collect.mean_gradients(workload.model, workload.task, workload.targets))]
+    return [(1, lambda: mean_gradients(workload.model, workload.task, workload.targets))]
 
 
 def naive_gradient(given: Given) -> list[Part]:
@@ -325,7 +325,7 @@ def naive_merge(given: Given) -> list[Part]:
 def keeplora_features(given: Given) -> list[Part]:
     """Accumulate the input grams by the library."""
     workload = given.workload
-    return [(1, lambda: collect.input_grams(workload.model, workload.task, workload.targets))]
+    return [(1, lambda: input_grams(workload.model, workload.task, workload.targets))]
 
 
 def naive_features(given: Given) -> list[Part]:
@@ -416,8 +416,8 @@ def _keeplora(given: Given, **options: Any) -> KeepLoRA:
     method.bases = dict(given.bases)
     none = {name: basis[:, :0] for name, basis in method.bases.items()}
     gradients = given.gradients
-    found = {"gradient": lambda: residuals_of(dict(gradients), method.bases), "features": lambda: none}
-    method.once = lambda name, compute: found.get(name, compute)()
+    method.gradient = lambda model, task: residuals_of(dict(gradients), method.bases)
+    method.features = lambda model, task: none
     return method
 
 
@@ -432,7 +432,7 @@ def _let_go(method: Method, given: Given) -> None:
     """Forget the gradients, as a run has; what `once` still gives is that the features add no direction."""
     given.forget_gradients()
     none = {name: basis[:, :0] for name, basis in given.bases.items()} if isinstance(method, KeepLoRA) else {}
-    method.once = lambda name, compute: none if name == "features" else compute()
+    method.features = lambda model, task: none
 
 
 def _lora_ft(given: Given) -> LoRAFT:

@@ -134,14 +134,12 @@ def leading(exact: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]
 def compare(model: nn.Module, task: Task, config: Config, targets: tuple[str, ...]) -> None:
     """Print the angles of every layer's directions, worst first."""
     method = KeepLoRA(KeepLoRAConfig(rank=config.rank, targets=targets, weight_energy=0.3))
-    method.protect_principal(model)
+    method.protect(model)
     exact, sketched = (
         residuals(model, task, method.bases, config.rank, 1.0, silent)
         for residuals in (exact_residuals, sketched_residuals)
     )
-    layers = {
-        name: quality(exact[f"{name}.residual"], sketched[f"{name}.residual"], config.rank) for name in method.bases
-    }
+    layers = {name: quality(exact.rows[name], sketched.rows[name], config.rank) for name in method.bases}
     median = statistics.median(found.angle for found in layers.values())
     print(f"{task.name}: {len(layers)} layers, median {median:.3g} degrees; the worst:")
     for name, found in sorted(layers.items(), key=lambda item: -item[1].angle)[:3]:

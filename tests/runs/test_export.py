@@ -556,7 +556,7 @@ def test_an_export_that_breaks_off_leaves_nothing(place, tmp_path, monkeypatch, 
     def broken(card):
         raise CutOff
 
-    monkeypatch.setattr(formats, "render", broken)
+    monkeypatch.setattr(formats, "render_card", broken)
     with pytest.raises(CutOff):
         exported(place, "heads", tmp_path / "deep" / "out", format)
     assert not list((tmp_path / "deep").iterdir())

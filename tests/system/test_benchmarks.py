@@ -21,8 +21,9 @@ import scale
 import sketch
 import whole_task
 from keeplora.evaluation.evaluate import evaluate
-from keeplora.layers import gradients as collect
 from keeplora.layers import lora
+from keeplora.layers.gradients import mean_gradients
+from keeplora.layers.input_covariance import input_grams
 from keeplora.layers.names import tower_share
 from keeplora.methods.keeplora import KeepLoRA
 from keeplora.subspace import linear_algebra as linalg
@@ -82,14 +83,14 @@ def test_naive_finds_the_principal_subspaces_of_the_library(workload, bases):
 
 
 def test_naive_finds_the_gradients_of_the_library(workload):
-    exact = collect.mean_gradients(workload.model, workload.task, workload.targets)
+    exact = mean_gradients(workload.model, workload.task, workload.targets)
     found = naive.mean_gradients(workload.model, workload.padded, workload.targets)
     for name, gradient in exact.items():
         assert (found[name] - gradient).norm() < 1e-4 * gradient.norm()
 
 
 def test_naive_starts_in_the_span_of_the_librarys_start(workload, bases):
-    gradients = collect.mean_gradients(workload.model, workload.task, workload.targets)
+    gradients = mean_gradients(workload.model, workload.task, workload.targets)
     found = naive.start(gradients, bases, 4)
     for name, gradient in gradients.items():
         _, s, vh = linalg.low_rank(linalg.project_out(gradient, bases[name]), 5)
@@ -98,7 +99,7 @@ def test_naive_starts_in_the_span_of_the_librarys_start(workload, bases):
 
 
 def test_naive_protects_the_subspaces_of_the_library_where_both_read_the_same_rows(workload, bases):
-    grams = collect.input_grams(workload.model, workload.task, workload.targets)
+    grams = input_grams(workload.model, workload.task, workload.targets)
     exact = protected.new_directions(bases, grams, 0.9)
     matrices = naive.token_matrices(workload.model, workload.task, workload.targets, features="all")
     found = naive.new_directions(bases, matrices, 0.9)
@@ -119,7 +120,7 @@ def test_naive_starts_and_merges_without_changing_what_it_should_not(workload, b
     batch = next(iter(workload.task.batches()))
     with torch.no_grad():
         before = workload.task.outputs(model, batch)
-    factors = naive.start(collect.mean_gradients(model, workload.task, workload.targets), bases, 4)
+    factors = naive.start(mean_gradients(model, workload.task, workload.targets), bases, 4)
     adapted = naive.attach(model, factors, 0.25)
     with torch.no_grad():
         torch.testing.assert_close(workload.task.outputs(adapted, batch), before, rtol=1e-3, atol=1e-3)

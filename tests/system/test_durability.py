@@ -334,7 +334,7 @@ def test_the_end_of_training_is_kept_however_rare_the_checkpoints(config, whole,
         raise CutOff
 
     with monkeypatch.context() as patch:
-        patch.setattr(gradients, "input_grams", end)
+        patch.setattr("keeplora.methods.keeplora.input_grams", end)
         with pytest.raises(CutOff):
             run(rare)
     assert read_manifest(rare.output)["now"]["phase"] == "train"

@@ -1,5 +1,6 @@
 """The commands that learn, compare and analyse. Each is a typed function."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,7 @@ from keeplora.report.html import page
 from keeplora.runs.atomic_store import write_atomically
 from keeplora.runs.branch import fork as fork_run
 from keeplora.runs.branch import with_more
-from keeplora.runs.config import RunConfig, resolve, settle
+from keeplora.runs.config import RunConfig, Sourced, resolve, settle
 from keeplora.runs.loop import run as run_stream
 from keeplora.runs.open import read_run, settings_of_run
 from keeplora.studies.compare.config import CompareConfig
@@ -85,7 +86,7 @@ def run(settings: Any, train: Any, method: Any) -> None:
     if continued is not None:
         config = _continued(continued, **groups)
     elif fork is not None:
-        config = settle([*sourced(**groups), _of_run(fork, output=RunConfig.output)])
+        config = settle([*sourced(**groups), _of_run(fork, given, output=RunConfig.output)])
         if config.output == RunConfig.output:
             raise ValueError(f"--fork {fork} needs a new run directory: give --output")
     else:
@@ -115,24 +116,22 @@ run.__annotations__ |= run_flags(
 )
 
 
-def _of_run(folder: Path, **changed: Any) -> tuple[str, dict[str, Any]]:
-    """Return the settings of a run as a table."""
+def _of_run(folder: Path, given: Mapping[str, Any], **changed: Any) -> Sourced:
+    """Return the settings of a run as a table, for one that goes on with them."""
     source, values = settings_of_run(read_run(folder))
+    if given.get("method", values["method"]) != values["method"]:
+        raise ValueError(f"{folder} was learned by {values['method']}, and goes on with it; leave out --method")
     return source, {**values, **changed}
 
 
 def _continued(folder: Path, **groups: Any) -> RunConfig:
     """Return the settings of a finished run that takes more tasks."""
-    given = groups["settings"]
-    if "benchmark" not in given:
+    if "benchmark" not in groups["settings"]:
         raise ValueError(
-            "--continue takes the new tasks from --benchmark FILE; to go on with a run that was cut off: keeplora"
-            f" resume {folder}"
+            "--continue takes the new tasks from --benchmark FILE; to resume a run that was cut off: keeplora resume"
+            f" {folder}"
         )
-    source, values = _of_run(folder, output=folder)
-    if given.get("method", values["method"]) != values["method"]:
-        raise ValueError(f"{folder} was learned by {values['method']}, and goes on with it; leave out --method")
-    return with_more(folder, settle([*sourced(**groups), (source, values)]))
+    return with_more(folder, settle([*sourced(**groups), _of_run(folder, groups["settings"], output=folder)]))
 
 
 def analyze(

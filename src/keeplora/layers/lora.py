@@ -6,6 +6,7 @@ Layer names are those of the base model, without PEFT's prefix.
 import copy
 import json
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar, cast
@@ -259,7 +260,7 @@ def merge_checked(adapted: nn.Module, task: str) -> tuple[nn.Module, float]:
     """Merge every update, and compare on random inputs what each layer computes before and after.
 
     Returns:
-        The plain base model, and the worst layer's error, relative to what the update changes in its outputs.
+        The plain base model, and the error over all layers, relative to what the update changes in their outputs.
 
     Raises:
         LearningError: If a merged weight would not be finite, or the error is more than rounding explains.
@@ -267,7 +268,8 @@ def merge_checked(adapted: nn.Module, task: str) -> tuple[nn.Module, float]:
     probes = {name: _Probe(layer) for name, layer in lora_layers(adapted).items()}
     merged = merge(adapted)
     errors = [probe.error(name, merged.get_submodule(name), task) for name, probe in probes.items()]
-    return merged, max(errors, default=0.0)
+    changes = math.hypot(*(probe.change for probe in probes.values()))
+    return merged, math.hypot(*errors) / changes if changes > 0 else 0.0
 
 
 class _Probe:
@@ -278,26 +280,26 @@ class _Probe:
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             self.rows = torch.randn(NUM_PROBES, weight.shape[1], generator=generator).to(weight)
-            self.adapted = layer(self.rows).float()
-            self.change = float((self.adapted - layer.get_base_layer()(self.rows).float()).norm())
+            self.adapted = layer(self.rows).double()
+            self.change = float((self.adapted - layer.get_base_layer()(self.rows).double()).norm())
             sizes = self.rows.abs() @ weight.abs().T
-            self.rounding = ROUNDINGS * torch.finfo(weight.dtype).eps * float(sizes.float().norm())
+            self.rounding = ROUNDINGS * torch.finfo(weight.dtype).eps * float(sizes.double().norm())
 
     def error(self, name: str, merged: nn.Module, task: str) -> float:
-        """Return the relative error of the merged layer, or raise it."""
+        """Return the error of the merged layer, or raise it if it is too large."""
         with torch.no_grad():
-            error = float((merged(self.rows).float() - self.adapted).norm())
+            error = float((merged(self.rows).double() - self.adapted).norm())
         if not error <= MERGE_ERROR_ALLOWED * self.change + self.rounding:
             raise LearningError(
                 f"task {task!r}: merging changed what layer {name!r} computes by {error:.3g}, where its update changes"
                 f" {self.change:.3g} and rounding explains {self.rounding:.3g}; was it altered outside the adapter?"
             )
-        return error / self.change if self.change > 0 else 0.0
+        return error
 
 
 def unload(adapted: nn.Module) -> nn.Module:
-    """Take the adapter out without merging it and return the plain base model."""
-    return cast(nn.Module, cast(PeftModel, adapted).unload())
+    """Take the adapter out without merging it, if there is one, and return the plain base model."""
+    return cast(nn.Module, adapted.unload()) if isinstance(adapted, PeftModel) else adapted
 
 
 def merge_from(model: nn.Module, folder: Path) -> nn.Module:

@@ -72,10 +72,11 @@ class Joint(Method):
         Raises:
             ValueError: If no layer matches the targets.
         """
-        self.snapshot(model)
         if self.is_done:
+            self.snapshot(model)
             return model.requires_grad_(False)
         targets = self.targets_of(model)
+        self.snapshot(model)
         sides = {name: min(weights.shape_of(model, name)) for name in targets}
         ranks = {name: max(self.config.rank, min(self._num_tasks * self.config.rank, sides[name])) for name in targets}
         return lora.attach(model, ranks, alphas_for(ranks, self.config.alpha, self.config.rank))

@@ -125,6 +125,12 @@ class CLMoE(Method):
         self._put_beside(base)
         return base
 
+    def abandon(self, adapted: nn.Module) -> nn.Module:
+        """Give the model back as it was before the task, with the experts of earlier tasks beside it."""
+        base = super().abandon(adapted)
+        self._put_beside(base)
+        return base
+
     def add_task(self, record: TaskRecord) -> None:
         """Take up the experts and the routers of all tasks so far."""
         assert record.adapter is not None, "CL-MoE always leaves its experts behind"

@@ -138,9 +138,8 @@ class InfLoRA(Method):
         return dict(self.bases)
 
     def _start_bases(self, model: nn.Module, targets: list[str]) -> None:
-        for name in targets:
-            d_in, device = weights.shape_of(model, name)[1], device_of(model)
-            self.bases[name] = self.bases.get(name, torch.zeros(d_in, 0)).to(device)
+        empty = {name: torch.zeros(weights.shape_of(model, name)[1], 0) for name in targets}
+        self.bases = {name: self.bases.get(name, none).to(device_of(model)) for name, none in empty.items()}
 
     def initialise(self, model: nn.Module, task: Task) -> dict[str, Tensor]:
         """Return the start of `a` of every layer that has room: the top of the task's residual inputs."""

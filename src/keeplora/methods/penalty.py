@@ -39,6 +39,11 @@ class Penalised(Method):
         self.layers = {}
         return super().after_task(model, task)
 
+    def abandon(self, adapted: nn.Module) -> nn.Module:
+        """Give the model back as it was before the task."""
+        self.layers = {}
+        return super().abandon(adapted)
+
 
 def trained_update(layer: Any) -> Tensor:
     """Return the update `scaling * b @ a` `[d_out, d_in]` of an adapted layer, through which gradients flow.

@@ -53,7 +53,7 @@ def run(
     best_device()  # Processes must have met before the run directory is opened: only the first one writes to it.
     values = plain_values(config)
     with open_run(config.output, values, list(values["tasks"]), sources=config.all_sources, extend=extend) as directory:
-        if not directory.is_complete:
+        if directory.num_finished < len(values["tasks"]):
             learn(config, directory, track, watch)
         return report(directory)
 
