@@ -127,5 +127,5 @@ def test_a_name_is_registered_once():
     with pytest.raises(ValueError, match="two things are registered as the thing 'one'; rename one"):
         registry.register("one")(3)
     assert registry.register("one")(1) == 1, "the same thing again, as when a module is reloaded"
-    with pytest.raises(ValueError, match="unknown thing 'three'; known: one, two"):
+    with pytest.raises(ValueError, match="unknown thing 'three'; known things: one, two"):
         registry.find("three")

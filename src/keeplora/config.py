@@ -3,18 +3,24 @@
 A configuration lives beside what it configures; this module only knows how to read and check one.
 """
 
+import dataclasses
 import json
 import tomllib
 from collections.abc import Hashable, Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 C = TypeVar("C")
+
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +127,7 @@ def _made(kind: type[C], values: Any, above: str, problems: list[tuple[str, str]
         key = above.removesuffix(".")
         problems.append((key, f"{key} = {values!r} must be a table, [{key}]"))
         return None
-    known: dict[str, Field[Any]] = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
+    known: dict[str, dataclasses.Field[Any]] = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
     num_before, ready = len(problems), {}
     for key in values:
         if key not in known:
@@ -141,7 +147,7 @@ def _made(kind: type[C], values: Any, above: str, problems: list[tuple[str, str]
         return None
 
 
-def _ready(field: Field[Any], value: Any, key: str, problems: list[tuple[str, str]]) -> Any:
+def _ready(field: dataclasses.Field[Any], value: Any, key: str, problems: list[tuple[str, str]]) -> Any:
     """Return a value as its field has it: a table as a configuration, otherwise checked."""
     inner = _configuration(field.type)
     if inner and get_origin(field.type) is tuple and isinstance(value, list):
@@ -155,7 +161,7 @@ def _ready(field: Field[Any], value: Any, key: str, problems: list[tuple[str, st
         return None
 
 
-def _checked(field: Field[Any], value: Any) -> Any:
+def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
     """Return a value that has the type of its field, a list as a tuple and a text as a path where these are asked for.
 
     Raises:
@@ -188,11 +194,12 @@ def _configuration(kind: Any) -> type[Config] | None:
 
 
 def _members(kind: Any) -> Iterator[Any]:
-    """Yield the types of a union, or the type itself."""
+    """Yield the types of a union, or the type itself, without what is demanded of them."""
     if get_origin(kind) in (Union, UnionType):
-        yield from get_args(kind)
+        for one in get_args(kind):
+            yield from _members(one)
     else:
-        yield kind
+        yield get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
 @cache

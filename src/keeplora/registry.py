@@ -9,7 +9,7 @@ T = TypeVar("T")
 GROUP = "keeplora"
 """Entry points of this group, in any package that is installed, are loaded: what they import may register itself."""
 
-_LOADED: set[str] = set()
+_LOADED: dict[str, None] = {}
 
 
 class Registry(dict[str, T]):
@@ -42,7 +42,7 @@ class Registry(dict[str, T]):
         if name not in self:
             load_extensions()
         if name not in self:
-            raise ValueError(f"unknown {self.kind} {name!r}; known: {', '.join(self)}")
+            raise ValueError(f"unknown {self.kind} {name!r}; known {self.kind}s: {', '.join(self)}")
         return self[name]
 
     def names(self) -> Iterator[str]:
@@ -55,5 +55,5 @@ def load_extensions() -> None:
     """Load what other packages bring, once each."""
     for point in entry_points(group=GROUP):
         if point.value not in _LOADED:
-            _LOADED.add(point.value)
+            _LOADED[point.value] = None
             point.load()

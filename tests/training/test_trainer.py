@@ -96,11 +96,54 @@ def test_every_epoch_has_its_mean_loss():
     assert len(losses) == 2
 
 
-def test_the_mean_loss_of_each_epoch_is_returned():
+def test_the_mean_loss_of_each_epoch_by_the_weight_of_batches_is_returned():
     config = TrainConfig(epochs=2, learning_rate=1e-12, weight_decay=0.0)
-    task, model = tiny.VectorTask(), tiny.MLP()
-    expected = sum(task.loss(model, batch).item() for batch in task.data) / len(task.data)
+    task, model = tiny.VectorTask(sizes=(8, 1, 3)), tiny.MLP()
+    expected = sum(len(batch[0]) * task.loss(model, batch).item() for batch in task.data) / 12
     assert fit(model, task, config) == pytest.approx([expected, expected], rel=1e-4)
+
+
+class Weighed(tiny.VectorTask):
+    """Its losses are means of what `weight` says, such as answer tokens."""
+
+    def weight(self, batch):
+        return {8: 3.0, 1: 40.0, 3: 0.5, 2: 7.0}[len(batch[0])]
+
+
+@pytest.mark.parametrize("kind", [tiny.VectorTask, Weighed])
+@pytest.mark.parametrize("accumulation", [2, 3, 4])
+def test_an_accumulated_step_is_one_of_the_mean_over_all_its_batches(kind, accumulation):
+    """Batches of 8 and 1 are not two halves of a step."""
+    config = TrainConfig(epochs=1, learning_rate=0.1, weight_decay=0.0, accumulation=accumulation)
+    task, ours, wanted = kind(sizes=(8, 1, 3, 2, 8)), tiny.MLP(), tiny.MLP()
+
+    class Whole(tiny.VectorTask):
+        """The same steps, each by one loss over everything that belongs to it."""
+
+        def __init__(self):
+            self.name = "whole"
+            self.data = [task.data[at : at + accumulation] for at in range(0, 5, accumulation)]
+
+        def weight(self, group):
+            return 1.0
+
+        def loss(self, model, group):
+            weights = [float(task.weight(batch)) for batch in group]
+            losses = [task.loss(model, batch) for batch in group]
+            return sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)
+
+    fit(ours, task, config)
+    fit(wanted, Whole(), TrainConfig(epochs=1, learning_rate=0.1, weight_decay=0.0))
+    torch.testing.assert_close(state(ours), state(wanted), rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_whose_batches_have_no_weight_is_an_error():
+    class Weightless(tiny.VectorTask):
+        def weight(self, batch):
+            return 0.0
+
+    with pytest.raises(ValueError, match="'vectors': the batches of a step have no weight"):
+        fit(tiny.MLP(), Weightless(), TrainConfig(epochs=1))
 
 
 def test_training_lowers_the_loss():

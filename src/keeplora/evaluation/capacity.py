@@ -16,11 +16,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import fmean, median
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
-from keeplora.config import require
+from keeplora.config import Count, require
 
 RECENT = 3
 """How many of the last tasks the forecast is made from."""
@@ -29,9 +29,6 @@ MOST = 99
 """A forecast of more tasks than this says just that."""
 
 logger = logging.getLogger(__name__)
-
-
-Count = Annotated[int, Field(ge=0)]
 
 
 class Layer(BaseModel, extra="allow", strict=True):

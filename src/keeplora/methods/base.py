@@ -4,16 +4,16 @@ A method changes what happens in `before_task`, `penalty` and `after_task`. What
 up in `add_task`, from the task's record alone, so that a run can be resumed.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from keeplora.config import Config
+from keeplora.config import Config, PositiveNumber
 from keeplora.errors import LearningError
 from keeplora.layers import lora, weights
 from keeplora.layers.module_state import device_of, evaluation_mode
@@ -40,19 +40,15 @@ class Step(NamedTuple):
 class MethodConfig(Config):
     """What every LoRA method has."""
 
-    rank: int = 16
+    rank: PositiveInt = 16
     """Rank r of each layer's update."""
-    alpha: float = 1.0
+    alpha: PositiveNumber = 1.0
     """LoRA's alpha; the update is alpha / rank * B A."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj", "o_proj")
     """Names, or ends of names, of the linear layers to adapt."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rank < 1:
-            raise ValueError(f"rank = {self.rank} leaves nothing to train; set it to at least 1")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"alpha = {self.alpha} must be a positive number")
         if not self.targets:
             raise ValueError("targets is empty; name at least one linear layer")
 

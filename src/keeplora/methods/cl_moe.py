@@ -27,9 +27,11 @@ from typing import ClassVar, cast
 
 import torch
 import torch.distributed as dist
+from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from keeplora.config import PositiveNumber
 from keeplora.errors import LearningError
 from keeplora.layers import lora
 from keeplora.layers.module_state import device_of
@@ -44,9 +46,9 @@ from keeplora.task import Task
 class CLMoEConfig(MethodConfig):
     """CL-MoE's options; the defaults are the authors' for LLaVA: 8 experts share rank 64, and alpha / rank is 2."""
 
-    rank: int = 8
+    rank: PositiveInt = 8
     """Rank of each expert's update."""
-    alpha: float = 16.0
+    alpha: PositiveNumber = 16.0
     """LoRA's alpha; the update of an expert is alpha / rank * B A."""
     num_experts: int = 8
     """Number of experts of a layer (n)."""

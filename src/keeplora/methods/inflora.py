@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
+from keeplora.config import PositiveNumber
 from keeplora.errors import LearningError
 from keeplora.layers import lora, weights
 from keeplora.layers.input_covariance import input_grams
@@ -35,9 +37,9 @@ from keeplora.task import Task
 class InfLoRAConfig(MethodConfig):
     """InfLoRA's options; the defaults are those of the paper's experiments on CIFAR-100."""
 
-    rank: int = 10
+    rank: PositiveInt = 10
     """Rank r of each layer's update."""
-    alpha: float = 10.0
+    alpha: PositiveNumber = 10.0
     """LoRA's alpha; the paper adds the product of the factors unscaled, which is alpha = rank."""
     targets: tuple[str, ...] = ("k_proj", "v_proj")
     """Names, or ends of names, of the linear layers to adapt."""

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
+from keeplora.config import PositiveNumber
 from keeplora.layers import lora
 from keeplora.layers.frozen_blocks import hold, release
 from keeplora.layers.lora import SavedAdapter
@@ -34,9 +36,9 @@ SUFFIX = ".magnitudes"
 class SDLoRAConfig(MethodConfig):
     """SD-LoRA's options; the defaults are the paper's."""
 
-    rank: int = 10
+    rank: PositiveInt = 10
     """Rank r of each layer's new direction."""
-    alpha: float = 10.0
+    alpha: PositiveNumber = 10.0
     """LoRA's alpha; the paper adds the product of the factors unscaled, which is alpha = rank."""
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     """Names, or ends of names, of the linear layers to adapt."""

@@ -9,19 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
+from keeplora.config import Count
 from keeplora.errors import InUseError
 
 RUN_FORMAT = 3
 """Version of the layout of a run directory; a reader refuses any other."""
 
 VERSIONS_OF = ("keeplora", "torch", "transformers", "peft", "accelerate", "safetensors")
-
-Count = Annotated[int, Field(ge=0)]
 
 
 class _Required(BaseModel, extra="allow", strict=True):

@@ -4,13 +4,11 @@ The hashes in `run.json` tell a file that changed; this tells one that was writt
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, Field, FiniteFloat
+from pydantic import BaseModel, FiniteFloat
 
 from keeplora.config import read_json, require
-
-Count = Annotated[int, Field(ge=0)]
 
 
 class _Measured(BaseModel, extra="allow", strict=True):

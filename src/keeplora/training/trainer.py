@@ -14,11 +14,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, set_seed
+from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from torch.utils.data import DataLoader
 
-from keeplora.config import Config
+from keeplora.config import Config, NonNegative, PositiveNumber
 from keeplora.errors import LearningError
 from keeplora.layers.distributed import total_of
 from keeplora.layers.fused_forward import fused_layers
@@ -32,13 +33,13 @@ from keeplora.training.checkpoints import NO_CHECKPOINTS, Checkpoints, TrainingS
 class TrainConfig(Config):
     """How each task is optimised; the defaults are the paper's for MTIL."""
 
-    epochs: int = 10
+    epochs: PositiveInt = 10
     """Passes over the training images of each task."""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Images in a batch, on each process."""
-    learning_rate: float = 1e-3
+    learning_rate: PositiveNumber = 1e-3
     """Peak learning rate of AdamW."""
-    weight_decay: float = 0.01
+    weight_decay: NonNegative = 0.01
     """Decay of AdamW; it acts on trained parameters only."""
     schedule: Literal["one_cycle", "cosine"] = "one_cycle"
     """Learning rate over a task's steps."""
@@ -46,18 +47,11 @@ class TrainConfig(Config):
     """Share of the steps over which the rate of `cosine` rises."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Precision of the forward and backward pass; the statistics stay in float32."""
-    accumulation: int = 1
+    accumulation: PositiveInt = 1
     """Batches whose gradients are added up before a step."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("epochs", "batch_size", "accumulation"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ValueError(f"learning_rate = {self.learning_rate} must be a positive number")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise ValueError(f"weight_decay = {self.weight_decay} must not be negative")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup = {self.warmup} is a share; give a number from 0 to below 1")
 
