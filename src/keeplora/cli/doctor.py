@@ -7,9 +7,9 @@ from typing import Any
 from rich.console import Console
 
 from keeplora.cli.doctor_tables import diagnosis_page
-from keeplora.cli.flags import flag, resolve_flags, run_flags
+from keeplora.cli.flags import flag, run_flags, sourced
 from keeplora.cli.progress import Display
-from keeplora.config import read_toml
+from keeplora.runs.config import resolve
 from keeplora.studies.doctor.diagnose import diagnose
 
 console = Console()
@@ -30,15 +30,12 @@ def doctor(settings: Any, train: Any, method: Any, *, duplicates: bool = True, s
             read.
         strict: Let warnings count as problems in the exit code.
     """
-    given = dict(settings)
-    file = given.pop("config", None)
-    config = resolve_flags((str(file), read_toml(file)) if file else None, settings=given, train=train, options=method)
-    display = Display(console)
-    with display.shown():
+    config = resolve(*sourced(settings, train, method))
+    with Display(console) as display:
         found = diagnose(config, duplicates=duplicates, track=display.track)
     console.print(diagnosis_page(found))
     if code := found.exit_code(strict=strict):
         sys.exit(code)
 
 
-doctor.__annotations__ |= run_flags({"config": flag(Path, "TOML file with the settings of the run.")})
+doctor.__annotations__ |= run_flags(config=flag(Path, "TOML file with the settings of the run."))

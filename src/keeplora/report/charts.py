@@ -79,7 +79,7 @@ def capacity_map(capacity: Capacity) -> bytes:
         size = (4.5 + 0.35 * len(capacity.tasks), 1.4 + min(0.14 * len(names), 30.0))
         figure = Figure(figsize=size, layout="constrained", dpi=110)
         axis = figure.subplots()
-        shares = [[100 * left / room.d_in for left in room.left] for room in capacity.layers.values()]
+        shares = [[100 * left / layer.d_in for left in layer.left] for layer in capacity.layers.values()]
         image = axis.imshow(shares, vmin=0, vmax=100, cmap="viridis", aspect="auto", interpolation="nearest")
         axis.set_xticks(range(len(capacity.tasks)), capacity.tasks, rotation=60, ha="right")
         step = 1 + len(names) // 200
