@@ -140,7 +140,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
         if name != reference
     ]
     formats = dict(zip(COSTS, (",.0f", ",.0f", ".1f", ",.0f"), strict=True))
-    costs = [(name, *(format(comparison.cost(name, key), spec) for key, spec in formats.items())) for name in methods]
+    costs = [(name, *(format(comparison.score(name, key), spec) for key, spec in formats.items())) for name in methods]
     benchmark, headings = Path(config["benchmark"]).stem, ("method", *(METRIC_NAMES[key] for key in SCORES))
     title = f"{benchmark}: {config['seeds']} seeds, {config['orders']} order(s), mean ± 95 % interval, in %"
     tables = [table(title, (*headings, "runs"), means, no_wrap=True, padding=(0, 0, 0, 1))]

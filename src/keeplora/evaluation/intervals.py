@@ -47,19 +47,18 @@ def estimate(values: Iterable[float | None]) -> Estimate | None:
     return Estimate(statistics.fmean(known), half_width, len(known))
 
 
-def estimate_runs(values: Mapping[Place, float | None]) -> Estimate | None:
+def estimate_runs(values: Mapping[Place, float]) -> Estimate | None:
     """Return the mean of runs and its 95 % interval, which takes runs of one order, or of one seed, as alike.
 
     Seeds and orders are crossed, so runs are not independent. With one order: Student's t over the seeds. With several:
     of the interval over the means of the orders and the one over the means of the seeds, the wider.
     """
-    known = {place: value for place, value in values.items() if value is not None}
-    if not known:
+    if not values:
         return None
-    by_seed, by_order = (_means(known, side) for side in (0, 1))
+    by_seed, by_order = (_means(values, side) for side in (0, 1))
     sides = [by_seed] if len(by_order) == 1 else [by_seed, by_order]
     widths = [found.half_width for side in sides if (found := estimate(side)) and found.half_width is not None]
-    return Estimate(statistics.fmean(known.values()), max(widths, default=None), len(known))
+    return Estimate(statistics.fmean(values.values()), max(widths, default=None), len(values))
 
 
 def _means(values: Mapping[Place, float], side: int) -> list[float]:
