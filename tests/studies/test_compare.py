@@ -224,7 +224,10 @@ def with_budget(given, text):
         ("search.keeplora_pp.layer_scale = [0.1]", r"\[compare.search.keeplora_pp\]: layer_scale is what makes"),
         ("search.lora_ft.rank = [4, 4]", "rank = 4 would be tried twice"),
         ("search.lora_ft.learning_rate = [1e-3]", "learning_rate = 0.001 would be tried twice"),
-        ("search.lora_ft.learning_rate = [-1.0]", r"\[compare.search.lora_ft\]: .*learning_rate = -1.0: Input should be greater"),
+        (
+            "search.lora_ft.learning_rate = [-1.0]",
+            r"\[compare.search.lora_ft\]: .*learning_rate = -1.0: Input should be greater",
+        ),
         ("search.lora_ft.strength = [1]", r"\[compare.search.lora_ft\]: unknown key 'strength'"),
         ("search.keeplora.feature_energy = [7.0]", r"\[compare.search.keeplora\]: .*feature_energy = 7.0"),
         ("common.learning_rate = 1e-3", r"\[compare.common\]: learning_rate is searched"),

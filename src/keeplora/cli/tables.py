@@ -18,7 +18,7 @@ from keeplora.runs.config import RunConfig
 from keeplora.runs.export.card import Card
 from keeplora.runs.verify import Proof
 from keeplora.studies.compare.comparison import COSTS, SCORES, Comparison
-from keeplora.studies.principal import PrincipalCurve, title_of
+from keeplora.studies.principal import PrincipalCurve
 
 WIDTH = 78
 """Columns that every terminal is taken to have."""
@@ -124,7 +124,7 @@ def principal_table(curve: PrincipalCurve) -> Table:
     ]
     means = f"untouched {fmean(curve.untouched):.1f}, chance {fmean(curve.chance):.1f}"
     caption = f"{means}; mean of {len(curve.tasks)} tasks"
-    return table(f"{title_of(curve)} in %", headings, rows, left=0, caption=caption)
+    return table(f"{curve.title} in %", headings, rows, left=0, caption=caption)
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
