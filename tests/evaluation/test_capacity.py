@@ -44,7 +44,7 @@ def test_the_forecast_is_the_one_made_by_hand():
     assert found.added == 3
     assert found.d_in == WIDTH
     assert found.full_rank_tasks == 5  # They find 18, 15, 12, 9 and 6; the next would find 3.
-    assert found.tasks_at_all == 6  # The last one finds 3; then there is nothing.
+    assert found.tasks_that_find(1) == 6  # The last one finds 3; then there is nothing.
     assert found.share == 18 / WIDTH
 
 
@@ -60,7 +60,7 @@ def test_the_first_task_does_not_count_as_its_part_cannot_be_told_from_the_princ
     [((9, 3), 0, 1), ((9, 4), 1, 1), ((9, 0), 0, 0), ((3,), 0, None), ((0,), 0, 0), ((9, 9), math.inf, math.inf)],
 )
 def test_a_layer_at_the_end_has_no_task_left(left, fits, at_all):
-    assert (remaining(*left).full_rank_tasks, remaining(*left).tasks_at_all) == (fits, at_all)
+    assert (remaining(*left).full_rank_tasks, remaining(*left).tasks_that_find(1)) == (fits, at_all)
 
 
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=8), st.integers(1, 6))
@@ -73,8 +73,8 @@ def test_the_forecast_is_what_counting_down_gives(taken, rank):
     if any(steps):
         added = Fraction(sum(steps), len(steps))
         assert found.full_rank_tasks == counted(left[-1], added, rank)
-        assert found.tasks_at_all == counted(left[-1], added, 1)
-    assert found.full_rank_tasks <= found.tasks_at_all
+        assert found.tasks_that_find(1) == counted(left[-1], added, 1)
+    assert found.full_rank_tasks <= found.tasks_that_find(1)
 
 
 @given(st.integers(1, 30), st.integers(1, 9), st.integers(1, 9))

@@ -144,9 +144,6 @@ def compare(flags: tyro.conf.OmitArgPrefixes[CompareConfig]) -> None:
     """Compare methods on equal terms: equal data, epochs and search, several seeds, intervals.
 
     Example: keeplora compare --benchmark mini --methods zero_shot,lora_ft,keeplora --seeds 5 --output runs/compare
-
-    Args:
-        flags: The settings.
     """
     with Display(console) as display:
         comparison = compare_methods(flags, track=display.track)

@@ -1,7 +1,7 @@
 """Tables of a terminal: scores, matrices, comparisons, certificates, remaining capacity."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -26,28 +26,18 @@ WIDTH = 78
 BAR = 16
 """Width of a bar in characters."""
 
-HEADLINE = ("transfer", "average", "last")
-
 WITHOUT_LINES: dict[str, Any] = {"box": None, "padding": (0, 1, 0, 0)}
-
 Row = Iterable[object]
+Rows = Iterable[Row]
 
 
-def table(
-    title: str, headings: Row, rows: Iterable[Row], *, left: int = 1, no_wrap: bool = False, **style: Any
-) -> Table:
-    """Make a table of rich, with `left` columns to the left and the others to the right; no word in it is markup.
-
-    An empty row ends a section. `style` are further options of the table.
-    """
+def table(title: str, headings: Row, rows: Rows, *, left: int = 1, no_wrap: bool = False, **style: Any) -> Table:
+    """Make a table of rich, with `left` columns to the left and the others to the right; no word in it is markup."""
     made = Table(title=escape(title), **style)
     for number, heading in enumerate(headings):
         made.add_column(_text(heading), justify="left" if number < left else "right", no_wrap=no_wrap)
-    for cells in map(list, rows):
-        if cells:
-            made.add_row(*map(_text, cells))
-        else:
-            made.add_section()
+    for cells in rows:
+        made.add_row(*map(_text, cells))
     return made
 
 
@@ -57,14 +47,14 @@ def _text(cell: object) -> Text:
 
 def score_table(runs: list[Results]) -> Table:
     """Tabulate the current score of every task, a column for each run, with the metrics below."""
-    first = runs[0]
-    scores = [
-        (task, f"{first.zero_shot[i]:.1f}", *(_score(run.accuracy, i) for run in runs))
-        for i, task in enumerate(first.tasks)
-    ]
-    metrics = [(METRIC_NAMES[key], "", *(_number(run.summary()[key]) for run in runs)) for key in HEADLINE]
+    tasks, untouched = runs[0].tasks, runs[0].zero_shot
     headings = ("task", "untouched", *(f"{run.method}\n{len(run.accuracy)}/{len(run.tasks)}" for run in runs))
-    return table(f"Accuracy in % on {Path(first.benchmark).stem} (bold: learned)", headings, [*scores, (), *metrics])
+    rows = [(tasks[i], f"{score:.1f}", *(_score(run.accuracy, i) for run in runs)) for i, score in enumerate(untouched)]
+    made = table(f"Accuracy in % on {Path(runs[0].benchmark).stem} (bold: learned)", headings, rows)
+    made.add_section()
+    for key in ("transfer", "average", "last"):
+        made.add_row(METRIC_NAMES[key], "", *(_number(run.summary()[key]) for run in runs))
+    return made
 
 
 def _score(accuracy: list[list[float]], i: int) -> Text:
@@ -122,40 +112,33 @@ def principal_table(curve: PrincipalCurve) -> Table:
         (f"{100 * p.share:g} %", f"{100 * p.width:.1f} %", f"{fmean(p.principal):.1f}", f"{fmean(p.residual):.1f}")
         for p in curve.points
     ]
-    means = f"untouched {fmean(curve.untouched):.1f}, chance {fmean(curve.chance):.1f}"
-    caption = f"{means}; mean of {len(curve.tasks)} tasks"
+    untouched, chance = fmean(curve.untouched), fmean(curve.chance)
+    caption = f"untouched {untouched:.1f}, chance {chance:.1f}; mean of {len(curve.tasks)} tasks"
     return table(f"{curve.title} in %", headings, rows, left=0, caption=caption)
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
     """Tabulate every method's scores with their 95 % intervals, the differences to the reference, and the costs."""
     config, methods, reference = comparison.config, comparison.methods, comparison.config["reference"]
-    means = [
-        (name, *(_estimate(comparison.score(name, key)) for key in SCORES), comparison.num_runs(name))
-        for name in methods
-    ]
-    differences = [
-        (name, *(_estimate(comparison.difference(name, key), signed=True) for key in SCORES))
-        for name in methods
-        if name != reference
-    ]
-    formats = dict(zip(COSTS, (",.0f", ",.0f", ".1f", ",.0f"), strict=True))
-    costs = [(name, *(format(comparison.score(name, key), spec) for key, spec in formats.items())) for name in methods]
+    means = [(name, *_estimates(comparison.score, name), comparison.num_runs(name)) for name in methods]
+    less = [(name, *_estimates(comparison.difference, name, "+.2f")) for name in methods if name != reference]
+    costs = [(name, *(format(comparison.score(name, key), spec) for key, spec in COSTS.items())) for name in methods]
     benchmark, headings = Path(config["benchmark"]).stem, ("method", *(METRIC_NAMES[key] for key in SCORES))
     title = f"{benchmark}: {config['seeds']} seeds, {config['orders']} order(s), mean ± 95 % interval, in %"
     tables = [table(title, (*headings, "runs"), means, no_wrap=True, padding=(0, 0, 0, 1))]
-    if reference in methods and differences:
+    if reference in methods and less:
         title = f"less {reference}, by seed and order (bold: the interval excludes 0)"
-        tables.append(table(title, headings, differences, no_wrap=True, padding=(0, 0, 0, 1)))
+        tables.append(table(title, headings, less, no_wrap=True, padding=(0, 0, 0, 1)))
     headings = ("method", "parameters trained a task", "added", "seconds a task", "MiB")
     caption = "added: parameters at inference, after all tasks"
     return [*tables, table("Costs: mean ± 95 % interval", headings, costs, caption=caption)]
 
 
-def _estimate(value: Estimate | None, *, signed: bool = False) -> Text:
-    if value is None:
-        return Text("-")
-    return Text(format(value, "+.2f" if signed else ".2f"), "bold" if signed and value.excludes_zero else "")
+def _estimates(estimate: Callable[[str, str], Estimate | None], method: str, spec: str = ".2f") -> Iterator[Text]:
+    """Yield the estimates of a method's scores; signed ones are bold where the interval excludes 0."""
+    for value in (estimate(method, key) for key in SCORES):
+        is_bold = value is not None and "+" in spec and value.excludes_zero
+        yield Text("-" if value is None else format(value, spec), "bold" if is_bold else "")
 
 
 def export_lines(card: Card, folder: Path) -> list[str]:

@@ -65,25 +65,21 @@ class LayerCapacity:
 
     @property
     def full_rank_tasks(self) -> float | None:
-        """How many more tasks will find `rank` free dimensions; infinity if none are taken, None if unknown."""
-        return self._tasks_that_find(self.rank)
+        """How many more tasks will find `rank` free dimensions."""
+        return self.tasks_that_find(self.rank)
 
-    @property
-    def tasks_at_all(self) -> float | None:
-        """How many more tasks will find a free dimension; infinity if none are taken, None if unknown."""
-        return self._tasks_that_find(1)
-
-    @property
-    def _steps(self) -> list[int]:
-        return [before - after for before, after in pairwise(self.left)][-RECENT:]
-
-    def _tasks_that_find(self, dims: int) -> float | None:
+    def tasks_that_find(self, dims: int) -> float | None:
+        """Return how many more tasks will find so many free dimensions: infinity if none are taken, None if unknown."""
         if self.left[-1] < dims:
             return 0
         if not self._steps:
             return None
         taken = sum(self._steps)  # In whole numbers: rounding could cost a task.
         return math.inf if taken <= 0 else 1 + (self.left[-1] - dims) * len(self._steps) // taken
+
+    @property
+    def _steps(self) -> list[int]:
+        return [before - after for before, after in pairwise(self.left)][-RECENT:]
 
 
 @dataclass(frozen=True)
@@ -122,8 +118,7 @@ def _known(layer: LayerCapacity) -> float:
 def capacity_of(tasks: Sequence[Mapping[str, Any]]) -> Capacity | None:
     """Return the capacity that finished tasks, as their `task.json` has them, leave; None if nothing is protected.
 
-    Raises:
-        ValueError: If a certificate is damaged; the message names the task.
+    A damaged certificate is a ValueError that names the task.
     """
     certified = [(task.get("name", ""), layers) for task in tasks if (layers := _layers_of(task))]
     if not certified:
@@ -154,7 +149,7 @@ def forecast(capacity: Capacity) -> str:
         return f"{full} of {len(layers)} layers are full and learn no more; the first is {place}."
     if short := len(capacity.short(1)):
         return f"{short} of {len(layers)} layers have no capacity left for rank {capacity.rank}; the first is {place}."
-    if first.full_rank_tasks is None or first.tasks_at_all is None:
+    if first.full_rank_tasks is None:
         return f"A forecast needs two tasks. The fullest layer is {place}."
     if math.isinf(first.full_rank_tasks):
         return f"The last tasks took no dimension of any layer; the fullest is {place}."
@@ -163,23 +158,20 @@ def forecast(capacity: Capacity) -> str:
     return (
         f"If tasks continue like the last{f' {recent}' if recent > 1 else ''}, {_tasks(first.full_rank_tasks)} more"
         f" find capacity for rank {capacity.rank} in every layer. The first to run out is {place}, full after"
-        f" {_tasks(first.tasks_at_all)}; half of the layers last for"
+        f" {_tasks(first.tasks_that_find(1))}; half of the layers last for"
         f" {_tasks(half) if math.isfinite(half) else 'as long as one can see'}."
     )
 
 
-def _tasks(count: float) -> str:
+def _tasks(count: float | None) -> str:
+    assert count is not None, "asked for before there was a forecast"
     return f"more than {MOST} tasks" if count > MOST else f"about {count:.0f} task{'' if count == 1 else 's'}"
 
 
 def warn_of_full_layers(tasks: Sequence[Mapping[str, Any]], num_to_come: int) -> None:
-    """Log a warning when layers are about to run out: they have capacity for the rank in one more task at most.
+    """Warn of layers that have capacity for the rank in one more task at most, if a task that it concerns is to come.
 
-    Each layer is named once, after the task that brought it there, and only if a task that it concerns is to come.
-
-    Args:
-        tasks: What `task.json` holds of each finished task.
-        num_to_come: How many tasks the stream still has.
+    Each is named once, after the task that brought it there. `tasks` are as for `capacity_of`, without those to come.
     """
     capacity, before = capacity_of(tasks), capacity_of(tasks[:-1])
     if capacity is None:

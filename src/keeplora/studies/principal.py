@@ -69,7 +69,7 @@ class Point:
     residual: list[float]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class PrincipalCurve:
     """What `principal.json` holds."""
 
@@ -104,11 +104,7 @@ def _summary(scores: list[float]) -> dict[str, float | list[float]]:
 
 
 def analyze_principal(config: PrincipalConfig, *, track: Track = silent) -> PrincipalCurve:
-    """Score a model on a benchmark over the shares, and write `principal.json` and `principal.png` to `config.output`.
-
-    Raises:
-        ValueError: If something of the configuration, the model or the data is wrong.
-    """
+    """Score a model on a benchmark over the shares, and write `principal.json` and `principal.png` to the output."""
     config.output.mkdir(parents=True, exist_ok=True)
     model, tasks = load_stream(config.model, config.benchmark, evaluation=config.split, track=track)
     curve = principal_curve(model, tasks, config, track=track)
@@ -120,10 +116,9 @@ def analyze_principal(config: PrincipalConfig, *, track: Track = silent) -> Prin
 def principal_curve(
     model: nn.Module, tasks: list[StreamTask], config: PrincipalConfig, *, track: Track = silent
 ) -> PrincipalCurve:
-    """Score a model with rebuilt weights over the shares; its own weights are given back.
+    """Score a model with rebuilt weights over the shares; its own weights are restored.
 
-    Raises:
-        ValueError: If no layer matches the targets, a tower has none, or a weight is not finite.
+    If no layer matches the targets, a tower has none, or a weight is not finite, this is a ValueError.
     """
     layers = _layers_to_rebuild(model, config)
     weights = {name: model.get_parameter(f"{name}.weight").detach().float() for name in layers}
@@ -138,14 +133,10 @@ def principal_curve(
                 scores.append(evaluate(model, tasks, track=track))
         width = fmean(basis.shape[1] / basis.shape[0] for basis in bases.values())
         points.append(Point(share, width, *scores))
-    return PrincipalCurve(
-        config=config,
-        tasks=[task.name for task in tasks],
-        layers=layers,
-        untouched=untouched,
-        chance=[_chance(task) for task in tasks],
-        points=points,
-    )
+    # Every class has examples in every split.
+    references = [torch.cat([task.references(batch) for batch in task.test_batches()]) for task in tasks]
+    chance = [100.0 / len(labels.unique()) for labels in references]
+    return PrincipalCurve(config, [task.name for task in tasks], layers, untouched, chance, points)
 
 
 def _layers_to_rebuild(model: nn.Module, config: PrincipalConfig) -> list[str]:
@@ -159,11 +150,6 @@ def _layers_to_rebuild(model: nn.Module, config: PrincipalConfig) -> list[str]:
         if not torch.isfinite(model.get_parameter(f"{name}.weight")).all():
             raise ValueError(f"the weight of layer {name!r} is not finite; get the model anew")
     return names
-
-
-def _chance(task: StreamTask) -> float:
-    """Return the score of a guess; every class has examples in every split."""
-    return 100.0 / len(torch.cat([task.references(batch) for batch in task.test_batches()]).unique())
 
 
 def principal_spectrum(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,8 @@ from typing import Any
 from keeplora.evaluation.intervals import Estimate, Place, estimate_runs
 
 SCORES = ("transfer", "average", "last", "forgetting")
-COSTS = ("trained_parameters", "added_parameters", "seconds_per_task", "peak_memory_mb")
+COSTS = {"trained_parameters": ",.0f", "added_parameters": ",.0f", "seconds_per_task": ".1f", "peak_memory_mb": ",.0f"}
+"""The costs, and how tables write each."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Comparison:
             "trials": {name: self.num_trials(name) for name in self.methods},
             "runs": [asdict(row) for row in self.rows],
             "failures": self.failures,
-            "table": {name: {key: _plain(self.score(name, key)) for key in SCORES + COSTS} for name in self.methods},
+            "table": {name: {key: _plain(self.score(name, key)) for key in (*SCORES, *COSTS)} for name in self.methods},
             "differences": {name: {key: _plain(self.difference(name, key)) for key in SCORES} for name in others},
         }
 

@@ -98,11 +98,7 @@ def budget_of(benchmark: str) -> CompareBudget:
 
 
 def require_valid(config: CompareConfig) -> None:
-    """Make every configuration that the comparison may come to, so that a wrong one is found before any training.
-
-    Raises:
-        ValueError: If a table of the benchmark's budget is wrong, or the tasks have fewer orders than asked for.
-    """
+    """Make every configuration that the comparison may come to, so that a wrong one is found before any training."""
     place, known = f"benchmark {config.benchmark} [compare", known_methods()
     whole, budget = budget_of(config.benchmark), config.budget
     for table, methods in (("search", {*whole.search}), ("options", {*whole.options})):

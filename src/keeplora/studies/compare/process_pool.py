@@ -60,10 +60,8 @@ class Workers:
     def run_all(self, configs: list[RunConfig], track: Track, what: str) -> list[Outcome]:
         """Make every run that is not finished yet; return what each gave, in the given order.
 
-        An error that leaves the `with` block ends the processes at once; their runs can be resumed.
-
-        Raises:
-            ValueError: If a configuration or the data is wrong, or a process was killed.
+        An error that leaves the `with` block ends the processes at once; their runs can be resumed. A configuration or
+        data that is wrong is a ValueError, and so is a process that was killed.
         """
         if self._pool is None:
             return [_outcome(config) for config in track(configs, what, len(configs))]

@@ -25,31 +25,25 @@ from keeplora.runs.atomic_store import write_atomically
 from keeplora.runs.config import RunConfig
 from keeplora.runs.manifest import locked
 from keeplora.runs.open import read_run
-from keeplora.studies.compare.comparison import SCORES, Comparison, RunRow, Trial
+from keeplora.studies.compare.comparison import COSTS, SCORES, Comparison, RunRow, Trial
 from keeplora.studies.compare.config import CompareConfig, Settings, require_valid, run_config, variations
-from keeplora.studies.compare.process_pool import Workers
+from keeplora.studies.compare.process_pool import Outcome, Workers
 
 __all__ = ["CompareConfig", "compare"]
 
 SETTINGS = "settings.json"
-
 SETTINGS_FORMAT = 1
-
 VERSIONS_OF = ("keeplora", "torch", "transformers", "peft")
-
 OURS = {SETTINGS, "search", "runs", "compare.json"}
-
 LEFT_BY_A_START = {"lock", f"{SETTINGS}.part"}
-
 MOST_DIFFERENCES = 3
 
 
 def compare(config: CompareConfig, *, track: Track = silent) -> Comparison:
     """Search settings for every method, run each with them for every seed and order, and write the comparison.
 
-    Raises:
-        ValueError: If a method, the benchmark, the model or the data is wrong, or the folder holds something else. A
-            run that diverges is no error but a failure, which the comparison lists.
+    What is wrong with a method, the benchmark, the model, the data or the folder is a ValueError. A run that diverges
+    is no error but a failure, which the comparison lists.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("a comparison starts its own processes; start it without a launcher, and use --jobs")
@@ -66,7 +60,7 @@ def compare(config: CompareConfig, *, track: Track = silent) -> Comparison:
         score, methods = comparison.score, comparison.methods
         chart = trade_off({name: (score(name, "transfer"), score(name, "last")) for name in methods}, config.reference)
         names = {key: METRIC_NAMES[key] for key in SCORES}
-        page = render("compare.html.j2", comparison=comparison, metric_names=names, chart=chart)
+        page = render("compare.html.j2", comparison=comparison, metric_names=names, costs=COSTS, chart=chart)
         _write_json(output / "compare.json", comparison.to_json())
         write_atomically(output / "compare.png", chart)
         write_atomically(output / "report.html", page.encode())
@@ -151,35 +145,30 @@ def search(config: CompareConfig, workers: Workers, track: Track) -> tuple[list[
     names = list(dict.fromkeys(settings_of(name) for name in config.names))
     searched = [name for name in names if find_method(name)[0].has_settings]
     rates: list[Settings] = [{"learning_rate": rate} for rate in budget.learning_rate]
-    chosen: dict[str, Settings] = {name: {} for name in names if name not in searched}
     if len(rates) == 1 and not budget.search:
         return [], {name: rates[0] if name in searched else {} for name in names}
-    first = [(name, rate) for name in searched for rate in rates]
-    trials = _try(config, first, workers, track, "search: learning rates")
-    others = [
-        (name, settings)
-        for name in searched
-        for leading in _leading(trials, name)[: budget.rates_kept]
-        for settings in variations(budget, name, leading)
-    ]
-    others = [trial for place, trial in enumerate(others) if trial not in others[:place]]
-    trials += _try(config, others, workers, track, "search: own settings")
-    return trials, chosen | {name: leading[0] for name in searched if (leading := _leading(trials, name))}
+
+    def tried(settings: list[tuple[str, Settings]], what: str) -> list[Trial]:
+        configs = [run_config(config, name, values, seed=0, order=0, is_trial=True) for name, values in settings]
+        outcomes = workers.run_all(configs, track, f"search: {what}")
+        return [_trial(*setting, outcome) for setting, outcome in zip(settings, outcomes, strict=True)]
+
+    trials = tried([(name, rate) for name in searched for rate in rates], "learning rates")
+    others: list[tuple[str, Settings]] = []
+    for name in searched:
+        for leading in _leading(trials, name)[: budget.rates_kept]:
+            others += [(name, new) for new in variations(budget, name, leading) if (name, new) not in others]
+    trials += tried(others, "own settings")
+    best = {name: found[0] for name in searched if (found := _leading(trials, name))}
+    return trials, best | {name: {} for name in names if name not in searched}
 
 
-def _try(
-    config: CompareConfig, settings: list[tuple[str, Settings]], workers: Workers, track: Track, what: str
-) -> list[Trial]:
-    configs = [run_config(config, name, tried, seed=0, order=0, is_trial=True) for name, tried in settings]
-    trials = []
-    for (name, tried), outcome in zip(settings, workers.run_all(configs, track, what), strict=True):
-        if isinstance(outcome, str):
-            trials.append(Trial(name, tried, {}, None, outcome))
-        else:
-            scores = scores_of(name, outcome)
-            known = [value for key in ("transfer", "average", "last") if (value := scores[key]) is not None]
-            trials.append(Trial(name, tried, scores, statistics.fmean(known)))
-    return trials
+def _trial(method: str, settings: Settings, outcome: Outcome) -> Trial:
+    if isinstance(outcome, str):
+        return Trial(method, settings, {}, None, outcome)
+    scores = scores_of(method, outcome)
+    known = [value for key in ("transfer", "average", "last") if (value := scores[key]) is not None]
+    return Trial(method, settings, scores, statistics.fmean(known))
 
 
 def _leading(trials: list[Trial], name: str) -> list[Settings]:
