@@ -9,6 +9,7 @@ import threading
 import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from typing import Self
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -27,7 +28,7 @@ _PROCESS = contextlib.ExitStack()
 """What a worker process holds until it ends."""
 
 
-class Workers:
+class Workers(contextlib.ExitStack):
     """Makes runs, some at the same time, in processes that live as long as the `with` block; one job needs none.
 
     Each of several jobs computes on its share of the cores. Results do not depend on which process made a run, but in
@@ -35,27 +36,26 @@ class Workers:
     """
 
     def __init__(self, jobs: int | None = None) -> None:
+        super().__init__()
         self.jobs = jobs or (1 if torch.cuda.is_available() else _num_cores())
         self.threads = torch.get_num_threads() if self.jobs == 1 else max(1, _num_cores() // self.jobs)
         self._others = multiprocessing.active_children()
-        self._stack = contextlib.ExitStack()
         self._pool: ProcessPoolExecutor | None = None
 
-    def __enter__(self) -> "Workers":
+    def __enter__(self) -> Self:
         if self.jobs == 1:
-            self._stack.enter_context(kept())
-        else:
-            context, shares = multiprocessing.get_context("spawn"), (self.threads, MEMORY_LIMIT // self.jobs)
-            self._pool = ProcessPoolExecutor(self.jobs, context, initializer=_start, initargs=shares)
-            self._stack.callback(self._pool.shutdown, cancel_futures=True)
+            self.enter_context(kept())
+            return self
+        context, shares = multiprocessing.get_context("spawn"), (self.threads, MEMORY_LIMIT // self.jobs)
+        self._pool = ProcessPoolExecutor(self.jobs, context, initializer=_start, initargs=shares)
+        self.callback(self._pool.shutdown, cancel_futures=True)
+        self.push(self._end_on_error)  # Before the shutdown, which waits.
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        if kind is not None and self._pool is not None:
-            for process in multiprocessing.active_children():
-                if process not in self._others:
-                    process.terminate()
-        self._stack.close()
+    def _end_on_error(self, kind: type[BaseException] | None, *error: object) -> None:
+        for process in multiprocessing.active_children():
+            if kind is not None and process not in self._others:
+                process.terminate()
 
     def run_all(self, configs: list[RunConfig], track: Track, what: str) -> list[Outcome]:
         """Make every run that is not finished yet; return what each gave, in the given order.

@@ -81,7 +81,8 @@ def require_same_settings(config: CompareConfig) -> None:
         return
     found = require(dict[str, Any], read_json(path.read_bytes(), path), str(path))
     if found.get("format") != SETTINGS_FORMAT:
-        raise ValueError(f"{path} has format {found.get('format')}, not {SETTINGS_FORMAT}; update keeplora")
+        cure = "update keeplora, or give another --output"
+        raise ValueError(f"{path} has format {found.get('format')}, not {SETTINGS_FORMAT}; {cure}")
     if different := differences({key: found.get(key) for key in settings}, settings):
         more = len(different) - MOST_DIFFERENCES
         shown = different[:MOST_DIFFERENCES] + ([f"and {more} more"] if more > 0 else [])
@@ -109,14 +110,10 @@ def _compared(config: CompareConfig, workers: Workers, track: Track) -> Comparis
         for name in names
     ]
     outcomes = list(zip(configs, workers.run_all(configs, track, "runs"), strict=True))
-    values = {
-        "methods": config.names,
-        "budget": asdict(config.budget),
-        "jobs": workers.jobs,
-        "threads": workers.threads,
-    }
+    settings = asdict(config) | {"methods": config.names, "budget": asdict(config.budget)}
+    del settings["output"]
     return Comparison(
-        config={key: value for key, value in {**asdict(config), **values}.items() if key != "output"},
+        config=settings | {"jobs": workers.jobs, "threads": workers.threads},
         trials=trials,
         chosen={name: chosen[sources[name]] for name in names},
         rows=[_row(run, outcome) for run, outcome in outcomes if isinstance(outcome, Results)],
