@@ -31,7 +31,7 @@ class Display(Live):
     def get_renderable(self) -> RenderableType:
         """Return what rich shows now."""
         table = score_table(list(self.runs.values())) if self.runs else ""
-        return Group(table, self.progress) if self.console.is_terminal else table
+        return Group(table, self.progress if self.console.is_terminal else "")  # The "" ends the table's last line.
 
     def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
         """Yield the items and show how far they are; without a terminal, in a line every minute."""
