@@ -123,7 +123,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     means = [(name, *_estimates(comparison.score, name), comparison.num_runs(name)) for name in methods]
     less = [(name, *_estimates(comparison.difference, name, "+.2f")) for name in methods if name != reference]
     costs = [(name, *(format(comparison.score(name, key), spec) for key, spec in COSTS.items())) for name in methods]
-    benchmark, headings = Path(config["benchmark"]).stem, ("method", *(METRIC_NAMES[key] for key in SCORES))
+    benchmark, headings = Path(config["benchmark"]).stem, ("method", *SCORES.values())
     title = f"{benchmark}: {config['seeds']} seeds, {config['orders']} order(s), mean ± 95 % interval, in %"
     tables = [table(title, (*headings, "runs"), means, no_wrap=True, padding=(0, 0, 0, 1))]
     if reference in methods and less:
@@ -182,15 +182,15 @@ def _certificate_table(proof: Proof, *, layers: bool) -> Table:
     """Tabulate all layers of each task, or the layer that leaks most beside the worst of all in the other columns."""
     rows: list[Row] = []
     for task in proof.tasks:
-        for group in [{name: layer} for name, layer in task.layers.items()] if layers else [task.layers]:
-            if not group:
-                continue
+        groups = [{name: layer} for name, layer in task.layers.items()] if layers else [task.layers]
+        for group in filter(None, groups):
             name, worst = max(group.items(), key=lambda item: item[1].leak)
             orthonormality = max(layer.orthonormality for layer in group.values())
             free = min(layer.residual_dims for layer in group.values())
             protected = max(layer.protected_dims for layer in group.values())
-            ranks = "-".join(map(str, sorted({pick(layer.rank for layer in group.values()) for pick in (min, max)})))
-            rows.append((task.name, name, f"{worst.leak:.1e}", f"{orthonormality:.1e}", free, protected, ranks))
+            ranks = sorted({layer.rank for layer in group.values()})
+            rank = f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else ranks[0]
+            rows.append((task.name, name, f"{worst.leak:.1e}", f"{orthonormality:.1e}", free, protected, rank))
         if not task.layers:
             rows.append((task.name, "-" if task.is_checked else Text("cannot be checked", "red")))
     layer = "layer" if layers else "layer of the largest leak"

@@ -3,9 +3,12 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from keeplora.evaluation.accuracy_matrix import METRIC_NAMES
 from keeplora.evaluation.intervals import Estimate, Place, estimate_runs
 
-SCORES = ("transfer", "average", "last", "forgetting")
+SCORES = {key: METRIC_NAMES[key] for key in ("transfer", "average", "last", "forgetting")}
+"""The metrics that are compared, as the tables head them."""
+
 COSTS = {"trained_parameters": ",.0f", "added_parameters": ",.0f", "seconds_per_task": ".1f", "peak_memory_mb": ",.0f"}
 """The costs, and how tables write each."""
 

@@ -58,7 +58,7 @@ class CompareConfig(Config):
     orders: PositiveInt = 1
     """How many orders of the tasks: the benchmark's own, and random ones."""
     output: Path = Path("runs/compare")
-    """Folder of all runs, compare.json, compare.png and report.html; the same command goes on where it stopped."""
+    """Folder of all runs, compare.json, compare.png and report.html; the same command resumes them."""
     epochs: PositiveInt | None = None
     """Epochs of each task; the benchmark's budget if not given."""
     quick: bool = False

@@ -16,7 +16,7 @@ from typing import Any
 
 from keeplora.config import differences, read_json, require
 from keeplora.data.stream import absolute
-from keeplora.evaluation.accuracy_matrix import METRIC_NAMES, Results
+from keeplora.evaluation.accuracy_matrix import Results
 from keeplora.methods.registry import find_method, settings_of
 from keeplora.progress import Track, silent
 from keeplora.report.charts import trade_off
@@ -59,8 +59,7 @@ def compare(config: CompareConfig, *, track: Track = silent) -> Comparison:
             comparison = _compared(config, workers, track)
         score, methods = comparison.score, comparison.methods
         chart = trade_off({name: (score(name, "transfer"), score(name, "last")) for name in methods}, config.reference)
-        names = {key: METRIC_NAMES[key] for key in SCORES}
-        page = render("compare.html.j2", comparison=comparison, metric_names=names, costs=COSTS, chart=chart)
+        page = render("compare.html.j2", comparison=comparison, metric_names=SCORES, costs=COSTS, chart=chart)
         _write_json(output / "compare.json", comparison.to_json())
         write_atomically(output / "compare.png", chart)
         write_atomically(output / "report.html", page.encode())
