@@ -227,6 +227,16 @@ def factors_of(adapted: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
+def trained_update(layer: LoraLinear) -> Tensor:
+    """Return the update `scaling * b @ a` `[d_out, d_in]` of an adapted layer, through which gradients flow.
+
+    It is in float32 inside a region of mixed precision too: the square of a small update vanishes in half precision.
+    """
+    a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    with torch.autocast(a.device.type, enabled=False):
+        return cast(Tensor, (layer.scaling[ADAPTER] * b.float()) @ a.float())
+
+
 def detach(adapted: nn.Module) -> SavedAdapter:
     """Copy the adapter out of a model, so that it can be saved after the merge."""
     weights = get_peft_model_state_dict(adapted, adapter_name=ADAPTER)
@@ -333,11 +343,6 @@ def read_adapter_config(content: bytes, plain: dict[str, Any], path: Path) -> di
 
 
 logger = logging.getLogger(__name__)
-
-
-def alphas_for(ranks: dict[str, int], alpha: float, rank: int) -> dict[str, float]:
-    """Return each layer's alpha, so that alpha / rank is the same where a rank had to shrink."""
-    return {name: alpha * found / rank for name, found in ranks.items()}
 
 
 def warn_of_small_ranks(ranks: dict[str, int], rank: int, task: str) -> None:

@@ -13,11 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from keeplora.layers import lora, weights
-from keeplora.layers.lora import alphas_for
-from keeplora.methods.base import Method, MethodConfig
-from keeplora.methods.task_record import TaskRecord
-from keeplora.progress import Track, silent
+from keeplora.layers import weights
+from keeplora.methods.base import Method, TaskRecord
 from keeplora.task import Batch, DeferredGradient, Task
 
 
@@ -48,8 +45,7 @@ class Joint(Method):
 
     stands_alone: ClassVar[bool] = False
 
-    def __init__(self, config: MethodConfig | None = None, *, seed: int = 0, track: Track = silent) -> None:
-        super().__init__(config, seed=seed, track=track)
+    def start(self) -> None:
         self.is_done = False
         self._num_tasks = 1
 
@@ -67,19 +63,14 @@ class Joint(Method):
         return [Union(tasks, self.seed)] * len(tasks)
 
     def before_task(self, model: nn.Module, task: Task) -> nn.Module:
-        """Return the model to train at the first place, the model with every parameter frozen at the others.
-
-        Raises:
-            ValueError: If no layer matches the targets.
-        """
+        """Return the model to train at the first place, the model with every parameter frozen at the others."""
         if self.is_done:
             self.snapshot(model)
             return model.requires_grad_(False)
         targets = self.targets_of(model)
-        self.snapshot(model)
         sides = {name: min(weights.shape_of(model, name)) for name in targets}
         ranks = {name: max(self.config.rank, min(self._num_tasks * self.config.rank, sides[name])) for name in targets}
-        return lora.attach(model, ranks, alphas_for(ranks, self.config.alpha, self.config.rank))
+        return self.attach(model, ranks)
 
     def after_task(self, model: nn.Module, task: Task) -> nn.Module:
         """Merge what was learned at the first place; leave nothing behind at the others."""

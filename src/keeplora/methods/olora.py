@@ -15,11 +15,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from keeplora.config import NonNegative
 from keeplora.layers.lora import ADAPTER
-from keeplora.methods.base import MethodConfig
-from keeplora.methods.penalty import Penalised
-from keeplora.methods.task_record import TaskRecord
-from keeplora.progress import Track, silent
+from keeplora.methods.base import Method, MethodConfig, TaskRecord
 from keeplora.subspace.protected import remove_directions
 
 
@@ -27,28 +25,21 @@ from keeplora.subspace.protected import remove_directions
 class OLoRAConfig(MethodConfig):
     """O-LoRA's options; the defaults are those of the release's scripts for the standard benchmark."""
 
-    lambda_1: float = 0.5
+    lambda_1: NonNegative = 0.5
     """Weight of the overlap with the earlier tasks' factors."""
-    lambda_2: float = 0.0
+    lambda_2: NonNegative = 0.0
     """Weight of the Frobenius norms of the new factors."""
     overlap: Literal["squared", "absolute"] = "squared"
     """What is summed over the entries of `a @ a_i.T`: their squares (the paper) or absolute values (the release)."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, value in (("lambda_1", self.lambda_1), ("lambda_2", self.lambda_2)):
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{name} = {value} must be a number of at least 0; 0 leaves its term out")
 
-
-class OLoRA(Penalised):
+class OLoRA(Method):
     """Learn each task with an `a` orthogonal to those of the earlier ones; `earlier` holds these, `[sum r, d_in]`."""
 
     Config: ClassVar[type[MethodConfig]] = OLoRAConfig
     config: OLoRAConfig
 
-    def __init__(self, config: OLoRAConfig | None = None, *, seed: int = 0, track: Track = silent) -> None:
-        super().__init__(config, seed=seed, track=track)
+    def start(self) -> None:
         self.earlier: dict[str, Tensor] = {}
 
     def penalty(self, model: nn.Module) -> Tensor | None:

@@ -23,9 +23,7 @@ from keeplora.config import PositiveNumber
 from keeplora.layers import lora
 from keeplora.layers.frozen_blocks import hold, release
 from keeplora.layers.lora import SavedAdapter
-from keeplora.methods.base import Method, MethodConfig
-from keeplora.methods.task_record import TaskRecord
-from keeplora.progress import Track, silent
+from keeplora.methods.base import Method, MethodConfig, TaskRecord
 from keeplora.task import Task
 
 SUFFIX = ".magnitudes"
@@ -57,35 +55,22 @@ class SDLoRA(Method):
     stands_alone: ClassVar[bool] = False
     fixed: ClassVar[tuple[str, ...]] = ("targets", "rank", "alpha")
 
-    def __init__(self, config: SDLoRAConfig | None = None, *, seed: int = 0, track: Track = silent) -> None:
-        super().__init__(config, seed=seed, track=track)
+    def start(self) -> None:
         self.directions: dict[str, tuple[Tensor, Tensor]] = {}
         self.magnitudes: dict[str, Tensor] = {}
         self._num_learned = 0
 
     def before_task(self, model: nn.Module, task: Task) -> nn.Module:
-        """Return the model to train: a LoRA of all ranks so far whose earlier blocks are frozen up to a magnitude.
-
-        Raises:
-            ValueError: If no layer matches the targets.
-        """
+        """Return the model to train: a LoRA of all ranks so far whose earlier blocks are frozen up to a magnitude."""
         targets = self.targets_of(model)
         blocks = 1 + self._num_learned
-        self.snapshot(model)
-        adapted = lora.attach(
-            model,
-            dict.fromkeys(targets, blocks * self.config.rank),
-            dict.fromkeys(targets, blocks * self.config.alpha),  # alpha / rank stays what it is for one block
-        )
+        # The scaling, alpha / rank, stays what it is for one block.
+        adapted = self.attach(model, dict.fromkeys(targets, blocks * self.config.rank))
         hold(adapted, self.directions, self.config.rank)
         return adapted
 
     def after_task(self, model: nn.Module, task: Task) -> nn.Module:
-        """Merge the new direction and the changes of the earlier magnitudes.
-
-        Raises:
-            ValueError: If the merge changed the outputs or a weight would not be finite.
-        """
+        """Merge the new direction and the changes of the earlier magnitudes."""
         changes = release(model)
         saved = lora.detach(model)
         merged, error = self.merge_checked(model, task)

@@ -13,15 +13,15 @@ several styles. It is a transform of data, not of training, and there are no gen
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from keeplora.methods.base import MethodConfig
-from keeplora.methods.penalty import Penalised, trained_update
-from keeplora.methods.task_record import TaskRecord
-from keeplora.progress import Track, silent
+from keeplora.config import NonNegative
+from keeplora.layers.lora import trained_update
+from keeplora.methods.base import Method, MethodConfig, TaskRecord
 from keeplora.task import Task
 
 
@@ -29,22 +29,13 @@ from keeplora.task import Task
 class SEFEConfig(MethodConfig):
     """SEFE's options; the defaults are the released code's."""
 
-    key_share: float = 0.02
+    key_share: Annotated[float, Field(gt=0, le=1)] = 0.02
     """Share of the elements of each layer's update that are its key elements (M %)."""
-    strength: float = 2500.0
+    strength: NonNegative = 2500.0
     """Weight of the penalty (lambda)."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.key_share <= 1:
-            raise ValueError(
-                f"key_share = {self.key_share} must be a share above 0 and at most 1, such as 0.02 for 2 %"
-            )
-        if not 0 <= self.strength < float("inf"):
-            raise ValueError(f"strength = {self.strength} must be a number of at least 0; 0 is sequential LoRA")
 
-
-class SEFE(Penalised):
+class SEFE(Method):
     """Learn each task away from the key elements of the earlier ones.
 
     `keys` holds by layer the flat places `[n]` of the key elements, ascending, and how many tasks hold each, `[n]`.
@@ -53,8 +44,7 @@ class SEFE(Penalised):
     Config: ClassVar[type[MethodConfig]] = SEFEConfig
     config: SEFEConfig
 
-    def __init__(self, config: SEFEConfig | None = None, *, seed: int = 0, track: Track = silent) -> None:
-        super().__init__(config, seed=seed, track=track)
+    def start(self) -> None:
         self.keys: dict[str, tuple[Tensor, Tensor]] = {}
         self._weights: dict[str, tuple[Tensor, Tensor]] = {}
 
