@@ -7,57 +7,42 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from keeplora.evaluation.evaluate import evaluate
-    from keeplora.layers.fused_forward import fused_layers
-    from keeplora.methods.base import Method, MethodConfig
-    from keeplora.methods.baselines import LoRAFT, ZeroShot
-    from keeplora.methods.keeplora import KeepLoRA, KeepLoRAConfig
-    from keeplora.methods.registry import METHODS
-    from keeplora.runs.config import RunConfig
-    from keeplora.runs.loop import run
-    from keeplora.runs.open import load_stream
-    from keeplora.task import Task
-    from keeplora.training.trainer import TrainConfig, fit
+    from keeplora.evaluation.evaluate import evaluate as evaluate
+    from keeplora.layers.fused_forward import fused_layers as fused_layers
+    from keeplora.methods.base import Method as Method
+    from keeplora.methods.base import MethodConfig as MethodConfig
+    from keeplora.methods.baselines import LoRAFT as LoRAFT
+    from keeplora.methods.baselines import ZeroShot as ZeroShot
+    from keeplora.methods.keeplora import KeepLoRA as KeepLoRA
+    from keeplora.methods.keeplora import KeepLoRAConfig as KeepLoRAConfig
+    from keeplora.methods.registry import METHODS as METHODS
+    from keeplora.runs.config import RunConfig as RunConfig
+    from keeplora.runs.loop import run as run
+    from keeplora.runs.open import load_stream as load_stream
+    from keeplora.task import Task as Task
+    from keeplora.training.trainer import TrainConfig as TrainConfig
+    from keeplora.training.trainer import fit as fit
 
 _HOMES = {
-    "METHODS": "methods.registry",
-    "KeepLoRA": "methods.keeplora",
-    "KeepLoRAConfig": "methods.keeplora",
-    "LoRAFT": "methods.baselines",
-    "Method": "methods.base",
-    "MethodConfig": "methods.base",
-    "RunConfig": "runs.config",
-    "Task": "task",
-    "TrainConfig": "training.trainer",
-    "ZeroShot": "methods.baselines",
-    "evaluate": "evaluation.evaluate",
-    "fit": "training.trainer",
-    "fused_layers": "layers.fused_forward",
-    "load_stream": "runs.open",
-    "run": "runs.loop",
+    "evaluation.evaluate": ["evaluate"],
+    "layers.fused_forward": ["fused_layers"],
+    "methods.base": ["Method", "MethodConfig"],
+    "methods.baselines": ["LoRAFT", "ZeroShot"],
+    "methods.keeplora": ["KeepLoRA", "KeepLoRAConfig"],
+    "methods.registry": ["METHODS"],
+    "runs.config": ["RunConfig"],
+    "runs.loop": ["run"],
+    "runs.open": ["load_stream"],
+    "task": ["Task"],
+    "training.trainer": ["TrainConfig", "fit"],
 }
 
-__all__ = [
-    "METHODS",
-    "KeepLoRA",
-    "KeepLoRAConfig",
-    "LoRAFT",
-    "Method",
-    "MethodConfig",
-    "RunConfig",
-    "Task",
-    "TrainConfig",
-    "ZeroShot",
-    "evaluate",
-    "fit",
-    "fused_layers",
-    "load_stream",
-    "run",
-]
+__all__ = [name for names in _HOMES.values() for name in names]
 
 
 def __getattr__(name: str) -> Any:
     """Load a public name from its module."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'keeplora' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"keeplora.{_HOMES[name]}"), name)
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"keeplora.{module}"), name)
+    raise AttributeError(f"module 'keeplora' has no attribute {name!r}")

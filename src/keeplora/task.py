@@ -62,7 +62,7 @@ class Task:
             return task
         if missing := [name for name in ("name", "batches", "loss") if not hasattr(task, name)]:
             raise ValueError(f"{task!r} is no task: it has no {missing[0]}; a task has name, batches() and loss(...)")
-        return _PlainTask(task)
+        return TaskLike(task)
 
     def batches(self) -> Iterable[Batch]:
         """Return the training batches, in an order of your choice; a sized iterable if a share of them is asked for."""
@@ -123,14 +123,16 @@ class Task:
         yield ()
 
 
-class _PlainTask(Task):
-    """A task made of an object that is none by class: what the object has goes before the defaults."""
+class TaskLike(Task):
+    """A task that takes what it does not define itself from another object, and the defaults for the rest."""
 
     def __init__(self, task: Any) -> None:
-        for name in dir(Task):
-            if not name.startswith("_") and name != "of" and hasattr(task, name):
-                setattr(self, name, getattr(task, name))
+        self.task = task
         self.name = task.name
+        for name in dir(Task):
+            is_own = getattr(type(self), name) is not getattr(Task, name)
+            if not (name.startswith("_") or is_own) and name != "of" and hasattr(task, name):
+                setattr(self, name, getattr(task, name))
 
 
 def length_of(batch: Batch, task: Task) -> int:

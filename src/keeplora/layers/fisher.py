@@ -1,13 +1,14 @@
 """The diagonal of the Fisher information of a model's weights on a task: how much each weight matters to it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
 from keeplora.layers.gradients import averages
 from keeplora.layers.statistics import SquaredGradient
 from keeplora.progress import Track, silent
-from keeplora.task import Batch, Task, length_of
+from keeplora.task import Batch, DeferredGradient, Task, TaskLike, length_of
 
 
 def fisher_diagonals(
@@ -39,27 +40,21 @@ def fisher_diagonals(
     return averages(SquaredGradient, model, _Cut(Task.of(task), batch_size), targets, share=1.0, track=track)
 
 
-class _Cut(Task):
+class _Cut(TaskLike):
     """A task whose batches are read by as many examples, or whole; nothing is kept from one to the next."""
 
     def __init__(self, task: Task, batch_size: int | None) -> None:
-        self.name = task.name
-        self.task = task
+        super().__init__(task)
         self.batch_size = batch_size
-
-    def batches(self) -> Iterable[Batch]:
-        return self.task.batches()
 
     def micro_batches(self, batch: Batch) -> Iterable[Batch]:
         count = length_of(batch, self)
         size = self.batch_size or count
         return [_part(batch, count, slice(start, start + size)) for start in range(0, count, size)]
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return self.task.loss(model, batch)
-
-    def weight(self, batch: Batch) -> float:
-        return self.task.weight(batch)
+    @contextmanager
+    def frozen(self, model: nn.Module) -> Iterator[Sequence[DeferredGradient]]:
+        yield ()
 
 
 def _part(batch: Batch, count: int, part: slice) -> Batch:

@@ -82,32 +82,20 @@ class SketchedGradient(Accumulator):
         self.sketch = sketch
 
     def add(self, inputs: Tensor, output_gradients: Tensor | None, weight: float) -> None:
-        """Let the inputs and the gradients at the outputs meet in the sketch; their product is never made."""
         assert output_gradients is not None
         self.sketch.add(inputs, output_gradients, weight)
 
     def reduce(self) -> None:
-        """Add the sketches of all processes up: together they are that of all batches."""
         add_up(*self.sketch.sums)
 
 
 def gradient_sketches(
     model: nn.Module, task: Task, sketches: dict[str, GradientSketch], *, share: float = 1.0, track: Track = silent
 ) -> None:
-    """Add the gradient of the loss, summed over a task, to a sketch for each target layer.
+    """Add the gradient of the loss, summed over a task, to a sketch for each target layer, in place.
 
     It is the gradient that `mean_gradients` averages, but for the weight of all batches, on which no direction depends.
-
-    Args:
-        model: Any module whose targets are `nn.Linear`.
-        task: Gives the batches and the loss.
-        sketches: By the target layers' names; they are changed in place.
-        share: Use this share of the batches, from the start of `task.batches()`.
-        track: Shows progress over the batches.
-
-    Raises:
-        LearningError: If a loss or a gradient is not finite.
-        ValueError: If there is no batch, or the loss depends on a weight otherwise than through its layer.
+    Takes and raises what `mean_gradients` does.
     """
     sharing: dict[Tensor, list[Accumulator]] = {}
     for name, sketch in sketches.items():

@@ -1,9 +1,8 @@
 """Second moments of the inputs of the target layers: from a pass of their own, or from the last epoch of training."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Sized
+from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -12,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from keeplora.layers.statistics import Accumulator, BatchMean, InputCovariance, Watcher, collect, require_finite
 from keeplora.progress import Track, silent
-from keeplora.task import Batch, DeferredGradient, Task
+from keeplora.task import Batch, Task, TaskLike
 
 FEATURES: dict[str, type[Accumulator]] = {"second_moment": InputCovariance, "batch_mean": BatchMean}
 """What the inputs of a layer add up to."""
@@ -123,48 +122,34 @@ class Part(NamedTuple):
     is_last: bool
 
 
-class Watched(Task):
+class Watched(TaskLike):
     """A task whose last epoch is watched while a model is trained on it.
 
     `loss` is called once for each batch, or for each of its `micro_batches`.
     """
 
     def __init__(self, task: Task, seen: SeenInputs, layers: dict[str, nn.Module], epochs: int) -> None:
-        self.name = task.name
-        self.task = task
+        super().__init__(task)
         self.seen = seen
         self.layers = layers
         self.num_unwatched = (epochs - 1) * batches_in_epoch(task)
         seen.num_wanted = epochs * batches_in_epoch(task)
 
-    def batches(self) -> Iterable[Batch]:
-        """Return the task's batches."""
-        return self.task.batches()
-
     def micro_batches(self, batch: Batch) -> list[Part]:
-        """Cut a batch as the task does."""
         parts = list(self.task.micro_batches(batch))
         return [Part(part, number == len(parts)) for number, part in enumerate(parts, start=1)]
 
-    @contextmanager
-    def frozen(self, model: nn.Module) -> Iterator[Sequence[DeferredGradient]]:
-        """Let the task keep what depends on the weights alone."""
-        with self.task.frozen(model) as deferred:
-            yield deferred
-
     def weight(self, batch: Batch | Part) -> float:
-        """Return the weight of a batch or a micro-batch."""
-        return self.task.weight(batch.batch if isinstance(batch, Part) else batch)
+        return float(self.task.weight(batch.batch if isinstance(batch, Part) else batch))
 
     def loss(self, model: nn.Module, batch: Batch | Part) -> Tensor:
         """Return the task's loss, and look at the inputs of the layers in the last epoch."""
         part = batch if isinstance(batch, Part) else Part(batch, is_last=True)
         is_watched = self.seen.num_batches >= self.num_unwatched
         self.seen.num_batches += part.is_last
-        if not is_watched:
-            return self.task.loss(model, part.batch)
-        with self.seen.watcher.watching(self.layers), self.seen.watcher.reading(part.batch):
-            return self.task.loss(model, part.batch)
+        watcher = self.seen.watcher
+        with watcher.watching(self.layers if is_watched else {}), watcher.reading(part.batch):
+            return cast(Tensor, self.task.loss(model, part.batch))
 
 
 def pop_seen_inputs(model: nn.Module) -> SeenInputs | None:

@@ -5,11 +5,10 @@ Layer names are those of the base model, without PEFT's prefix.
 
 import copy
 import json
-import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar, cast
+from typing import Literal, TypeAlias, TypeVar, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -102,7 +101,12 @@ class SavedAdapter:
         Raises:
             ValueError: If it is none that `files` could have written; the message names the path and the key.
         """
-        return PeftConfig.from_peft_type(**read_adapter_config(content, LoraConfig().to_dict(), path))
+        values, plain = read_json(content, path), LoraConfig().to_dict()
+        require(_Adapter, values, str(path))
+        for key, value in values.items():
+            if key not in _Adapter.model_fields and (key not in plain or type(value) is not type(plain[key])):
+                raise ValueError(f"{path} is damaged or not of keeplora: {key} = {value!r}")
+        return PeftConfig.from_peft_type(**values)
 
 
 def require_unadapted(model: nn.Module) -> None:
@@ -326,36 +330,3 @@ def merge_from(model: nn.Module, folder: Path) -> nn.Module:
     except (RuntimeError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"the adapter {folder} does not fit the model: {error}") from error
     return merge(adapted)
-
-
-def read_adapter_config(content: bytes, plain: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Read the `adapter_config.json` of an adapter; `plain` are the library's own settings.
-
-    Raises:
-        ValueError: If something is missing, unknown or of another type; the message names the file and the key.
-    """
-    values = read_json(content, path)
-    require(_Adapter, values, str(path))
-    for key, value in values.items():
-        if key not in _Adapter.model_fields and (key not in plain or type(value) is not type(plain[key])):
-            raise ValueError(f"{path} is damaged or not of keeplora: {key} = {value!r}")
-    return dict(values)
-
-
-logger = logging.getLogger(__name__)
-
-
-def warn_of_small_ranks(ranks: dict[str, int], rank: int, task: str) -> None:
-    """Name the layers that have no room for the rank, and those that have none at all; 0 means that."""
-    smaller = [f"{name} ({found})" for name, found in ranks.items() if 0 < found < rank]
-    left_alone = [name for name, found in ranks.items() if found == 0]
-    if smaller:
-        logger.warning(
-            "task %r: %d of %d layers have fewer directions to learn with than rank %d, and take these: %s",
-            task, len(smaller), len(ranks), rank, ", ".join(smaller),
-        )  # fmt: skip
-    if left_alone:
-        logger.warning(
-            "task %r: %d of %d layers have no residual direction left and are left alone: %s",
-            task, len(left_alone), len(ranks), ", ".join(left_alone),
-        )  # fmt: skip

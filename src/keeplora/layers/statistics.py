@@ -64,7 +64,6 @@ class ExactGradient(Accumulator):
     reads_gradients: ClassVar[bool] = True
 
     def add(self, inputs: Tensor, output_gradients: Tensor | None, weight: float) -> None:
-        """Add `weight * output_gradients.T @ inputs`."""
         assert output_gradients is not None
         self.result().addmm_(output_gradients.float().T, inputs.float(), alpha=weight)
 
@@ -79,13 +78,11 @@ class SquaredGradient(Accumulator):
         self._of_batch: Tensor | None = None
 
     def add(self, inputs: Tensor, output_gradients: Tensor | None, weight: float) -> None:
-        """Add to the gradient of the batch."""
         assert output_gradients is not None
         gradient = output_gradients.float().T @ inputs.float() * weight
         self._of_batch = gradient if self._of_batch is None else self._of_batch.add_(gradient)
 
     def end_batch(self) -> None:
-        """Square the batch's gradient and add it."""
         if self._of_batch is not None:
             self.result().add_(self._of_batch.square_())
             self._of_batch = None
@@ -95,7 +92,6 @@ class InputCovariance(Accumulator):
     """The sum of outer products of all rows, `[d_in, d_in]`."""
 
     def add(self, inputs: Tensor, output_gradients: Tensor | None, weight: float) -> None:
-        """Add the outer products of some rows."""
         rows = inputs.float()
         if self.total is None:
             self.total = rows.new_zeros(rows.shape[1], rows.shape[1])
@@ -104,16 +100,15 @@ class InputCovariance(Accumulator):
 
 
 class BatchMean(Accumulator):
-    """Inputs averaged over batches by their place in the batch, as the released code does; then outer products."""
+    """Inputs averaged over batches by their place in the batch, as the released code does; then outer products.
+
+    A batch of another shape than the first is left out. Batches of several processes have no common places.
+    """
 
     by_place: ClassVar[bool] = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_batches = 0
+    num_batches = 0
 
     def add(self, inputs: Tensor, output_gradients: Tensor | None, weight: float) -> None:
-        """Add the inputs `[n, ..., d_in]` of a batch, unless it has another shape than the first."""
         if self.total is None:
             self.total = torch.zeros_like(inputs, dtype=torch.float32)
         if inputs.shape == self.total.shape:
@@ -121,12 +116,10 @@ class BatchMean(Accumulator):
             self.num_batches += 1
 
     def reduce(self) -> None:
-        """Do nothing: batches of several processes have no common places."""
+        """Do nothing: `KeepLoRA` refuses this statistic where there are several processes."""
 
     def result(self) -> Tensor:
-        """Return the outer products of the averages, `[d_in, d_in]`."""
-        assert self.total is not None, "nothing was added"
-        rows = self.total.flatten(0, -2) / self.num_batches
+        rows = super().result().flatten(0, -2) / self.num_batches
         return rows.T @ rows
 
 

@@ -1,5 +1,6 @@
 """What the methods share that protect a subspace of every layer's inputs, to which later updates stay orthogonal."""
 
+import logging
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from keeplora.methods.base import HEAD, Method, TaskRecord
 from keeplora.subspace import protected
 from keeplora.subspace.certificate import certificates, require_no_leak
 from keeplora.task import Task
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Protecting(Method):
             )
         self._surviving = start.surviving
         ranks = {name: len(start.a.get(name, ())) for name in self.bases}
-        lora.warn_of_small_ranks(ranks, self.config.rank, task.name)
+        _warn_of_small_ranks(ranks, self.config.rank, task.name)
         head = self.new_head(model, task)
         factors = {name: (a, start.b[name]) for name, a in start.a.items()}
         adapted = self.attach(model, {name: ranks[name] for name in factors}, factors=factors, scales=self.scales())
@@ -101,3 +104,19 @@ class Protecting(Method):
 
     def protected(self) -> dict[str, Tensor]:
         return dict(self.bases)
+
+
+def _warn_of_small_ranks(ranks: dict[str, int], rank: int, task: str) -> None:
+    """Name the layers that have no room for the rank, and those that have none at all; 0 means that."""
+    smaller = [f"{name} ({found})" for name, found in ranks.items() if 0 < found < rank]
+    left_alone = [name for name, found in ranks.items() if found == 0]
+    if smaller:
+        logger.warning(
+            "task %r: %d of %d layers have fewer directions to learn with than rank %d, and take these: %s",
+            task, len(smaller), len(ranks), rank, ", ".join(smaller),
+        )  # fmt: skip
+    if left_alone:
+        logger.warning(
+            "task %r: %d of %d layers have no residual direction left and are left alone: %s",
+            task, len(left_alone), len(ranks), ", ".join(left_alone),
+        )  # fmt: skip
