@@ -67,12 +67,7 @@ class SeenInputs(nn.Module):
     """
 
     def __init__(self, task: Task, widths: dict[str, int]) -> None:
-        """Begin with nothing.
-
-        Args:
-            task: Tells the padding.
-            widths: By the layers' names, the dimensions `d_in` of their inputs.
-        """
+        """Begin with nothing; `task` tells the padding, `widths` the dimensions `d_in` of each layer's inputs."""
         super().__init__()
         self.widths = widths
         self.num_batches = 0
@@ -99,11 +94,7 @@ class SeenInputs(nn.Module):
             self._moment(name).total, rest = rest[: d_in**2].view(d_in, d_in).clone(), rest[d_in**2 :]
 
     def grams(self, device: torch.device) -> dict[str, Tensor]:
-        """Return the grams `[d_in, d_in]` of all layers by name, over all processes, on a device.
-
-        Raises:
-            ValueError: If training was not on what `Watched` gives, or did not reach the end of its last epoch.
-        """
+        """Return the grams `[d_in, d_in]` of all layers by name, over all processes, on a device."""
         if self.num_batches < self.num_wanted:
             raise ValueError(_not_seen(self.watcher.task))
         for name in set(self.watcher.leaders.values()):
@@ -161,11 +152,7 @@ def pop_seen_inputs(model: nn.Module) -> SeenInputs | None:
 
 
 def grams_of(seen: SeenInputs | None, task: Task, device: torch.device) -> dict[str, Tensor]:
-    """Return the grams that were seen in training.
-
-    Raises:
-        ValueError: If none were: the model was not trained on what `method.training_task` returns.
-    """
+    """Return the grams that were seen in training."""
     if seen is None:
         raise ValueError(_not_seen(task))
     return seen.grams(device)
@@ -180,11 +167,7 @@ def _not_seen(task: Task) -> str:
 
 
 def batches_in_epoch(task: Task) -> int:
-    """Return how many batches of a task each process trains on in an epoch.
-
-    Raises:
-        ValueError: If `batches()` has no length.
-    """
+    """Return how many batches of a task each process trains on in an epoch."""
     batches = task.batches()
     if not isinstance(batches, Sized):
         raise ValueError(

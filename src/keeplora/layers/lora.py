@@ -110,11 +110,7 @@ class SavedAdapter:
 
 
 def require_unadapted(model: nn.Module) -> None:
-    """Check that no layer has an adapter.
-
-    Raises:
-        ValueError: If one has: a second one would be trained beside it.
-    """
+    """Check that no layer has an adapter: a second one would be trained beside it."""
     adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     if adapted:
         raise ValueError(
@@ -273,11 +269,8 @@ def merge(adapted: nn.Module) -> nn.Module:
 def merge_checked(adapted: nn.Module, task: str) -> tuple[nn.Module, float]:
     """Merge every update, and compare on random inputs what each layer computes before and after.
 
-    Returns:
-        The plain base model, and the error over all layers, relative to what the update changes in their outputs.
-
-    Raises:
-        LearningError: If a merged weight would not be finite, or the error is more than rounding explains.
+    Returns the plain base model, and the error over all layers relative to what the update changes in their outputs. An
+    error beyond what rounding explains is raised.
     """
     probes = {name: _Probe(layer) for name, layer in lora_layers(adapted).items()}
     merged = merge(adapted)

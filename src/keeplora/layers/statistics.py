@@ -10,6 +10,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -130,21 +131,11 @@ Accumulators = Mapping[str, Sequence[Accumulator]]
 def collect(
     model: nn.Module, task: Task, accumulators: Accumulators, *, share: float = 1.0, track: Track = silent, what: str
 ) -> "Watcher":
-    """Feed accumulators with a share of a task's batches, cut into micro-batches, and reduce them.
+    """Feed accumulators, of all layers or a group of them, with a share of a task's batches, and reduce them.
 
     With gradients, the model is in training mode, so that activation checkpointing works, but without dropout; what the
-    task keeps frozen is differentiated once, after all batches. Without, it is in evaluation mode.
-
-    Args:
-        model: Any module with these layers.
-        task: Gives the batches, the loss, the weight of each batch, and which rows are padding.
-        accumulators: Some, or a group, of the model's layers; they are changed in place.
-        share: Use this share of the batches, from the start of `task.batches()`.
-        track: Shows progress over the batches.
-        what: Says what is collected, for progress.
-
-    Returns:
-        What it was collected with: `total_weight` over all processes, and `leaders`.
+    task keeps frozen is differentiated once, after all batches. Without, it is in evaluation mode. What is returned
+    tells the `total_weight` of the batches over all processes, and the `leaders` of the layers.
 
     Raises:
         LearningError: If a loss is not finite.
@@ -226,8 +217,11 @@ class Watcher:
         handles = []
         try:
             for name, layer in layers.items():
+                hook = partial(self._after, name)
+                # A row that is left out because nothing depends on it has no gradient.
+                vars(hook)["reads_gradients_only"] = all(one.reads_gradients for one in self.accumulators[name])
                 # Before any other hook: the gradient is that at what the layer itself puts out.
-                handles.append(layer.register_forward_hook(_Hook(self, name), with_kwargs=True, prepend=True))
+                handles.append(layer.register_forward_hook(hook, with_kwargs=True, prepend=True))
             yield
         finally:
             for handle in handles:
@@ -290,10 +284,15 @@ class Watcher:
                     if self._to_come[id(one)] == 0:
                         one.end_batch()  # What it holds of the batch goes before the next layer's comes.
 
-    def met(self, name: str, inputs: Tensor, output: Tensor) -> Tensor:
-        """Return a layer's output so that a backward pass brings the gradient at it to its inputs."""
-        met: Tensor = _Meet.apply(output, inputs.detach(), self._leaf, self, name)
-        return met
+    def _after(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
+        """See one call of a layer; return its output so that a backward pass brings the gradient at it."""
+        inputs = args[0] if args else kwargs["input"]
+        if self.is_reading:
+            self.calls[name] += torch.is_grad_enabled()
+            self.add_inputs(name, inputs)
+        if any(one.reads_gradients for one in self.accumulators[name]):
+            return _Meet.apply(output, inputs.detach(), self._leaf, self, name)
+        return None
 
     def _leads(self, name: str, inputs: Tensor) -> bool:
         # Tells a tensor from what was made of it in place.
@@ -316,24 +315,6 @@ class Watcher:
                 f" {tuple(inputs.shape)}; override padding_mask(layer, batch): one flag for each row, or None"
             )
         return None if mask is None else mask.to(inputs.device, torch.bool)
-
-
-class _Hook:
-    """A forward hook of one layer."""
-
-    def __init__(self, watcher: Watcher, name: str) -> None:
-        self.watcher = watcher
-        self.name = name
-        self.reads_gradients = any(one.reads_gradients for one in watcher.accumulators[name])
-        # A row that is left out because nothing depends on it has no gradient.
-        self.reads_gradients_only = all(one.reads_gradients for one in watcher.accumulators[name])
-
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
-        inputs = args[0] if args else kwargs["input"]
-        if self.watcher.is_reading:
-            self.watcher.calls[self.name] += torch.is_grad_enabled()
-            self.watcher.add_inputs(self.name, inputs)
-        return self.watcher.met(self.name, inputs, output) if self.reads_gradients else None
 
 
 class _Meet(torch.autograd.Function):

@@ -138,10 +138,7 @@ class Method:
         return self.attach(model, dict.fromkeys(self.targets_of(model), self.config.rank))
 
     def training_task(self, model: nn.Module, task: Task, epochs: int) -> Task:
-        """Return what to train the adapted model on, for so many epochs: the task, here as it is.
-
-        Training asks it for the loss of each batch, or of each of its `micro_batches`, once.
-        """
+        """Return what to train the adapted model on, for so many epochs, batch by batch or by `micro_batches`."""
         return task
 
     def penalty(self, model: nn.Module) -> Tensor | None:
@@ -161,11 +158,7 @@ class Method:
         return merged
 
     def abandon(self, adapted: nn.Module) -> nn.Module:
-        """Give the model back as it was before the task that `adapted` was to learn, after an interruption, say.
-
-        Args:
-            adapted: What `before_task` returned, trained or not.
-        """
+        """Give back the model as it was before the task: `adapted` is what `before_task` returned, trained or not."""
         return self.restore(lora.unload(adapted))
 
     def add_task(self, record: TaskRecord) -> None:
@@ -204,8 +197,7 @@ class Method:
     def undo(self, model: nn.Module, record: TaskRecord) -> nn.Module:
         """Take a task out again: its update out of the model's weights, and what it protected out of the method.
 
-        The weights are rounded once: they are the earlier ones within one rounding of their precision. A run directory
-        is undone from the base model instead, without any (`keeplora undo`).
+        The weights are the earlier ones within one rounding; `keeplora undo` makes a run's anew, without any.
 
         Args:
             model: The merged model, as `after_task` returned it, after this task or a later one.
@@ -225,11 +217,7 @@ class Method:
         return model
 
     def targets_of(self, model: nn.Module) -> list[str]:
-        """Return the layers to adapt, of a model that has no adapter yet, each the only owner of its weight.
-
-        Raises:
-            ValueError: If there is none, or the model is not so.
-        """
+        """Return the layers to adapt, of a model without an adapter, each the only owner of its weight, or raise."""
         lora.require_unadapted(model)
         targets = lora.linear_targets(model, self.config.targets)
         weights.require_own_weights(model, targets)
@@ -271,11 +259,7 @@ class Method:
         return model
 
     def require_untouched(self, adapted: nn.Module, task: Task) -> None:
-        """Check that training changed the adapter alone: only then does the certificate speak for the weights.
-
-        Raises:
-            ValueError: If a weight of the base model was changed; the message names it.
-        """
+        """Check that training changed the adapter alone: only then does the certificate speak for the weights."""
         found = {lora.base_name(name): value for name, value in weights.fingerprints(lora.inner(adapted)).items()}
         for name, fingerprint in self._fingerprints.items():
             if found[name] != fingerprint:
@@ -285,12 +269,7 @@ class Method:
                 )
 
     def merge_checked(self, adapted: nn.Module, task: Task) -> tuple[nn.Module, float]:
-        """Merge the adapter; return the base model, and the error of the merge relative to what the update changes.
-
-        Raises:
-            LearningError: If the merge went wrong, or the merged model's loss is not finite.
-            ValueError: If a weight of the base model was trained.
-        """
+        """Merge the adapter; return the base model, and the error of the merge relative to what the update changes."""
         task = Task.of(task)
         self.require_untouched(adapted, task)
         merged, error = lora.merge_checked(adapted, task.name)

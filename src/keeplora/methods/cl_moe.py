@@ -4,18 +4,13 @@ Every target layer has n LoRA experts E_i, weighed as the paper's Dual-Router Mo
 
     beta * alpha/r * sum_i G^I(x)_i E_i(x) + (1 - beta) * alpha/r * sum_i G^T(t)_i E_i(x):
 
-the instance router G^I is the softmax of a linear map of the layer's input, the task router G^T(t) the average of G^I
-over task t, frozen when t ends. Dynamic Momentum MoE then sets theta_t = lambda * theta_{t-1} + (1 - lambda) * phi_t
-expert by expert, phi_t being what was trained. Nothing is merged: the experts lie beside the base model, as hooks.
-
-The task is not told at inference. As in the paper an instance takes the router of the nearest task; here each tower
-finds it by the input of its first adapted layer, averaged over positions: the task with the closest mean input.
-(Padding of prompts counts in these means.) A task in training is known, and both routers are on, so that what is
-trained is what is left behind; the released code trains with G^I alone. G^T is averaged over all training batches,
-where the release counts, in one second of sixty, the top two experts of each token. Roles go by layer, where the
-release counts over the whole model: an expert among the top ones of the new task and not of the task before is specific
-and keeps 1 - gamma of itself, every other gamma; the release gives 1 - gamma to those that only the task before used,
-and so would overwrite what the momentum is there to keep.
+G^I the softmax of a linear map of the layer's input, G^T(t) the average of G^I over task t, frozen when t ends. Dynamic
+Momentum MoE then sets theta_t = lambda * theta_{t-1} + (1 - lambda) * phi_t expert by expert, phi_t being what was
+trained. Nothing is merged: the experts lie beside the base model, as hooks. At inference each tower takes the task
+whose mean input of the first adapted layer is closest (padding of prompts counts in these means). Departures from the
+release: both routers are on in training (there G^I alone); G^T is averaged over all batches (there counted in one
+second of sixty); roles go by layer, and an expert that is new among the top ones keeps 1 - gamma of itself, every other
+gamma (there over the whole model, and 1 - gamma for those that only the task before used).
 """
 
 import re

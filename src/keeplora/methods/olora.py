@@ -3,10 +3,8 @@
 The input directions that a task's update reads are the rows of its `a`; where they are orthogonal to another task's,
 the two updates do not touch. The paper's penalty is `lambda_1 * sum_i L_orth(A_i, A_t)` over the earlier tasks i, where
 `L_orth` is the sum of the SQUARED entries of the product of the two factors. The released code sums their ABSOLUTE
-values. The paper is followed; `overlap="absolute"` brings the release's choice back, with the same `lambda_1`. From the
-release is also the second term, `lambda_2` times the (not squared) norms of both new factors, off by default. Paper and
-release keep the earlier adapters beside the model and merge all of them at the end, which is the same function as here,
-where each is merged after its task.
+values (`overlap="absolute"`), and has a second term, `lambda_2` times the norms of both new factors, off by default.
+Paper and release merge all adapters at the end; here each is merged after its task, which is the same function.
 """
 
 from dataclasses import dataclass

@@ -5,11 +5,9 @@ Frobenius norm and frozen; the magnitudes `alpha_k`, one for each earlier task a
 new pair. Every task is merged, so its adapter holds only the changes: a stock LoRA of all ranks so far, whose first
 blocks are the earlier directions times the change of their magnitude, which starts at 0; the last is the new pair.
 
-The paper divides by the norm of the product; the released code by the product of the factors' norms, shares one
-magnitude a task between all layers, and starts them all again at 0.8 with every task, which changes the function before
-anything is learned. The paper is followed, and a magnitude goes on from what it was. As in the released code, the new
-pair is not normalised while it is trained. The variants that bound the growth of the rank, SD-LoRA-RR (falling ranks)
-and SD-LoRA-KD (distillation into earlier directions), are not built.
+The paper is followed: the released code divides by the product of the factors' norms, shares one magnitude a task
+between all layers, and starts them again at 0.8 with every task, which changes the function before anything is learned.
+As there, the new pair is not normalised while it is trained. SD-LoRA-RR and SD-LoRA-KD are not built.
 """
 
 from dataclasses import dataclass

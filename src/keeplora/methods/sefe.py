@@ -7,8 +7,7 @@ layer, a mean over layers, times 2500. A place that two earlier tasks hold count
 The release leaves `scaling` out of the penalty; here it is in, so that the penalty is on what the weight changes by:
 with the release's scaling, 2, its penalty is that of `strength = 1250` here. The places do not depend on it.
 
-SEFE's other part, answer-style diversification, rewrites the training questions and answers of generative tasks into
-several styles. It is a transform of data, not of training, and there are no generative tasks here yet: it is not built.
+SEFE's other part, answer-style diversification, rewrites the data of generative tasks, and is not built.
 """
 
 import math
