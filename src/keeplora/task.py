@@ -87,16 +87,12 @@ class Task:
         """
         return batch.get("attention_mask") if isinstance(batch, Mapping) else None
 
-    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return what the merge check compares, logits for instance; the loss unless overridden."""
-        return self.loss(model, batch)
-
     def start_head(self, model: nn.Module) -> nn.Module:
         """Make the task's own classifier for KeepLoRA+, and use it in `loss` from now on."""
         raise ValueError(f"task {self.name!r} has no classes to build a classifier from; set classifier='none'")
 
     def load_head(self, weights: dict[str, Tensor]) -> nn.Module:
-        """Make the task's own classifier from saved weights, and use it in `loss` and `outputs` from now on."""
+        """Make the task's own classifier from saved weights, and use it in `loss` from now on."""
         raise ValueError(f"task {self.name!r} has a classifier, but no load_head(weights) to take it up again")
 
     def generators(self) -> tuple[torch.Generator, ...]:

@@ -82,7 +82,6 @@ class SeenInputs(nn.Module):
         return torch.cat([torch.tensor([float(self.num_batches), *map(float, places)]), *grams])
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take up what `get_extra_state` returned."""
         names = list(self.widths)
         numbers, rest = state[: 1 + len(names)].int().tolist(), state[1 + len(names) :]
         self.num_batches = numbers[0]

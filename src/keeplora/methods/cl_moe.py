@@ -111,7 +111,6 @@ class CLMoE(Method):
         return base
 
     def add_task(self, record: TaskRecord) -> None:
-        """Take up the experts and the routers of all tasks so far."""
         assert record.adapter is not None, "CL-MoE always leaves its experts behind"
         self._experts, self._routing = record.adapter.factors(), record.state
 

@@ -73,5 +73,4 @@ class EWC(Method):
         return fisher_diagonals(model, task, layers, batch_size=self.config.fisher_batch, track=self.track)
 
     def add_task(self, record: TaskRecord) -> None:
-        """Take up the Fisher of all tasks up to a finished one."""
         self.fishers = dict(record.state)

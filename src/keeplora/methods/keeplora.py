@@ -136,7 +136,6 @@ class KeepLoRA(Protecting):
         return residuals(model, task, self.bases, rank, self.config.gradient_share, self.track)
 
     def initialise(self, model: nn.Module, task: Task) -> Initialisation:
-        """Return the start of every layer's adapter."""
         gradients = self.gradient(model, task)
         generator = torch.Generator().manual_seed(self.seed + 1000 * self._num_learned)
         start = Initialisation({}, {}, gradients.surviving)

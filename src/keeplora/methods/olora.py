@@ -59,14 +59,12 @@ class OLoRA(Method):
         return torch.stack(terms).sum() if terms else None
 
     def add_task(self, record: TaskRecord) -> None:
-        """Stack a finished task's `a` below those of the tasks before it."""
         assert record.adapter is not None
         for name, (a, _) in record.adapter.factors().items():
             earlier = self.earlier.get(name, a[:0])
             self.earlier[name] = torch.cat([earlier, a.to(earlier.device)])
 
     def remove_task(self, record: TaskRecord) -> None:
-        """Take a task's `a` out of the stack again."""
         assert record.adapter is not None
         columns = {name: rows.T for name, rows in self.earlier.items()}
         rest = remove_directions(columns, {name: a.T for name, (a, _) in record.adapter.factors().items()})

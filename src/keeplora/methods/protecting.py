@@ -57,7 +57,6 @@ class Protecting(Method):
         return adapted
 
     def after_task(self, model: nn.Module, task: Task) -> nn.Module:
-        """Merge the update, protect the task's dominant input directions, and certify that nothing leaked."""
         updates = lora.factors_of(model)
         require_no_leak(updates, self.bases, task.name, allowed=self.leak_allowed)
         saved, head = lora.detach(model), getattr(model, HEAD, None)
@@ -92,13 +91,11 @@ class Protecting(Method):
         return {}
 
     def add_task(self, record: TaskRecord) -> None:
-        """Protect the directions that a task recorded."""
         self._num_learned += 1
         directions = {name: value.to(self.bases[name].device) for name, value in record.directions.items()}
         self.bases = protected.extend_bases(self.bases, directions)
 
     def remove_task(self, record: TaskRecord) -> None:
-        """Protect the directions that a task recorded no longer."""
         self.bases = protected.remove_directions(self.bases, record.directions)
         self._num_learned -= 1
 

@@ -68,7 +68,6 @@ class SDLoRA(Method):
         return adapted
 
     def after_task(self, model: nn.Module, task: Task) -> nn.Module:
-        """Merge the new direction and the changes of the earlier magnitudes."""
         changes = _release(model)
         saved = lora.detach(model)
         merged, error = self.merge_checked(model, task)
@@ -80,7 +79,6 @@ class SDLoRA(Method):
         return merged
 
     def add_task(self, record: TaskRecord) -> None:
-        """Take up the direction that a task learned, and what it made of the magnitudes."""
         assert record.adapter is not None
         self._num_learned += 1
         self.magnitudes = {name.removesuffix(SUFFIX): value.cpu() for name, value in record.state.items()}

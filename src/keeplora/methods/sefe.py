@@ -48,11 +48,6 @@ class SEFE(Method):
         self._weights: dict[str, tuple[Tensor, Tensor]] = {}
 
     def before_task(self, model: nn.Module, task: Task) -> nn.Module:
-        """Return a stock PEFT LoRA model, as sequential LoRA does.
-
-        Raises:
-            ValueError: If no layer matches the targets.
-        """
         self._weights = {name: (places, counts / counts.sum()) for name, (places, counts) in self.keys.items()}
         return super().before_task(model, task)
 
@@ -67,7 +62,6 @@ class SEFE(Method):
         return self.config.strength * torch.stack(terms).mean() if terms else None
 
     def add_task(self, record: TaskRecord) -> None:
-        """Add the key elements of a finished task to those of the tasks before it."""
         assert record.adapter is not None
         for name, (a, b) in record.adapter.factors().items():
             new = key_elements(b @ a, self.config.key_share)
@@ -77,7 +71,6 @@ class SEFE(Method):
             self.keys[name] = united, torch.zeros(len(united)).index_add_(0, inverse, every)
 
     def remove_task(self, record: TaskRecord) -> None:
-        """Take the key elements of a task out again."""
         assert record.adapter is not None
         for name, (a, b) in record.adapter.factors().items():
             places, counts = self.keys[name]
