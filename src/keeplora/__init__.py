@@ -24,25 +24,28 @@ if TYPE_CHECKING:
     from keeplora.training.trainer import fit as fit
 
 _HOMES = {
-    "evaluation.evaluate": ["evaluate"],
-    "layers.fused_forward": ["fused_layers"],
-    "methods.base": ["Method", "MethodConfig"],
-    "methods.baselines": ["LoRAFT", "ZeroShot"],
-    "methods.keeplora": ["KeepLoRA", "KeepLoRAConfig"],
-    "methods.registry": ["METHODS"],
-    "runs.config": ["RunConfig"],
-    "runs.loop": ["run"],
-    "runs.open": ["load_stream"],
-    "task": ["Task"],
-    "training.trainer": ["TrainConfig", "fit"],
+    "evaluate": "evaluation.evaluate",
+    "fused_layers": "layers.fused_forward",
+    "Method": "methods.base",
+    "MethodConfig": "methods.base",
+    "LoRAFT": "methods.baselines",
+    "ZeroShot": "methods.baselines",
+    "KeepLoRA": "methods.keeplora",
+    "KeepLoRAConfig": "methods.keeplora",
+    "METHODS": "methods.registry",
+    "RunConfig": "runs.config",
+    "run": "runs.loop",
+    "load_stream": "runs.open",
+    "Task": "task",
+    "TrainConfig": "training.trainer",
+    "fit": "training.trainer",
 }
 
-__all__ = [name for names in _HOMES.values() for name in names]
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
     """Load a public name from its module."""
-    for module, names in _HOMES.items():
-        if name in names:
-            return getattr(importlib.import_module(f"keeplora.{module}"), name)
-    raise AttributeError(f"module 'keeplora' has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'keeplora' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"keeplora.{_HOMES[name]}"), name)
