@@ -24,33 +24,18 @@ def mean_gradients(
 ) -> dict[str, Tensor]:
     """Average the gradient of the loss with respect to the target weights over a task (G_t, Eq. 4).
 
-    The mean is by `task.weight`, so a smaller last batch weighs less.
-
-    Args:
-        model: Any module whose targets are `nn.Linear`.
-        task: Gives the batches and the loss.
-        targets: Module names of the target layers.
-        share: Use this share of the batches, from the start of `task.batches()`.
-        track: Shows progress over the batches.
-
-    Returns:
-        For each target the gradient `[d_out, d_in]` in float32; zero where no gradient reached the layer.
+    The mean is by `task.weight`, so a smaller last batch weighs less, over a share of the batches, from the first on.
+    Returned is for each target the gradient `[d_out, d_in]` in float32; zero where no gradient reached the layer.
 
     Raises:
         LearningError: If a loss or a gradient is not finite.
         ValueError: If there is no batch, or the loss depends on a weight otherwise than through its layer.
     """
-    return averages(ExactGradient, model, task, targets, share=share, track=track)
+    return averages(ExactGradient, model, task, targets, share, track)
 
 
 def averages(
-    kind: Callable[[Tensor], Accumulator],
-    model: nn.Module,
-    task: Task,
-    targets: list[str],
-    *,
-    share: float,
-    track: Track,
+    kind: Callable[[Tensor], Accumulator], model: nn.Module, task: Task, targets: list[str], share: float, track: Track
 ) -> dict[str, Tensor]:
     """Return for each layer what accumulators of a kind find of its gradients, by the weight of all batches.
 
@@ -151,11 +136,8 @@ def sketched_residuals(
     for name in bases:
         sketch = sketches.pop(name)
         s, vh = sketch.top(rank)
-        found.rows[name], found.norms[name], found.surviving[name] = (
-            s.unsqueeze(1) * vh,
-            sketch.norm,
-            sketch.surviving_share,
-        )
+        found.rows[name] = s.unsqueeze(1) * vh
+        found.norms[name], found.surviving[name] = sketch.norm, sketch.surviving_share
     return found
 
 

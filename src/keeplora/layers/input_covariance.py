@@ -14,7 +14,7 @@ from keeplora.progress import Track, silent
 from keeplora.task import Batch, Task, TaskLike
 
 FEATURES: dict[str, type[Accumulator]] = {"second_moment": InputCovariance, "batch_mean": BatchMean}
-"""What the inputs of a layer add up to."""
+"""What the inputs of a layer add up to: exactly, or as in the released code."""
 
 SEEN = "task_inputs"
 """Name under which what was seen in training joins the adapted model."""
@@ -25,19 +25,9 @@ def input_grams(
 ) -> dict[str, Tensor]:
     """Accumulate the second moment of every target layer's input over a task's examples (X X^T of Eq. 9).
 
-    Padding rows, as `task.padding_mask` tells them, are left out. Layers that receive the very same tensor, such as the
-    query, key and value projections of a block, share one gram: the values of the result are then one object.
-
-    Args:
-        model: Any module with these layers.
-        task: Gives the batches; its loss is the forward pass.
-        targets: Module names of the target layers.
-        features: `second_moment` for the exact statistic; `batch_mean` for the released code's, which averages inputs
-            over batches by their place in the batch and leaves out batches of another size than the first.
-        track: Shows progress over the batches.
-
-    Returns:
-        For each target the gram `[d_in, d_in]` in float32, a sum over rows; its scale carries no meaning.
+    Returned is for each target the gram `[d_in, d_in]` in float32, a sum over rows without the padding; its scale
+    carries no meaning. Layers that get the very same tensor, such as query, key and value of a block, share one object.
+    `features` is a key of `FEATURES`.
 
     Raises:
         LearningError: If the input of a layer is not finite.

@@ -152,11 +152,8 @@ def attach(
 ) -> nn.Module:
     """Wrap a model in a stock PEFT LoRA with a rank and an alpha for each layer; the update is `alpha / rank * b @ a`.
 
-    Args:
-        model: The base model; its own parameters are frozen.
-        ranks: The layers to adapt and the rank of each.
-        alphas: The alpha of each layer.
-        factors: Start values `(a [r, d_in], b [d_out, r])`; `a` is then frozen. PEFT's own start without it.
+    The model's own parameters are frozen. `factors` are start values `(a [r, d_in], b [d_out, r])`; `a` is then frozen
+    too. Without them the start is PEFT's own.
     """
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     config = LoraConfig(

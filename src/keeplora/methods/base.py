@@ -199,9 +199,7 @@ class Method:
 
         The weights are the earlier ones within one rounding; `keeplora undo` makes a run's anew, without any.
 
-        Args:
-            model: The merged model, as `after_task` returned it, after this task or a later one.
-            record: What `record` was after the task.
+        `model` is as `after_task` returned it, after this task or a later one; `record` is what it was after the task.
 
         Raises:
             ValueError: If later tasks depend on this one, it is not merged, or it was not learned by this method.
@@ -233,11 +231,7 @@ class Method:
     ) -> nn.Module:
         """Return the model with an adapter in each layer, its scaling alpha / rank as configured whatever its rank.
 
-        Args:
-            model: The base model.
-            ranks: The rank of each layer to adapt.
-            factors: Start values `(a [r, d_in], b [d_out, r])`; `a` is then frozen.
-            scales: A further factor of each layer's update.
+        `factors` are start values `(a [r, d_in], b [d_out, r])`, with `a` frozen; `scales` further factors of updates.
         """
         self.snapshot(model)
         r, alpha, scales = self.config.rank, self.config.alpha, scales or {}

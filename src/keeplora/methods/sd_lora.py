@@ -94,12 +94,9 @@ class SDLoRA(Method):
 
 
 def _hold(adapted: nn.Module, directions: dict[str, tuple[Tensor, Tensor]], r: int) -> None:
-    """Put directions into the first blocks of an adapted model's layers, times trained numbers that start at 0.
+    """Put directions, without scaling, into the first blocks of adapted layers, times trained numbers that start at 0.
 
-    Args:
-        adapted: A LoRA model, each of whose layers has the rank of all its directions and `r` more.
-        directions: The factors `(a [k r, d_in], b [d_out, k r])` of each layer's directions, free of any scaling.
-        r: The rank of one block.
+    `r` is the rank of one block. Each layer has the rank of all its directions and `r` more.
     """
     layers = lora.lora_layers(adapted)
     for name, (a, b) in directions.items():
