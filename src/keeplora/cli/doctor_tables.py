@@ -11,6 +11,8 @@ from keeplora.studies.doctor.data import TaskData
 from keeplora.studies.doctor.diagnose import Diagnosis
 from keeplora.studies.doctor.dry_run import BATCHES
 from keeplora.studies.doctor.findings import Finding
+from keeplora.studies.doctor.model import Subject
+from keeplora.studies.doctor.resource_estimate import TimeEstimate
 
 STYLES = {"problem": "bold red", "warning": "yellow", "note": "dim"}
 
@@ -28,17 +30,22 @@ def diagnosis_page(found: Diagnosis) -> RenderableType:
     """Lay out a diagnosis on one page: data, model, time, disk, findings, and the verdict."""
     parts: list[RenderableType] = [_data_table(found)]
     if found.subject is not None:
-        parts.append(_model_line(found))
-    if found.forecast is not None:
-        parts += [_time_table(found), _time_line(found)]
+        parts.append(_model_line(found, found.subject))
+    if found.estimate is not None:
+        parts.append(_time_table(found.estimate, found.peak_memory_mb))
+        parts.append(
+            f"An estimate, from {BATCHES - 1} batches of each phase on {found.tried} of {len(found.tasks)} tasks;"
+            f" writing the model is not counted. Images in memory: {found.pixels_mb:,.0f} MiB"
+        )
     if found.disk is not None:
         needs = ", ".join(f"{name} {_bytes(size)}" for name, size in found.disk.needs.items())
-        free = f"{_bytes(found.disk.free)} free at {escape(str(found.disk.place))}"
+        free = f"{_bytes(found.disk.free)} free at {escape(str(found.disk.folder))}"
         parts.append(f"Disk: {_bytes(found.disk.total)} ({needs}); {free}")
     if found.findings:
         parts.append(_finding_table(found.findings))
-    parts.append(_verdict(found))
-    return Group(*parts)
+    counts = ", ".join(f"{found.num(level)} {level}{'s' * (found.num(level) != 1)}" for level in STYLES)
+    verdict = "[bold red]not ready[/]" if found.num("problem") else "[bold green]ready[/]"
+    return Group(*parts, f"{verdict}: {counts}")
 
 
 def _data_table(found: Diagnosis) -> Table:
@@ -54,18 +61,17 @@ def _data_table(found: Diagnosis) -> Table:
 
 
 def _cells(data: TaskData, evaluation: str) -> list[str]:
-    counts = list(data.counts("train").values()) if "train" in data.splits else []
     numbers = [f"{len(data.splits[split]):,}" if split in data.splits else "-" for split in ("train", evaluation)]
-    widths = [min(size) for seen in data.scans.values() for size in seen.sizes]
-    compared = all(len(seen.prints) for seen in data.scans.values()) and len(data.scans) == 2
-    shared = [str(data.exact), str(data.alike)] if compared else ["-", "-"]
-    return [str(len(data.class_names) or "-"), *numbers, _range(counts), _range(widths), *shared]
+    widths = [min(look.size) for looks in data.looks.values() for look in looks if not look.error]
+    compared = [split for split, looks in data.looks.items() if any(look.print is not None for look in looks)]
+    shared = [str(data.exact), str(data.alike)] if len(compared) == 2 else ["-", "-"]
+    sizes = list(data.class_sizes.values())
+    return [str(len(data.class_names) or "-"), *numbers, _range(sizes), _range(widths), *shared]
 
 
-def _model_line(found: Diagnosis) -> str:
-    subject = found.subject
-    assert subject is not None
-    line = f"Model: {escape(found.config.model)}, {subject.kind}, {subject.parameters / 1e6:,.1f} M parameters"
+def _model_line(found: Diagnosis, subject: Subject) -> str:
+    kind = getattr(getattr(subject.model, "config", None), "model_type", type(subject.model).__name__)
+    line = f"Model: {escape(found.config.model)}, {kind}, {subject.parameters / 1e6:,.1f} M parameters"
     if subject.shapes:
         line += f", {len(subject.shapes)} layers to adapt with rank {found.config.options.rank}"
     if subject.free:
@@ -73,28 +79,17 @@ def _model_line(found: Diagnosis) -> str:
     return line
 
 
-def _time_table(found: Diagnosis) -> Table:
-    forecast = found.forecast
-    assert forecast is not None
+def _time_table(estimate: TimeEstimate, peak_memory_mb: dict[str, float]) -> Table:
     table = Table(title="What a run would take")
     table.add_column("phase")
-    table.add_column("time", justify="right")
-    table.add_column("peak MiB", justify="right")
-    for phase, seconds in forecast.seconds.items():
-        peak = found.peak_memory_mb.get(phase)
+    for name in ("time", "peak MiB"):
+        table.add_column(name, justify="right")
+    for phase, seconds in estimate.seconds.items():
+        peak = peak_memory_mb.get(phase)
         table.add_row(PHASES[phase], _duration(seconds), f"{peak:,.0f}" if peak else "")
-    peak = max(found.peak_memory_mb.values())
     table.add_section()
-    table.add_row("all", f"[bold]{_duration(forecast.total)}[/]", f"[bold]{peak:,.0f}[/]")
+    table.add_row("all", f"[bold]{_duration(estimate.total)}[/]", f"[bold]{max(peak_memory_mb.values()):,.0f}[/]")
     return table
-
-
-def _time_line(found: Diagnosis) -> str:
-    tried = f"{found.tried} of {len(found.tasks)} tasks"
-    return (
-        f"An estimate, from {BATCHES - 1} batches of each phase on {tried}; writing the model is not counted. Images in"
-        f" memory: {found.pixels_mb:,.0f} MiB"
-    )
 
 
 def _finding_table(findings: list[Finding]) -> Table:
@@ -109,17 +104,8 @@ def _finding_table(findings: list[Finding]) -> Table:
     return table
 
 
-def _verdict(found: Diagnosis) -> str:
-    counts = ", ".join(f"{found.num(level)} {level}{'s' * (found.num(level) != 1)}" for level in STYLES)
-    if found.num("problem"):
-        return f"[bold red]not ready[/]: {counts}"
-    return f"[bold green]ready[/]: {counts}"
-
-
 def _range(values: list[int]) -> str:
-    if not values:
-        return "-"
-    return f"{min(values):,}" if min(values) == max(values) else f"{min(values):,} to {max(values):,}"
+    return " to ".join(f"{value:,}" for value in sorted({min(values), max(values)})) if values else "-"
 
 
 def _bytes(size: int) -> str:

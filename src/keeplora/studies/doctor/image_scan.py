@@ -1,15 +1,15 @@
-"""One look at every image of a split: can it be read, how large is it, what is lost, what are its fingerprints."""
+"""One look at every image of a split: can it be read, how large is it, what is lost, what is its fingerprint."""
 
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from keeplora.data.images import UNREADABLE_IMAGE, Examples
 from keeplora.progress import Track
-from keeplora.studies.doctor.image_fingerprints import Print, Prints, fingerprint, stack
+from keeplora.studies.doctor.image_fingerprints import Prints, fingerprint
 
 LOSSY = {
     "16 bits": "16-bit pixels, cut to 8 bits",
@@ -23,58 +23,25 @@ ANIMATIONS = frozenset({"GIF", "WEBP", "PNG", "TIFF"})
 """Formats whose further frames are pictures of their own."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Look:
-    """What one image showed."""
+    """What one image showed, by its place in the split; an error if it cannot be read."""
 
+    index: int
     size: tuple[int, int] = (0, 0)
     losses: tuple[str, ...] = ()
+    """Keys of `LOSSY`."""
     error: str = ""
-    print: Print | None = None
+    print: Prints | None = None
+    """Its fingerprint; None if it was not decoded."""
 
 
-@dataclass
-class Scan:
-    """What the images of a split showed; `indices[i]` is the place in the split of the i-th one that could be read."""
-
-    indices: list[int] = field(default_factory=list)
-    sizes: list[tuple[int, int]] = field(default_factory=list)
-    losses: dict[str, list[int]] = field(default_factory=dict)
-    """The places of the images that lose something, by a key of `LOSSY`."""
-    errors: list[str] = field(default_factory=list)
-    """A message for each image that cannot be read."""
-    prints: Prints = field(default_factory=lambda: stack([]))
-    """Fingerprints of the readable images; empty without `decode`."""
-
-
-def scan(examples: Examples, track: Track, description: str, *, decode: bool = True) -> Scan:
-    """Look at every image of a split, several at the same time.
-
-    Args:
-        examples: The split.
-        track: Shows progress over the images.
-        description: What is shown.
-        decode: Decode the pixels and take fingerprints; without it only the headers are read.
-    """
-    found, prints = Scan(), []
-    for index, one in enumerate(track(_looks(examples, decode), description, len(examples))):
-        if one.error:
-            found.errors.append(one.error)
-            continue
-        found.indices.append(index)
-        found.sizes.append(one.size)
-        for loss in one.losses:
-            found.losses.setdefault(loss, []).append(index)
-        if one.print is not None:
-            prints.append(one.print)
-    found.prints = stack(prints)
-    return found
-
-
-def _looks(examples: Examples, decode: bool) -> Iterator[Look]:
+def look_at(examples: Examples, track: Track, description: str, *, decode: bool) -> list[Look]:
+    """Look at every image of a split, several at the same time; without `decode` only the headers are read."""
     # Pillow lets other threads run while it decodes.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        yield from pool.map(lambda index: _look(examples, index, decode), range(len(examples)))
+        looks = pool.map(lambda index: _look(examples, index, decode), range(len(examples)))
+        return list(track(looks, description, len(examples)))
 
 
 def _look(examples: Examples, index: int, decode: bool) -> Look:
@@ -83,10 +50,10 @@ def _look(examples: Examples, index: int, decode: bool) -> Look:
             size, losses = image.size, tuple(_losses(image))
             if not decode:
                 image.verify()
-        return Look(size, losses, print=fingerprint(examples.image(index)) if decode else None)
-    except (*UNREADABLE_IMAGE, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        message = str(error)
-        return Look(error=message if examples.origin(index) in message else f"{examples.origin(index)} ({error})")
+        return Look(index, size, losses, print=fingerprint(examples.image(index)) if decode else None)
+    except (*UNREADABLE_IMAGE, Image.DecompressionBombError) as error:
+        message, origin = str(error), examples.origin(index)
+        return Look(index, error=message if origin in message else f"{origin} ({message})")
 
 
 def _losses(image: Image.Image) -> Iterator[str]:

@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,9 +12,8 @@ FLOAT = 4
 """Bytes of a float32 number."""
 
 
-@dataclass(frozen=True)
-class Pace:
-    """How long a phase takes: something once, and something for every batch."""
+class Pace(NamedTuple):
+    """How many seconds a phase takes: some once, and some for every batch."""
 
     fixed: float = 0.0
     per_batch: float = 0.0
@@ -23,14 +23,13 @@ class Pace:
         return self.fixed + self.per_batch * batches
 
 
-@dataclass(frozen=True)
-class Paces:
+class Paces(NamedTuple):
     """The pace of each phase of one task; `train` is that of one epoch."""
 
-    gradient: Pace = field(default_factory=Pace)
-    train: Pace = field(default_factory=Pace)
-    merge: Pace = field(default_factory=Pace)
-    evaluate: Pace = field(default_factory=Pace)
+    gradient: Pace = Pace()
+    train: Pace = Pace()
+    merge: Pace = Pace()
+    evaluate: Pace = Pace()
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Forecast:
+class TimeEstimate:
     """The estimated seconds of each phase of a run, over all tasks."""
 
     seconds: dict[str, float]
@@ -67,13 +66,14 @@ def pace_of(total: float, passes: Sequence[Sequence[float]]) -> Pace:
         passes: The seconds of each batch, for every pass over the batches. A batch takes the median of all but the
             first of a pass; what the first one takes more, such as encoding the prompts, is counted once.
     """
-    usual = [median(one[1:] or one) for one in passes if one]
-    once = sum(max(0.0, one[0] - pace) for one, pace in zip(filter(None, passes), usual, strict=True))
+    passes = [one for one in passes if one]
+    usual = [median(one[1:] or one) for one in passes]
+    once = sum(max(0.0, one[0] - pace) for one, pace in zip(passes, usual, strict=True))
     between = max(0.0, total - sum(map(sum, passes)))
     return Pace(fixed=between + once, per_batch=sum(usual))
 
 
-def forecast_time(
+def estimate_seconds(
     loads: Sequence[Load],
     paces: Mapping[str, Paces],
     *,
@@ -81,7 +81,7 @@ def forecast_time(
     per_image: float = 0.0,
     gradient_share: float = 1.0,
     evaluations: int | None = None,
-) -> Forecast:
+) -> TimeEstimate:
     """Add up the seconds of a run.
 
     Args:
@@ -94,8 +94,7 @@ def forecast_time(
         evaluations: How many times all tasks are evaluated: before the first task and after each, if not given.
     """
     assert paces, "no task was tried"
-    seconds = dict.fromkeys(("read", "start", "gradient", "train", "merge", "evaluate"), 0.0)
-    seconds["start"] = start
+    seconds = dict.fromkeys(("read", "start", "gradient", "train", "merge", "evaluate"), 0.0) | {"start": start}
     rounds = len(loads) + 1 if evaluations is None else evaluations
     tried = [(load.classes, paces[load.name]) for load in loads if load.name in paces]
     for load in loads:
@@ -105,50 +104,45 @@ def forecast_time(
         seconds["train"] += load.epochs * pace.train.seconds(load.batches)
         seconds["merge"] += pace.merge.seconds(load.batches)
         seconds["evaluate"] += rounds * pace.evaluate.seconds(load.held_out_batches)
-    return Forecast(seconds)
+    return TimeEstimate(seconds)
 
 
 def _between(tried: Sequence[tuple[int, Paces]], classes: int) -> Paces:
     """Return the paces of a task with a number of classes, from those of tasks with fewer and with more."""
     tried = sorted(tried, key=lambda one: one[0])
     numbers = [number for number, _ in tried]
-
-    def value(phase: str, part: str) -> float:
-        return float(np.interp(classes, numbers, [getattr(getattr(paces, phase), part) for _, paces in tried]))
-
-    return Paces(*(Pace(value(phase.name, "fixed"), value(phase.name, "per_batch")) for phase in fields(Paces)))
+    values = np.array([paces for _, paces in tried])  # [tasks, phases, 2]
+    return Paces(*(Pace(*(np.interp(classes, numbers, part) for part in phase.T)) for phase in values.swapaxes(0, 1)))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stored:
-    """What a run leaves on disk."""
-
-    shapes: dict[str, tuple[int, int]]
-    """`(d_out, d_in)` of each target layer."""
-    rank: int
-    num_tasks: int
-    model_bytes: int
-    """Size of the model's weights."""
-    saves_model: bool
-    free: dict[str, int] = field(default_factory=dict)
-    """For a method that protects directions: how many of each layer are free at the start."""
-    extra_bytes: int = 0
-    """What else a task leaves: a classifier, or what a method keeps beside the adapter."""
-
-
-def forecast_disk(stored: Stored) -> dict[str, int]:
-    """Return the bytes that a run needs at most, by what they are for.
+def estimate_disk(
+    shapes: Mapping[str, tuple[int, int]],
+    *,
+    rank: int,
+    num_tasks: int,
+    model_bytes: int,
+    free: Mapping[str, int],
+    extra_bytes: int,
+) -> dict[str, int]:
+    """Return the bytes that a run needs at most, by what they are for, without what needs none.
 
     The merged model counts twice: the new one is written before the old one goes. Directions are bounded by all that
     is free, whatever the number of tasks.
+
+    Args:
+        shapes: `(d_out, d_in)` of each target layer.
+        rank: Rank of each layer's update.
+        num_tasks: How many tasks are learned.
+        model_bytes: Size of the model's weights, if the model is saved.
+        free: For a method that protects directions: how many of each layer are free at the start.
+        extra_bytes: What else a task leaves: a classifier, or what a method keeps beside the adapter.
     """
-    layers = stored.shapes.values()
-    factors = sum(stored.rank * (d_out + d_in) for d_out, d_in in layers)
-    directions = sum(free * stored.shapes[name][1] for name, free in stored.free.items())
-    return {
-        "merged model, twice": 2 * stored.model_bytes * stored.saves_model,
-        "adapters": FLOAT * factors * stored.num_tasks,
-        "directions, at most": FLOAT * directions,
-        "gradients between phases": FLOAT * sum(d_out * d_in for d_out, d_in in layers),
-        "other": stored.extra_bytes * stored.num_tasks,
+    factors = sum(rank * (d_out + d_in) for d_out, d_in in shapes.values())
+    needs = {
+        "merged model, twice": 2 * model_bytes,
+        "adapters": FLOAT * factors * num_tasks,
+        "directions, at most": FLOAT * sum(dims * shapes[name][1] for name, dims in free.items()),
+        "gradients between phases": FLOAT * sum(d_out * d_in for d_out, d_in in shapes.values()),
+        "other": extra_bytes * num_tasks,
     }
+    return {purpose: size for purpose, size in needs.items() if size}
