@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageEnhance
 
-from keeplora.studies.doctor.image_fingerprints import BITS, alike_images, equal_images, fingerprint, stack
+from keeplora.studies.doctor.image_fingerprints import BITS, PRINT, alike_images, equal_images, fingerprint
 
 
 def picture(seed, size=96):
@@ -44,7 +44,7 @@ def distance(one, other):
 
 
 def prints_of(images):
-    return stack([fingerprint(image) for image in images])
+    return np.array([fingerprint(image) for image in images], PRINT)
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -115,5 +115,5 @@ def test_chunks_find_what_comparing_pair_by_pair_finds(chunk):
 
 
 def test_nothing_is_compared_with_nothing():
-    assert alike_images(stack([]), prints_of([picture(0)])).tolist() == []
-    assert alike_images(prints_of([picture(0)]), stack([])).tolist() == [-1]
+    assert alike_images(prints_of([]), prints_of([picture(0)])).tolist() == []
+    assert alike_images(prints_of([picture(0)]), prints_of([])).tolist() == [-1]

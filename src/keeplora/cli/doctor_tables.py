@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from keeplora.studies.doctor.data import TaskData
@@ -12,7 +12,6 @@ from keeplora.studies.doctor.diagnose import Diagnosis
 from keeplora.studies.doctor.dry_run import BATCHES
 from keeplora.studies.doctor.findings import Finding
 from keeplora.studies.doctor.model import Subject
-from keeplora.studies.doctor.resource_estimate import TimeEstimate
 
 STYLES = {"problem": "bold red", "warning": "yellow", "note": "dim"}
 
@@ -31,10 +30,10 @@ def diagnosis_page(found: Diagnosis) -> RenderableType:
     parts: list[RenderableType] = [_data_table(found)]
     if found.subject is not None:
         parts.append(_model_line(found, found.subject))
-    if found.estimate is not None:
-        parts.append(_time_table(found.estimate, found.peak_memory_mb))
+    if found.estimate:
+        parts.append(_time_table(found.estimate, found.dry_run.peak_memory_mb))
         parts.append(
-            f"An estimate, from {BATCHES - 1} batches of each phase on {found.tried} of {len(found.tasks)} tasks;"
+            f"An estimate, from {BATCHES - 1} batches of each phase on {len(found.dry_run.paces)} of {len(found.tasks)} tasks;"
             f" writing the model is not counted. Images in memory: {found.pixels_mb:,.0f} MiB"
         )
     if found.disk is not None:
@@ -50,11 +49,10 @@ def diagnosis_page(found: Diagnosis) -> RenderableType:
 
 def _data_table(found: Diagnosis) -> Table:
     config = found.config
-    table = Table(title=f"{escape(Path(config.benchmark).stem)} for {escape(config.method)}: the data")
-    table.add_column("task")
-    columns = ("classes", "train", config.evaluation, "images a class\n(train)", "width", "the same\nin both", "alike")
-    for name in columns:
-        table.add_column(name, justify="right")
+    names = ("classes", "train", config.evaluation, "images a class\n(train)", "width", "the same\nin both", "alike")
+    columns = [Column(name, justify="right") for name in names]
+    title = f"{escape(Path(config.benchmark).stem)} for {escape(config.method)}: the data"
+    table = Table("task", *columns, title=title)
     for data in found.tasks:
         table.add_row(escape(data.name), *_cells(data, config.evaluation))
     return table
@@ -79,23 +77,21 @@ def _model_line(found: Diagnosis, subject: Subject) -> str:
     return line
 
 
-def _time_table(estimate: TimeEstimate, peak_memory_mb: dict[str, float]) -> Table:
-    table = Table(title="What a run would take")
-    table.add_column("phase")
-    for name in ("time", "peak MiB"):
-        table.add_column(name, justify="right")
-    for phase, seconds in estimate.seconds.items():
-        peak = peak_memory_mb.get(phase)
-        table.add_row(PHASES[phase], _duration(seconds), f"{peak:,.0f}" if peak else "")
+def _time_table(seconds: dict[str, float], peak_memory_mb: dict[str, float]) -> Table:
+    columns = [Column(name, justify="right") for name in ("time", "peak MiB")]
+    table = Table("phase", *columns, title="What a run would take")
+    for phase, name in PHASES.items():
+        peak = f"{peak_memory_mb[phase]:,.0f}" if phase in peak_memory_mb else ""
+        table.add_row(name, _duration(seconds[phase]), peak)
+    total, peak = _duration(sum(seconds.values())), f"{max(peak_memory_mb.values()):,.0f}"
     table.add_section()
-    table.add_row("all", f"[bold]{_duration(estimate.total)}[/]", f"[bold]{max(peak_memory_mb.values()):,.0f}[/]")
+    table.add_row("all", f"[bold]{total}[/]", f"[bold]{peak}[/]")
     return table
 
 
 def _finding_table(findings: list[Finding]) -> Table:
-    table = Table(title="Findings", show_header=False, box=None, padding=(0, 1, 0, 0))
-    for name in ("level", "task", "what"):
-        table.add_column(name, no_wrap=name != "what")
+    columns = (Column(no_wrap=True), Column(no_wrap=True), Column())
+    table = Table(*columns, title="Findings", show_header=False, box=None, padding=(0, 1, 0, 0))
     for finding in findings:
         text = Text(finding.message)
         if finding.cure:

@@ -10,7 +10,7 @@ from keeplora.data.readers import examine_splits
 from keeplora.errors import counted, listed
 from keeplora.progress import Track
 from keeplora.studies.doctor.findings import Finding, Level, noting_failure, without_task
-from keeplora.studies.doctor.image_scan import LOSSY, Look, look_at
+from keeplora.studies.doctor.image_scan import TRANSPARENT, Look, look_at
 
 MOST_IMBALANCE = 10
 """A larger ratio of the largest class to the smallest one is worth a warning."""
@@ -63,14 +63,9 @@ class TaskData:
 
 
 def examine_data(data: TaskData, evaluation: str, side: int, track: Track, *, decode: bool) -> Iterator[Finding]:
-    """Read a task and look at all its images; what a run would refuse is a problem each.
+    """Read a task into `data` and look at all its images; what a run would refuse is a problem each.
 
-    Args:
-        data: The task; what is read is put into it.
-        evaluation: The split to evaluate on.
-        side: Width of the model's input; 0 if it is not known.
-        track: Shows progress over the images.
-        decode: Decode the pixels and take fingerprints; without it only the headers are read.
+    `side` is the width of the model's input, 0 if it is not known. Without `decode` only the images' headers are read.
     """
     failures: list[Finding] = []
     with noting_failure(failures, data.name):
@@ -94,8 +89,8 @@ def _image_findings(data: TaskData, split: str, side: int) -> Iterator[Finding]:
         yield Finding("problem", data.name, message, "replace or remove each")
     for loss in dict.fromkeys(loss for look in readable for loss in look.losses):
         losing = [look.index for look in readable if loss in look.losses]
-        message = f"{counted(len(losing), 'image')} of {split} with {LOSSY[loss]}, such as"
-        level: Level = "note" if loss == "transparent" else "warning"
+        message = f"{counted(len(losing), 'image')} of {split} with {loss}, such as"
+        level: Level = "note" if loss == TRANSPARENT else "warning"
         cure = "" if level == "note" else "convert them yourself, to see what the model sees"
         yield Finding(level, data.name, f"{message} {data.origin(split, losing[0])}", cure)
     if small := [look for look in readable if min(look.size) < side]:

@@ -22,7 +22,7 @@ from keeplora.studies.doctor.findings import Finding, merged, noting_failure
 from keeplora.studies.doctor.model import Subject, load_subject
 from keeplora.studies.doctor.output_directory import Disk, output_findings
 from keeplora.studies.doctor.prompts import prompt_findings
-from keeplora.studies.doctor.resource_estimate import Load, TimeEstimate, estimate_disk, estimate_seconds
+from keeplora.studies.doctor.resource_estimate import Load, estimate_disk, estimate_seconds
 
 READING_SECONDS = 60.0
 """No further task is read for the dry run once reading took this long; the smallest tasks come first."""
@@ -37,16 +37,11 @@ class Diagnosis:
     findings: list[Finding] = field(default_factory=list)
     subject: Subject | None = None
     dry_run: DryRun = field(default_factory=DryRun)
-    estimate: TimeEstimate | None = None
-    peak_memory_mb: dict[str, float] = field(default_factory=dict)
+    estimate: dict[str, float] = field(default_factory=dict)
+    """The seconds of each phase; empty if no task was tried."""
     pixels_mb: float = 0.0
     """What the images take in memory once they are read."""
     disk: Disk | None = None
-
-    @property
-    def tried(self) -> int:
-        """On how many tasks the times rest."""
-        return len(self.dry_run.paces)
 
     def num(self, level: str) -> int:
         """Return how many findings of a level there are."""
@@ -120,7 +115,7 @@ def _read_some(found: Diagnosis, subject: Subject, track: Track) -> tuple[list[S
     return [task for _, task in sorted(read, key=lambda one: one[0])], seconds
 
 
-def _estimate(found: Diagnosis, subject: Subject, per_image: float) -> TimeEstimate:
+def _estimate(found: Diagnosis, subject: Subject, per_image: float) -> dict[str, float]:
     config, dry_run, loads = found.config, found.dry_run, []
     for data in found.tasks:
         if len(data.splits) == 2:
@@ -140,7 +135,6 @@ def _estimate(found: Diagnosis, subject: Subject, per_image: float) -> TimeEstim
 
 def _weigh_memory(found: Diagnosis, tasks: list[StreamTask]) -> None:
     """Say how much memory the images take, and whether that of the machine is enough for all."""
-    found.peak_memory_mb = dict(found.dry_run.peak_memory_mb)
     batch = next(iter(tasks[0].batches()))
     if not isinstance(batch, Mapping) or "pixel_values" not in batch:
         return
@@ -151,10 +145,10 @@ def _weigh_memory(found: Diagnosis, tasks: list[StreamTask]) -> None:
     found.pixels_mb = everything / 2**20
     if torch.cuda.is_available():
         return
-    for phase in found.peak_memory_mb:
-        found.peak_memory_mb[phase] += (everything - here) / 2**20
+    for phase in found.dry_run.peak_memory_mb:
+        found.dry_run.peak_memory_mb[phase] += (everything - here) / 2**20
     has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**20
-    if (needs := max(found.peak_memory_mb.values())) > has:
+    if (needs := max(found.dry_run.peak_memory_mb.values())) > has:
         message = f"a run needs about {needs:,.0f} MiB of memory, and this machine has {has:,.0f}"
         found.findings.append(Finding("warning", "", message, "lower batch_size"))
 

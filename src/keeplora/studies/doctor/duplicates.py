@@ -3,11 +3,13 @@
 from collections import defaultdict
 from collections.abc import Iterator
 
+import numpy as np
+
 from keeplora.errors import counted, listed
 from keeplora.progress import Track
 from keeplora.studies.doctor.data import TaskData
 from keeplora.studies.doctor.findings import Finding, Level
-from keeplora.studies.doctor.image_fingerprints import alike_images, equal_images, stack
+from keeplora.studies.doctor.image_fingerprints import PRINT, alike_images, equal_images
 
 MOST_PAIRS_NAMED = 3
 
@@ -23,7 +25,7 @@ class _Side:
         self.split = split
         looks = [(look.index, look.print) for look in data.looks[split] if look.print is not None]
         self.indices = [index for index, _ in looks]
-        self.prints = stack([one for _, one in looks])
+        self.prints = np.array([one for _, one in looks], PRINT)
 
     def name(self, place: int) -> str:
         """Return where in its task an image comes from."""

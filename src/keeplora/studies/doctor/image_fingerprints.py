@@ -52,11 +52,6 @@ def fingerprint(image: Image.Image) -> Prints:
     return np.array((hashlib.blake2b(content, digest_size=16).digest(), _signs(grey), colors), PRINT)
 
 
-def stack(prints: list[Prints]) -> Prints:
-    """Return the fingerprints of several images as one array, in their order."""
-    return np.array(prints, PRINT)
-
-
 def equal_images(images: Prints, others: Prints) -> Ints:
     """Return for each image the first of the others with the very same pixels, or -1: `[n]`."""
     first = {digest: place for place, digest in reversed(list(enumerate(others["digest"].tolist())))}
@@ -104,7 +99,7 @@ def _unit(signs: NDArray[np.int8]) -> Floats:
 def _signs(grey: Floats) -> NDArray[np.int8]:
     """Return for each low frequency of a grey image whether it is above their median."""
     if grey.std() < FLAT:
-        return np.zeros(KEPT * KEPT, np.int8)
+        return np.zeros(KEPT**2, np.int8)
     frequencies = (_cosines() @ grey @ _cosines().T).reshape(-1) / (SIDE / 2)
     above = frequencies - np.median(frequencies[1:])
     return (np.sign(above) * (np.abs(above) > UNSURE)).astype(np.int8)

@@ -1,7 +1,6 @@
 """One look at every image of a split: can it be read, how large is it, what is lost, what is its fingerprint."""
 
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -11,13 +10,7 @@ from keeplora.data.images import UNREADABLE_IMAGE, Examples
 from keeplora.progress import Track
 from keeplora.studies.doctor.image_fingerprints import Prints, fingerprint
 
-LOSSY = {
-    "16 bits": "16-bit pixels, cut to 8 bits",
-    "transparent": "an alpha channel, put on white",
-    "CMYK": "CMYK colours, turned to RGB without their profile",
-    "animated": "several frames, of which only the first is used",
-}
-"""What of an image does not reach the model, by a short name."""
+TRANSPARENT = "an alpha channel, put on white"
 
 ANIMATIONS = frozenset({"GIF", "WEBP", "PNG", "TIFF"})
 """Formats whose further frames are pictures of their own."""
@@ -30,7 +23,7 @@ class Look:
     index: int
     size: tuple[int, int] = (0, 0)
     losses: tuple[str, ...] = ()
-    """Keys of `LOSSY`."""
+    """What of it does not reach the model."""
     error: str = ""
     print: Prints | None = None
     """Its fingerprint; None if it was not decoded."""
@@ -47,7 +40,7 @@ def look_at(examples: Examples, track: Track, description: str, *, decode: bool)
 def _look(examples: Examples, index: int, decode: bool) -> Look:
     try:
         with examples.load(index) as image:
-            size, losses = image.size, tuple(_losses(image))
+            size, losses = image.size, _losses(image)
             if not decode:
                 image.verify()
         return Look(index, size, losses, print=fingerprint(examples.image(index)) if decode else None)
@@ -56,12 +49,13 @@ def _look(examples: Examples, index: int, decode: bool) -> Look:
         return Look(index, error=message if origin in message else f"{origin} ({message})")
 
 
-def _losses(image: Image.Image) -> Iterator[str]:
-    if image.mode.startswith("I"):
-        yield "16 bits"
-    if image.has_transparency_data:
-        yield "transparent"
-    if image.mode == "CMYK":
-        yield "CMYK"
-    if image.format in ANIMATIONS and getattr(image, "is_animated", False):
-        yield "animated"
+def _losses(image: Image.Image) -> tuple[str, ...]:
+    losses = {
+        "16-bit pixels, cut to 8 bits": image.mode.startswith("I"),
+        TRANSPARENT: image.has_transparency_data,
+        "CMYK colours, turned to RGB without their profile": image.mode == "CMYK",
+        "several frames, of which only the first is used": (
+            image.format in ANIMATIONS and getattr(image, "is_animated", False)
+        ),
+    }
+    return tuple(loss for loss, is_lost in losses.items() if is_lost)

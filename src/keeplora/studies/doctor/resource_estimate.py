@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from statistics import median
 from typing import NamedTuple
 
@@ -32,39 +31,22 @@ class Paces(NamedTuple):
     evaluate: Pace = Pace()
 
 
-@dataclass(frozen=True)
-class Load:
-    """How much one task has to do."""
+class Load(NamedTuple):
+    """How much one task has to do: `batches` is of one epoch, `images` are those of both splits."""
 
     name: str
     classes: int
     images: int
-    """Images that are read: of training and held-out split."""
     batches: int
-    """Training batches of an epoch."""
     held_out_batches: int
     epochs: int
 
 
-@dataclass(frozen=True)
-class TimeEstimate:
-    """The estimated seconds of each phase of a run, over all tasks."""
-
-    seconds: dict[str, float]
-
-    @property
-    def total(self) -> float:
-        """The seconds of the whole run."""
-        return sum(self.seconds.values())
-
-
 def pace_of(total: float, passes: Sequence[Sequence[float]]) -> Pace:
-    """Split the seconds of a phase into what it takes once and what every batch takes.
+    """Split the total seconds of a phase into what it takes once and what every batch takes.
 
-    Args:
-        total: Seconds of the whole phase.
-        passes: The seconds of each batch, for every pass over the batches. A batch takes the median of all but the
-            first of a pass; what the first one takes more, such as encoding the prompts, is counted once.
+    `passes` has the seconds of each batch, for every pass over the batches. A batch takes the median of all but the
+    first of a pass; what the first one takes more, such as encoding the prompts, is counted once.
     """
     passes = [one for one in passes if one]
     usual = [median(one[1:] or one) for one in passes]
@@ -81,8 +63,8 @@ def estimate_seconds(
     per_image: float = 0.0,
     gradient_share: float = 1.0,
     evaluations: int | None = None,
-) -> TimeEstimate:
-    """Add up the seconds of a run.
+) -> dict[str, float]:
+    """Return the seconds of each phase of a run, over all tasks.
 
     Args:
         loads: What each task of the stream has to do.
@@ -96,23 +78,18 @@ def estimate_seconds(
     assert paces, "no task was tried"
     seconds = dict.fromkeys(("read", "start", "gradient", "train", "merge", "evaluate"), 0.0) | {"start": start}
     rounds = len(loads) + 1 if evaluations is None else evaluations
-    tried = [(load.classes, paces[load.name]) for load in loads if load.name in paces]
+    tried = sorted((load for load in loads if load.name in paces), key=lambda load: load.classes)
+    numbers = [load.classes for load in tried]
+    values = np.array([paces[load.name] for load in tried]).transpose(1, 2, 0)  # [phases, fixed or per batch, tasks]
     for load in loads:
-        pace = paces[load.name] if load.name in paces else _between(tried, load.classes)
+        between = (Pace(*(float(np.interp(load.classes, numbers, part)) for part in phase)) for phase in values)
+        pace = paces[load.name] if load.name in paces else Paces(*between)
         seconds["read"] += per_image * load.images
         seconds["gradient"] += pace.gradient.seconds(math.ceil(round(gradient_share * load.batches, 6)))
         seconds["train"] += load.epochs * pace.train.seconds(load.batches)
         seconds["merge"] += pace.merge.seconds(load.batches)
         seconds["evaluate"] += rounds * pace.evaluate.seconds(load.held_out_batches)
-    return TimeEstimate(seconds)
-
-
-def _between(tried: Sequence[tuple[int, Paces]], classes: int) -> Paces:
-    """Return the paces of a task with a number of classes, from those of tasks with fewer and with more."""
-    tried = sorted(tried, key=lambda one: one[0])
-    numbers = [number for number, _ in tried]
-    values = np.array([paces for _, paces in tried])  # [tasks, phases, 2]
-    return Paces(*(Pace(*(np.interp(classes, numbers, part) for part in phase.T)) for phase in values.swapaxes(0, 1)))
+    return seconds
 
 
 def estimate_disk(
@@ -126,16 +103,9 @@ def estimate_disk(
 ) -> dict[str, int]:
     """Return the bytes that a run needs at most, by what they are for, without what needs none.
 
-    The merged model counts twice: the new one is written before the old one goes. Directions are bounded by all that
-    is free, whatever the number of tasks.
-
-    Args:
-        shapes: `(d_out, d_in)` of each target layer.
-        rank: Rank of each layer's update.
-        num_tasks: How many tasks are learned.
-        model_bytes: Size of the model's weights, if the model is saved.
-        free: For a method that protects directions: how many of each layer are free at the start.
-        extra_bytes: What else a task leaves: a classifier, or what a method keeps beside the adapter.
+    The merged model, of `model_bytes` if it is saved, counts twice: the new one is written before the old one goes.
+    Directions are bounded by those of each layer that are `free` at the start, if the method protects any, whatever the
+    number of tasks. Each task leaves `extra_bytes` more: a classifier, or what a method keeps beside the adapter.
     """
     factors = sum(rank * (d_out + d_in) for d_out, d_in in shapes.values())
     needs = {
