@@ -1,22 +1,46 @@
 """Is the data of every task there, whole, and fit to learn from? All that is wrong is found, not only the first."""
 
+import os
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+
+from PIL import Image
 
 from keeplora.data.benchmark import TaskSpec
-from keeplora.data.images import Examples
+from keeplora.data.images import UNREADABLE_IMAGE, Examples
 from keeplora.data.readers import examine_splits
 from keeplora.errors import counted, listed
 from keeplora.progress import Track
-from keeplora.studies.doctor.findings import Finding, Level, noting_failure, without_task
-from keeplora.studies.doctor.image_scan import TRANSPARENT, Look, look_at
+from keeplora.studies.doctor.findings import FAILURES, Finding, Level
+from keeplora.studies.doctor.image_fingerprints import Prints, fingerprint
 
 MOST_IMBALANCE = 10
 """A larger ratio of the largest class to the smallest one is worth a warning."""
 
 TINY = 4
 """Images whose shorter side is this many times below the model's input hold little that the model could see."""
+
+TRANSPARENT = "an alpha channel, put on white"
+
+ANIMATIONS = frozenset({"GIF", "WEBP", "PNG", "TIFF"})
+"""Formats whose further frames are pictures of their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What one image showed."""
+
+    index: int
+    size: tuple[int, int] = (0, 0)
+    losses: tuple[str, ...] = ()
+    """What of it does not reach the model."""
+    error: str = ""
+    """Why it cannot be read."""
+    print: Prints | None = None
+    """Its fingerprint, if it was decoded."""
 
 
 @dataclass
@@ -34,11 +58,6 @@ class TaskData:
     """How many others look like one there."""
 
     @property
-    def name(self) -> str:
-        """The name of the task."""
-        return self.spec.name
-
-    @property
     def num_images(self) -> int:
         """How many images are read."""
         return sum(map(len, self.splits.values()))
@@ -52,14 +71,10 @@ class TaskData:
     @property
     def class_sizes(self) -> Counter[str]:
         """How many training images each class has."""
-        if "train" not in self.splits:
+        if (train := self.splits.get("train")) is None:
             return Counter()
-        counts = Counter(self.splits["train"].labels)
-        return Counter({name: counts[label] for label, name in enumerate(self.splits["train"].class_names)})
-
-    def origin(self, split: str, index: int) -> str:
-        """Say where an image of a split comes from."""
-        return without_task(self.splits[split].origin(index), self.name)
+        counts = Counter(train.labels)
+        return Counter({name: counts[label] for label, name in enumerate(train.class_names)})
 
 
 def examine_data(data: TaskData, evaluation: str, side: int, track: Track, *, decode: bool) -> Iterator[Finding]:
@@ -67,42 +82,66 @@ def examine_data(data: TaskData, evaluation: str, side: int, track: Track, *, de
 
     `side` is the width of the model's input, 0 if it is not known. Without `decode` only the images' headers are read.
     """
-    failures: list[Finding] = []
-    with noting_failure(failures, data.name):
+    try:
         data.splits, problems = examine_splits(data.spec, evaluation)
-        data.is_accepted = not problems
-        failures += [Finding("problem", data.name, message, cure) for message, cure in problems]
-    yield from failures
+    except FAILURES as error:
+        problems = [(str(error), "")]
+    data.is_accepted = not problems
+    yield from (Finding("problem", data.spec.name, message, cure) for message, cure in problems)
     for split, examples in data.splits.items():
-        data.looks[split] = look_at(examples, track, f"{data.name}: looking at {split}", decode=decode)
+        # Pillow lets other threads run while it decodes.
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            looks = pool.map(partial(_look, examples, decode), range(len(examples)))
+            data.looks[split] = list(track(looks, f"{data.spec.name}: looking at {split}", len(examples)))
         yield from _image_findings(data, split, side)
     if data.is_accepted:
         yield from _balance_findings(data)
 
 
+def _look(examples: Examples, decode: bool, index: int) -> Look:
+    try:
+        with examples.load(index) as image:
+            size, losses = image.size, _losses(image)
+            if not decode:
+                image.verify()
+        return Look(index, size, losses, print=fingerprint(examples.image(index)) if decode else None)
+    except (*UNREADABLE_IMAGE, Image.DecompressionBombError) as error:
+        message, origin = str(error), examples.origin(index)
+        return Look(index, error=message if origin in message else f"{origin} ({message})")
+
+
+def _losses(image: Image.Image) -> tuple[str, ...]:
+    is_animated = image.format in ANIMATIONS and getattr(image, "is_animated", False)
+    losses = {
+        "16-bit pixels, cut to 8 bits": image.mode.startswith("I"),
+        TRANSPARENT: image.has_transparency_data,
+        "CMYK colours, turned to RGB without their profile": image.mode == "CMYK",
+        "several frames, of which only the first is used": is_animated,
+    }
+    return tuple(loss for loss, is_lost in losses.items() if is_lost)
+
+
 def _image_findings(data: TaskData, split: str, side: int) -> Iterator[Finding]:
-    readable = [look for look in data.looks[split] if not look.error]
+    examples, readable = data.splits[split], [look for look in data.looks[split] if not look.error]
     # The messages end with the same cure each.
-    errors = [without_task(look.error, data.name).split("; replace")[0] for look in data.looks[split] if look.error]
-    if errors:
+    if errors := [look.error.split("; replace")[0] for look in data.looks[split] if look.error]:
         message = f"{counted(len(errors), 'image')} of {split} cannot be read: {listed(errors, separator='; ')}"
-        yield Finding("problem", data.name, message, "replace or remove each")
+        yield Finding("problem", data.spec.name, message, "replace or remove each")
     for loss in dict.fromkeys(loss for look in readable for loss in look.losses):
         losing = [look.index for look in readable if loss in look.losses]
-        message = f"{counted(len(losing), 'image')} of {split} with {loss}, such as"
+        message = f"{counted(len(losing), 'image')} of {split} with {loss}, such as {examples.origin(losing[0])}"
         level: Level = "note" if loss == TRANSPARENT else "warning"
         cure = "" if level == "note" else "convert them yourself, to see what the model sees"
-        yield Finding(level, data.name, f"{message} {data.origin(split, losing[0])}", cure)
+        yield Finding(level, data.spec.name, message, cure)
     if small := [look for look in readable if min(look.size) < side]:
         smallest = min(small, key=lambda look: min(look.size))
         width, height = smallest.size
         message = (
             f"{len(small):,} of {counted(len(readable), 'image')} of {split} are smaller than the model's"
-            f" {side} x {side} and are enlarged; the smallest is {width} x {height}:"
-            f" {data.origin(split, smallest.index)}"
+            f" {side} x {side} and are enlarged; the smallest is {width} x {height}: {examples.origin(smallest.index)}"
         )
         is_tiny = min(width, height) * TINY < side
-        yield Finding("warning" if is_tiny else "note", data.name, message, "find larger ones" if is_tiny else "")
+        yield Finding("warning" if is_tiny else "note", data.spec.name, message, "find larger ones" if is_tiny else "")
 
 
 def _balance_findings(data: TaskData) -> Iterator[Finding]:
@@ -110,11 +149,11 @@ def _balance_findings(data: TaskData) -> Iterator[Finding]:
     (largest, most), (smallest, fewest) = sizes[0], sizes[-1]
     if len(sizes) == 1:
         message = f"{largest!r} is the only class: every answer is right, and there is nothing to learn"
-        yield Finding("problem", data.name, message, "add a second class")
+        yield Finding("problem", data.spec.name, message, "add a second class")
     if most > MOST_IMBALANCE * fewest:
         message = (
             f"the classes of train are out of balance: {largest!r} has {counted(most, 'image')}, {smallest!r}"
             f" {fewest:,}, {most / fewest:.0f} times fewer"
         )
         cure = "add images of the rare classes, or expect them to be mistaken for the frequent ones"
-        yield Finding("warning", data.name, message, cure)
+        yield Finding("warning", data.spec.name, message, cure)

@@ -19,9 +19,8 @@ from keeplora.studies.doctor.data import TaskData, examine_data
 from keeplora.studies.doctor.dry_run import DryRun
 from keeplora.studies.doctor.duplicates import duplicate_findings
 from keeplora.studies.doctor.findings import Finding, merged, noting_failure
-from keeplora.studies.doctor.model import Subject, load_subject
+from keeplora.studies.doctor.model import Subject, load_subject, prompt_findings
 from keeplora.studies.doctor.output_directory import Disk, output_findings
-from keeplora.studies.doctor.prompts import prompt_findings
 from keeplora.studies.doctor.resource_estimate import Load, estimate_disk, estimate_seconds
 
 READING_SECONDS = 60.0
@@ -55,10 +54,7 @@ class Diagnosis:
 def diagnose(config: RunConfig, *, duplicates: bool = True, track: Track = silent) -> Diagnosis:
     """Examine a run: what would stop it, what would spoil it, what it would take.
 
-    Args:
-        config: The run.
-        duplicates: Decode every image and look for the same ones in two places; without it only headers are read.
-        track: Shows progress.
+    Without `duplicates` only the headers of images are read, and none is looked for in two places.
 
     Raises:
         ValueError: If the benchmark's file is wrong; all else is a finding.
@@ -85,7 +81,7 @@ def _try_out(found: Diagnosis, subject: Subject, track: Track) -> None:
         found.dry_run.run(subject.model, tasks, list(subject.shapes), found.config, track)
         found.findings += found.dry_run.findings
     if found.dry_run.paces:
-        found.estimate = _estimate(found, subject, per_image)
+        found.estimate = _estimate(found, subject.start_seconds, per_image)
         _weigh_memory(found, tasks)
 
 
@@ -98,13 +94,13 @@ def _read_some(found: Diagnosis, subject: Subject, track: Track) -> tuple[list[S
     config, images = found.config, 0
     read: list[tuple[int, StreamTask]] = []
     stopped = {finding.task for finding in found.findings if finding.level == "problem"}
-    usable = [data for data in found.tasks if data.name not in stopped]
+    usable = [data for data in found.tasks if data.spec.name not in stopped]
     start = time.perf_counter()
     with kept():
         for data in sorted(usable, key=lambda data: data.num_images):
             if read and time.perf_counter() - start > READING_SECONDS:
                 break
-            with noting_failure(found.findings, data.name, "the task cannot be made ready for the model: "):
+            with noting_failure(found.findings, data.spec.name, "the task cannot be made ready for the model: "):
                 (task,) = subject.family.tasks(
                     subject.source, (data.spec,), batch_size=config.train.batch_size, evaluation=config.evaluation,
                     seed=config.seed, track=track,
@@ -115,18 +111,18 @@ def _read_some(found: Diagnosis, subject: Subject, track: Track) -> tuple[list[S
     return [task for _, task in sorted(read, key=lambda one: one[0])], seconds
 
 
-def _estimate(found: Diagnosis, subject: Subject, per_image: float) -> dict[str, float]:
+def _estimate(found: Diagnosis, start: float, per_image: float) -> dict[str, float]:
     config, dry_run, loads = found.config, found.dry_run, []
     for data in found.tasks:
         if len(data.splits) == 2:
             size = config.train.batch_size
             train, held_out = (math.ceil(len(data.splits[split]) / size) for split in ("train", config.evaluation))
-            batches, epochs = dry_run.batches.get(data.name, train), data.spec.epochs or config.train.epochs
-            loads.append(Load(data.name, len(data.class_names), data.num_images, batches, held_out, epochs))
+            batches, epochs = dry_run.batches.get(data.spec.name, train), data.spec.epochs or config.train.epochs
+            loads.append(Load(data.spec.name, len(data.class_names), data.num_images, batches, held_out, epochs))
     return estimate_seconds(
         loads,
         dry_run.paces,
-        start=subject.start_seconds,
+        start=start,
         per_image=per_image,
         gradient_share=getattr(config.options, "gradient_share", 1.0),
         evaluations=None if dry_run.changes_model else 1,
@@ -141,14 +137,14 @@ def _weigh_memory(found: Diagnosis, tasks: list[StreamTask]) -> None:
     read = {task.name for task in tasks}
     size = batch["pixel_values"][0].numel()  # A byte each.
     everything = min(MEMORY_LIMIT, size * sum(data.num_images for data in found.tasks))
-    here = min(MEMORY_LIMIT, size * sum(data.num_images for data in found.tasks if data.name in read))
+    here = min(MEMORY_LIMIT, size * sum(data.num_images for data in found.tasks if data.spec.name in read))
     found.pixels_mb = everything / 2**20
     if torch.cuda.is_available():
         return
-    for phase in found.dry_run.peak_memory_mb:
-        found.dry_run.peak_memory_mb[phase] += (everything - here) / 2**20
+    peaks = found.dry_run.peak_memory_mb
+    peaks |= {phase: peak + (everything - here) / 2**20 for phase, peak in peaks.items()}
     has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**20
-    if (needs := max(found.dry_run.peak_memory_mb.values())) > has:
+    if (needs := max(peaks.values())) > has:
         message = f"a run needs about {needs:,.0f} MiB of memory, and this machine has {has:,.0f}"
         found.findings.append(Finding("warning", "", message, "lower batch_size"))
 
@@ -161,7 +157,7 @@ def _weigh_disk(found: Diagnosis, subject: Subject) -> None:
         num_tasks=len(found.tasks),
         model_bytes=subject.weight_bytes if found.config.save_model else 0,
         free=subject.free,
-        extra_bytes=found.dry_run.extra_bytes,
+        other=found.dry_run.extra_bytes,
     )
     found.disk = disk = Disk(needs, found.config.output)
     if disk.total > disk.free:

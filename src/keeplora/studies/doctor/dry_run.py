@@ -26,7 +26,7 @@ from keeplora.methods.registry import find_method
 from keeplora.models.interfaces import StreamTask
 from keeplora.progress import Track
 from keeplora.runs.config import RunConfig
-from keeplora.studies.doctor.findings import FAILURES, Finding, without_task
+from keeplora.studies.doctor.findings import FAILURES, Finding
 from keeplora.studies.doctor.resource_estimate import Pace, Paces, pace_of
 from keeplora.task import Batch, Task
 from keeplora.training.profiling import Costs, measured
@@ -62,9 +62,7 @@ class FirstBatches:
         for batch in itertools.islice(self.source(), self.limit):
             yield batch
             _wait_for_device()
-            now = time.perf_counter()
-            seconds.append(now - start)
-            start = now
+            seconds.append(time.perf_counter() - start - sum(seconds))
 
 
 @contextmanager
@@ -106,14 +104,20 @@ class DryRun:
     def run(
         self, model: nn.Module, tasks: list[StreamTask], targets: list[str], config: RunConfig, track: Track
     ) -> None:
-        """Try the tasks, which are sorted by their number of classes; stop where something fails.
-
-        The weights of the model stay as they are.
-        """
+        """Try the tasks, which are sorted by their number of classes; stop where something fails."""
         task, start = tasks[0], time.perf_counter()
         try:
-            self.findings += _unreached_findings(unreached_layers(model, task, targets), targets, task.name)
-            method = _method_of(config)
+            if unreached := unreached_layers(model, task, targets):
+                are_all = len(unreached) == len(targets)
+                some = f"{len(unreached)} of {len(targets)} layers on a batch: {listed(unreached)}"
+                cure = "choose other targets" if are_all else "leave them out of targets: they would learn nothing"
+                self.findings.append(
+                    Finding("problem" if are_all else "warning", task.name, f"no gradient reaches {some}", cure)
+                )
+            options: Any = config.options
+            if hasattr(options, "gradient_share"):  # A few batches are no share to speak of.
+                options = dataclasses.replace(options, gradient_share=1.0)
+            method = find_method(config.method)[0](options, seed=config.seed)
             scheduled = list(zip(tasks, method.schedule(tasks), strict=True))
             order = spread(scheduled) if method.one_by_one else scheduled
             for task, training_task in track(order, "dry run", len(order)):
@@ -123,9 +127,8 @@ class DryRun:
                 if method.one_by_one and is_late and len(self.paces) > 1:
                     break
         except FAILURES as error:
-            message = f"a run would fail: {without_task(error, task.name)}"
             cure = "lower batch_size" if isinstance(error, torch.OutOfMemoryError) else ""
-            self.findings.append(Finding("problem", task.name, message, cure))
+            self.findings.append(Finding("problem", task.name, f"a run would fail: {error}", cure))
 
     def _learn(
         self, model: nn.Module, task: StreamTask, training_task: Task, method: Method, train: TrainConfig
@@ -144,9 +147,8 @@ class DryRun:
         with clocked(task, "test_batches", BATCHES) as clock, self._phase("evaluate", clock, paces):
             evaluate(model, [task])
         self.paces[task.name] = Paces(**paces)
-        record = method.record
-        self.changes_model |= record.adapter is not None
-        beside = [*record.head.values(), *record.state.values()]
+        self.changes_model |= method.record.adapter is not None
+        beside = [*method.record.head.values(), *method.record.state.values()]
         self.extra_bytes = max(self.extra_bytes, sum(tensor.nbytes for tensor in beside))
         return model
 
@@ -185,22 +187,7 @@ def _warnings_as_notes(findings: list[Finding], task: str) -> Iterator[None]:
     finally:
         logger.propagate = before
         logger.removeHandler(heard)
-        findings += [Finding("note", task, without_task(record.getMessage(), task)) for record in heard.buffer]
-
-
-def _method_of(config: RunConfig) -> Method:
-    options: Any = config.options
-    if hasattr(options, "gradient_share"):  # A few batches are no share to speak of.
-        options = dataclasses.replace(options, gradient_share=1.0)
-    return find_method(config.method)[0](options, seed=config.seed)
-
-
-def _unreached_findings(unreached: list[str], targets: list[str], task: str) -> Iterator[Finding]:
-    message = f"no gradient reaches {len(unreached)} of {len(targets)} layers on a batch: {listed(unreached)}"
-    if len(unreached) == len(targets):
-        yield Finding("problem", task, message, "choose other targets")
-    elif unreached:
-        yield Finding("warning", task, message, "leave them out of targets: they would learn nothing")
+        findings += [Finding("note", task, record.getMessage()) for record in heard.buffer]
 
 
 def _wait_for_device() -> None:

@@ -25,17 +25,16 @@ class Finding:
 
 
 def merged(findings: Iterable[Finding]) -> list[Finding]:
-    """Return findings by their level; those that say the same of several tasks become one."""
+    """Return findings by their level; those that say the same of several tasks become one.
+
+    Messages lose the name of their task, which stands beside them already.
+    """
     tasks: dict[tuple[Level, str, str], dict[str, None]] = {}
     for found in findings:
-        tasks.setdefault((found.level, found.message, found.cure), {})[found.task] = None
+        message = found.message.replace(f"task {found.task!r}: ", "")
+        tasks.setdefault((found.level, message, found.cure), {})[found.task] = None
     joined = [Finding(level, ", ".join(names), message, cure) for (level, message, cure), names in tasks.items()]
     return sorted(joined, key=lambda found: get_args(Level).index(found.level))
-
-
-def without_task(text: object, task: str) -> str:
-    """Return a message without the name of the task, which stands beside it already."""
-    return str(text).removeprefix(f"task {task!r}: ")
 
 
 @contextmanager
@@ -44,4 +43,4 @@ def noting_failure(findings: list[Finding], task: str = "", what: str = "") -> I
     try:
         yield
     except FAILURES as error:
-        findings.append(Finding("problem", task, what + without_task(error, task)))
+        findings.append(Finding("problem", task, f"{what}{error}"))

@@ -7,18 +7,14 @@ docs/doctor.md has the measurements behind the two numbers.
 """
 
 import hashlib
-from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-BITS = 8
-"""Most bits of 64 that the perceptual hashes of one picture differ by."""
-
-COLOR = 8.0
-"""Largest mean difference of the colour thumbnails of one picture, of 255."""
+BITS, COLOR = 8, 8.0
+"""Most bits of 64, and of 255 the largest mean difference of the thumbnails, that images of one picture differ by."""
 
 FLAT = 4.0
 """Below this standard deviation of the grey values, of 255, an image has no shape: its perceptual hash is noise."""
@@ -40,7 +36,6 @@ MOST_PAIRS = 2**16
 
 Prints = NDArray[np.void]
 """One fingerprint, or those of n images."""
-Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 
@@ -89,24 +84,19 @@ def _keep_nearest(images: Prints, others: Prints, pairs: tuple[Ints, Ints], near
     nearest[rows[best]], found[rows[best]] = differences[best], columns[best]
 
 
-def _unit(signs: NDArray[np.int8]) -> Floats:
+def _unit(signs: NDArray[np.int8]) -> NDArray[np.float32]:
     """Return hashes `[n, 64]` with norm 1; those of images without a shape stay 0 and agree with nothing."""
     rows = signs.astype(np.float32)
-    norms: Floats = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.divide(rows, np.maximum(norms, 1), dtype=np.float32)
+    unit: NDArray[np.float32] = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1)
+    return unit
 
 
-def _signs(grey: Floats) -> NDArray[np.int8]:
+def _signs(grey: NDArray[np.float32]) -> NDArray[np.int8]:
     """Return for each low frequency of a grey image whether it is above their median."""
     if grey.std() < FLAT:
         return np.zeros(KEPT**2, np.int8)
-    frequencies = (_cosines() @ grey @ _cosines().T).reshape(-1) / (SIDE / 2)
+    places = np.pi * (2 * np.arange(SIDE) + 1) / (2 * SIDE)
+    transform = np.cos(np.arange(KEPT)[:, None] * places).astype(np.float32)  # The first rows of a cosine transform.
+    frequencies = (transform @ grey @ transform.T).reshape(-1) / (SIDE / 2)
     above = frequencies - np.median(frequencies[1:])
     return (np.sign(above) * (np.abs(above) > UNSURE)).astype(np.int8)
-
-
-@cache
-def _cosines() -> Floats:
-    """Return the first rows of the discrete cosine transform, `[KEPT, SIDE]`."""
-    places = np.pi * (2 * np.arange(SIDE) + 1) / (2 * SIDE)
-    return np.cos(np.arange(KEPT)[:, None] * places[None]).astype(np.float32)

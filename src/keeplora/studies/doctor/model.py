@@ -1,11 +1,13 @@
-"""Does the model load, is it sound, which layers would be adapted, and what capacity do they have?"""
+"""Does the model load, is it sound, which layers would be adapted, with what capacity, and do the prompts fit it?"""
 
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoTokenizer
 
 from keeplora.errors import counted, listed
 from keeplora.layers.lora import linear_targets
@@ -15,7 +17,8 @@ from keeplora.methods.registry import find_method
 from keeplora.models.interfaces import Family
 from keeplora.models.registry import family_of, locate
 from keeplora.runs.config import RunConfig
-from keeplora.studies.doctor.findings import Finding, noting_failure
+from keeplora.studies.doctor.data import TaskData
+from keeplora.studies.doctor.findings import FAILURES, Finding, noting_failure
 from keeplora.training.trainer import best_device
 
 
@@ -36,11 +39,14 @@ class Subject:
     start_seconds: float = 0.0
     """How long it took to protect what the model knows."""
 
+    def config(self, tower: str, key: str) -> Any:
+        """Return what the config of a tower says; None if it says nothing."""
+        return getattr(getattr(getattr(self.model, "config", None), tower, None), key, None)
+
     @property
     def side(self) -> int:
         """The width of its input images; 0 if its config does not say so."""
-        vision = getattr(getattr(self.model, "config", None), "vision_config", None)
-        size = getattr(vision, "image_size", None) or 0
+        size = self.config("vision_config", "image_size") or 0
         return max(size) if isinstance(size, list | tuple) else size
 
 
@@ -50,26 +56,22 @@ def load_subject(config: RunConfig, findings: list[Finding]) -> Subject | None:
     with noting_failure(findings):
         family, source = family_of(config.model), locate(config.model)
         model = family.load(source).to(best_device())
-        weights = list(model.parameters())
-        num_bytes = sum(weight.nbytes for weight in weights)
-        subject = Subject(family, source, model, sum(weight.numel() for weight in weights), num_bytes)
-        findings += _broken_weights(subject.model)
-        targets = linear_targets(subject.model, config.options.targets)
-        subject.shapes = {name: shape_of(subject.model, name) for name in targets}
+        weights = dict(model.named_parameters())
+        num_bytes = sum(weight.nbytes for weight in weights.values())
+        subject = Subject(family, source, model, sum(weight.numel() for weight in weights.values()), num_bytes)
+        if broken := [name for name, weight in weights.items() if not torch.isfinite(weight).all()]:
+            message = f"{counted(len(broken), 'weight')} of the model hold numbers that are not finite"
+            findings.append(Finding("problem", "", f"{message}: {listed(broken)}", "get the model anew"))
+        targets = linear_targets(model, config.options.targets)
+        subject.shapes = {name: shape_of(model, name) for name in targets}
         method = find_method(config.method)[0](config.options, seed=config.seed)
         with noting_failure(findings, what="the principal directions cannot be protected: "):
             start = time.perf_counter()
-            method.protect(subject.model)
+            method.protect(model)
             subject.start_seconds = time.perf_counter() - start
             subject.free = {name: basis.shape[0] - basis.shape[1] for name, basis in method.protected().items()}
             findings += _full_layers(subject.free, config.options)
     return subject
-
-
-def _broken_weights(model: nn.Module) -> Iterator[Finding]:
-    if broken := [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]:
-        message = f"{counted(len(broken), 'weight')} of the model hold numbers that are not finite: {listed(broken)}"
-        yield Finding("problem", "", message, "get the model anew")
 
 
 def _full_layers(free: dict[str, int], options: MethodConfig) -> Iterator[Finding]:
@@ -84,3 +86,28 @@ def _full_layers(free: dict[str, int], options: MethodConfig) -> Iterator[Findin
     if small := [f"{name} ({dims})" for name, dims in free.items() if 0 < dims < rank]:
         message = f"{len(small)} of {total} layers have fewer free directions than the rank {rank}: {listed(small)}"
         yield Finding("warning", "", message, cure)
+
+
+def prompt_findings(subject: Subject, tasks: list[TaskData]) -> Iterator[Finding]:
+    """Tokenise the prompts of every task whose classes are known, and name those that a run would refuse."""
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(subject.source)
+    except FAILURES as error:
+        yield Finding("problem", "", f"the model's tokenizer cannot be loaded: {error}", "get the model anew")
+        return
+    most = tokenizer.model_max_length
+    limit = min(most, subject.config("text_config", "max_position_embeddings") or most)
+    for data in tasks:
+        prompts = [data.spec.template.replace("{}", name) for name in data.class_names]
+        encoded = [tuple(ids) for ids in tokenizer(prompts)["input_ids"]] if prompts else []
+        if long := [f"{p!r} ({len(ids)} tokens)" for p, ids in zip(prompts, encoded, strict=True) if len(ids) > limit]:
+            message = f"{counted(len(long), 'prompt')} longer than the model's context of {limit} tokens"
+            yield Finding(
+                "problem", data.spec.name, f"{message}: {listed(long)}", "shorten the template or the class names"
+            )
+        groups: dict[tuple[int, ...], list[str]] = {}
+        for ids, name in zip(encoded, data.class_names, strict=True):
+            groups.setdefault(ids[:limit], []).append(name)
+        if same := [" = ".join(map(repr, names)) for names in groups.values() if len(set(names)) > 1]:
+            message = f"the tokenizer cannot tell class names apart: {listed(same)}"
+            yield Finding("problem", data.spec.name, message, "give them other names with class_names")

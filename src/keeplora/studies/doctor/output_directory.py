@@ -2,13 +2,10 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from keeplora.runs.manifest import read_manifest
 from keeplora.studies.doctor.findings import Finding
-
-OTHER = "give another --output"
 
 
 class Disk:
@@ -21,33 +18,27 @@ class Disk:
         self.free = shutil.disk_usage(self.folder).free
 
 
-def output_findings(output: Path) -> Iterator[Finding]:
-    """Say what keeps a run from writing to its directory; nothing is left behind."""
+def output_findings(output: Path) -> list[Finding]:
+    """Say what keeps a run from writing to its directory, or that there is one; nothing is left behind."""
+    folder, cure = nearest_folder(output), "give another --output"
     if output.exists() and not output.is_dir():
-        yield Finding("problem", "", f"{output} is a file", OTHER)
-        return
-    folder = nearest_folder(output)
+        return [Finding("problem", "", f"{output} is a file", cure)]
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        yield Finding("problem", "", f"{folder} cannot be written: {error.strerror}", OTHER)
-        return
-    if (output / "run.json").exists():
-        yield _run_that_is_there(output)
-    elif output.is_dir() and {path.name for path in output.iterdir()} - {"run.json.part", "lock"}:
-        yield Finding("problem", "", f"{output} is not empty and holds no run", f"{OTHER}, or empty it")
-
-
-def _run_that_is_there(output: Path) -> Finding:
+        return [Finding("problem", "", f"{folder} cannot be written: {error.strerror}", cure)]
+    if not (output / "run.json").exists():
+        is_other = output.is_dir() and {path.name for path in output.iterdir()} - {"run.json.part", "lock"}
+        message = f"{output} is not empty and holds no run"
+        return [Finding("problem", "", message, f"{cure}, or empty it")] if is_other else []
     try:
         manifest = read_manifest(output)
     except ValueError as error:
-        return Finding("problem", "", str(error), OTHER)
-    finished, tasks = manifest["tasks_finished"], len(manifest["tasks"])
-    message = f"{output} holds a run already, with {finished} of {tasks} tasks finished"
+        return [Finding("problem", "", str(error), cure)]
+    finished = f"{manifest['tasks_finished']} of {len(manifest['tasks'])} tasks finished"
     cure = "the same command resumes it; a run with other settings needs another --output"
-    return Finding("note", "", message, cure)
+    return [Finding("note", "", f"{output} holds a run already, with {finished}", cure)]
 
 
 def nearest_folder(output: Path) -> Path:

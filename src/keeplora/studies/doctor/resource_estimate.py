@@ -66,14 +66,10 @@ def estimate_seconds(
 ) -> dict[str, float]:
     """Return the seconds of each phase of a run, over all tasks.
 
-    Args:
-        loads: What each task of the stream has to do.
-        paces: The paces of the tasks that were tried, by name. Those of another task are interpolated between its
-            neighbours in number of classes, because the prompts of all classes are encoded with every batch.
-        start: Seconds that are spent once, before the first task.
-        per_image: Seconds to read an image.
-        gradient_share: Share of the batches that the gradient is taken from.
-        evaluations: How many times all tasks are evaluated: before the first task and after each, if not given.
+    The paces are of the tasks that were tried, by name. Those of another task are interpolated between its neighbours
+    in number of classes, because the prompts of all classes are encoded with every batch. `start` is spent once, before
+    the first task, and `per_image` to read an image; the gradient is taken from a share of the batches. All tasks are
+    evaluated before the first task and after each, unless a number of `evaluations` is given.
     """
     assert paces, "no task was tried"
     seconds = dict.fromkeys(("read", "start", "gradient", "train", "merge", "evaluate"), 0.0) | {"start": start}
@@ -93,19 +89,13 @@ def estimate_seconds(
 
 
 def estimate_disk(
-    shapes: Mapping[str, tuple[int, int]],
-    *,
-    rank: int,
-    num_tasks: int,
-    model_bytes: int,
-    free: Mapping[str, int],
-    extra_bytes: int,
+    shapes: dict[str, tuple[int, int]], *, rank: int, num_tasks: int, model_bytes: int, free: dict[str, int], other: int
 ) -> dict[str, int]:
     """Return the bytes that a run needs at most, by what they are for, without what needs none.
 
     The merged model, of `model_bytes` if it is saved, counts twice: the new one is written before the old one goes.
     Directions are bounded by those of each layer that are `free` at the start, if the method protects any, whatever the
-    number of tasks. Each task leaves `extra_bytes` more: a classifier, or what a method keeps beside the adapter.
+    number of tasks. Each task leaves `other` bytes more: a classifier, or what a method keeps beside the adapter.
     """
     factors = sum(rank * (d_out + d_in) for d_out, d_in in shapes.values())
     needs = {
@@ -113,6 +103,6 @@ def estimate_disk(
         "adapters": FLOAT * factors * num_tasks,
         "directions, at most": FLOAT * sum(dims * shapes[name][1] for name, dims in free.items()),
         "gradients between phases": FLOAT * sum(d_out * d_in for d_out, d_in in shapes.values()),
-        "other": extra_bytes * num_tasks,
+        "other": other * num_tasks,
     }
     return {purpose: size for purpose, size in needs.items() if size}
