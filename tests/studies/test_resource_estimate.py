@@ -61,9 +61,8 @@ def test_a_task_that_was_not_tried_lies_between_its_neighbours_in_number_of_clas
 
 def test_the_bytes_on_disk_are_those_of_the_shapes():
     found = estimate_disk(
-        {"one": (7, 5), "other": (3, 11)}, rank=2, num_tasks=4, model_bytes=1000,
-        free={"one": 2, "other": 10}, other=6,
-    )  # fmt: skip
+        {"one": (7, 5), "other": (3, 11)}, {"one": 2, "other": 10}, rank=2, num_tasks=4, model_bytes=1000, other=6
+    )
     assert found == {
         "merged model, twice": 2000,
         "adapters": 4 * 4 * 2 * (7 + 5 + 3 + 11),
@@ -74,5 +73,5 @@ def test_the_bytes_on_disk_are_those_of_the_shapes():
 
 
 def test_what_a_run_does_not_keep_is_left_out():
-    found = estimate_disk({"one": (7, 5)}, rank=2, num_tasks=1, model_bytes=0, free={}, other=0)
+    found = estimate_disk({"one": (7, 5)}, {}, rank=2, num_tasks=1, model_bytes=0, other=0)
     assert found == {"adapters": 4 * 2 * (7 + 5), "gradients between phases": 4 * 35}

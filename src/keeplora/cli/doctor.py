@@ -12,7 +12,6 @@ from rich.text import Text
 from keeplora.cli.flags import flag, resolve_flags, run_flags
 from keeplora.cli.progress import Display
 from keeplora.config import read_toml
-from keeplora.studies.doctor.data import TaskData
 from keeplora.studies.doctor.diagnose import Diagnosis, diagnose
 from keeplora.studies.doctor.dry_run import BATCHES
 from keeplora.studies.doctor.findings import Finding
@@ -40,16 +39,16 @@ def doctor(settings: Any, train: Any, method: Any, *, duplicates: bool = True, s
     Takes the flags of keeplora run. Ends with exit code 0 if a run can start, 1 if something would stop or spoil it.
 
     Args:
-        settings: What to learn; the run directory is not touched, only its place is looked at.
+        settings: What to learn; the output directory is looked at, not touched.
         train: How each task is optimised.
         method: The method's own options.
         duplicates: Decode every image and look for the same or alike ones in two splits; without it only headers are
             read.
         strict: Let warnings count as problems in the exit code.
     """
-    given = dict(settings)
-    file = given.pop("config", None)
-    config = resolve_flags((str(file), read_toml(file)) if file else None, settings=given, train=train, options=method)
+    file = settings.pop("config", None)
+    table = (str(file), read_toml(file)) if file else None
+    config = resolve_flags(table, settings=settings, train=train, options=method)
     display = Display(console)
     with display.shown():
         found = diagnose(config, duplicates=duplicates, track=display.track)
@@ -67,11 +66,10 @@ def diagnosis_page(found: Diagnosis) -> RenderableType:
     if found.subject is not None:
         parts.append(_model_line(found, found.subject))
     if found.estimate:
-        parts.append(_time_table(found.estimate, found.dry_run.peak_memory_mb))
-        parts.append(
-            f"An estimate, from {BATCHES - 1} batches of each phase on {len(found.dry_run.paces)} of {len(found.tasks)}"
-            f" tasks; writing the model is not counted. Images in memory: {found.pixels_mb:,.0f} MiB"
-        )
+        tried = f"{BATCHES - 1} batches of each phase on {len(found.dry_run.paces)} of {len(found.tasks)} tasks"
+        memory = f"Images in memory: {found.pixels_mb:,.0f} MiB"
+        estimate = f"An estimate, from {tried}; writing the model is not counted. {memory}"
+        parts += [_time_table(found.estimate, found.dry_run.peak_memory_mb), estimate]
     if found.disk is not None:
         needs = ", ".join(f"{name} {_bytes(size)}" for name, size in found.disk.needs.items())
         free = f"{_bytes(found.disk.free)} free at {escape(str(found.disk.folder))}"
@@ -84,23 +82,18 @@ def diagnosis_page(found: Diagnosis) -> RenderableType:
 
 
 def _data_table(found: Diagnosis) -> Table:
-    config = found.config
-    names = ("classes", "train", config.evaluation, "images a class\n(train)", "width", "the same\nin both", "alike")
-    columns = [Column(name, justify="right") for name in names]
+    config, splits = found.config, ("train", found.config.evaluation)
+    names = ("classes", *splits, "images a class\n(train)", "width", "the same\nin both", "alike")
     title = f"{escape(Path(config.benchmark).stem)} for {escape(config.method)}: the data"
-    table = Table("task", *columns, title=title)
+    table = Table("task", *[Column(name, justify="right") for name in names], title=title)
     for data in found.tasks:
-        table.add_row(escape(data.spec.name), *_cells(data, config.evaluation))
+        numbers = [f"{len(data.splits[split]):,}" if split in data.splits else "-" for split in splits]
+        widths = [min(look.size) for looks in data.looks.values() for look in looks if not look.error]
+        compared = [split for split, looks in data.looks.items() if any(look.print is not None for look in looks)]
+        shared = [str(data.exact), str(data.alike)] if len(compared) == 2 else ["-", "-"]
+        classes, sizes = str(len(data.class_names) or "-"), list(data.class_sizes.values())
+        table.add_row(escape(data.spec.name), classes, *numbers, _range(sizes), _range(widths), *shared)
     return table
-
-
-def _cells(data: TaskData, evaluation: str) -> list[str]:
-    numbers = [f"{len(data.splits[split]):,}" if split in data.splits else "-" for split in ("train", evaluation)]
-    widths = [min(look.size) for looks in data.looks.values() for look in looks if not look.error]
-    compared = [split for split, looks in data.looks.items() if any(look.print is not None for look in looks)]
-    shared = [str(data.exact), str(data.alike)] if len(compared) == 2 else ["-", "-"]
-    sizes = list(data.class_sizes.values())
-    return [str(len(data.class_names) or "-"), *numbers, _range(sizes), _range(widths), *shared]
 
 
 def _model_line(found: Diagnosis, subject: Subject) -> str:
@@ -114,8 +107,8 @@ def _model_line(found: Diagnosis, subject: Subject) -> str:
 
 
 def _time_table(seconds: dict[str, float], peak_memory_mb: dict[str, float]) -> Table:
-    columns = [Column(name, justify="right") for name in ("time", "peak MiB")]
-    table = Table("phase", *columns, title="What a run would take")
+    columns = ("phase", Column("time", justify="right"), Column("peak MiB", justify="right"))
+    table = Table(*columns, title="What a run would take")
     for phase, name in PHASES.items():
         peak = f"{peak_memory_mb[phase]:,.0f}" if phase in peak_memory_mb else ""
         table.add_row(name, _duration(seconds[phase]), peak)

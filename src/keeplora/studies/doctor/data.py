@@ -25,9 +25,6 @@ TINY = 4
 
 TRANSPARENT = "an alpha channel, put on white"
 
-ANIMATIONS = frozenset({"GIF", "WEBP", "PNG", "TIFF"})
-"""Formats whose further frames are pictures of their own."""
-
 
 @dataclass(frozen=True, slots=True)
 class Look:
@@ -38,7 +35,6 @@ class Look:
     losses: tuple[str, ...] = ()
     """What of it does not reach the model."""
     error: str = ""
-    """Why it cannot be read."""
     print: Prints | None = None
     """Its fingerprint, if it was decoded."""
 
@@ -111,7 +107,8 @@ def _look(examples: Examples, decode: bool, index: int) -> Look:
 
 
 def _losses(image: Image.Image) -> tuple[str, ...]:
-    is_animated = image.format in ANIMATIONS and getattr(image, "is_animated", False)
+    # The further frames of other formats are no pictures of their own.
+    is_animated = image.format in ("GIF", "WEBP", "PNG", "TIFF") and getattr(image, "is_animated", False)
     losses = {
         "16-bit pixels, cut to 8 bits": image.mode.startswith("I"),
         TRANSPARENT: image.has_transparency_data,
@@ -136,10 +133,9 @@ def _image_findings(data: TaskData, split: str, side: int) -> Iterator[Finding]:
     if small := [look for look in readable if min(look.size) < side]:
         smallest = min(small, key=lambda look: min(look.size))
         width, height = smallest.size
-        message = (
-            f"{len(small):,} of {counted(len(readable), 'image')} of {split} are smaller than the model's"
-            f" {side} x {side} and are enlarged; the smallest is {width} x {height}: {examples.origin(smallest.index)}"
-        )
+        which = f"{len(small):,} of {counted(len(readable), 'image')} of {split} are smaller than the model's"
+        least = f"the smallest is {width} x {height}: {examples.origin(smallest.index)}"
+        message = f"{which} {side} x {side} and are enlarged; {least}"
         is_tiny = min(width, height) * TINY < side
         yield Finding("warning" if is_tiny else "note", data.spec.name, message, "find larger ones" if is_tiny else "")
 
@@ -151,9 +147,7 @@ def _balance_findings(data: TaskData) -> Iterator[Finding]:
         message = f"{largest!r} is the only class: every answer is right, and there is nothing to learn"
         yield Finding("problem", data.spec.name, message, "add a second class")
     if most > MOST_IMBALANCE * fewest:
-        message = (
-            f"the classes of train are out of balance: {largest!r} has {counted(most, 'image')}, {smallest!r}"
-            f" {fewest:,}, {most / fewest:.0f} times fewer"
-        )
+        many, few = f"{largest!r} has {counted(most, 'image')}", f"{smallest!r} {fewest:,}"
+        message = f"the classes of train are out of balance: {many}, {few}, {most / fewest:.0f} times fewer"
         cure = "add images of the rare classes, or expect them to be mistaken for the frequent ones"
         yield Finding("warning", data.spec.name, message, cure)

@@ -18,7 +18,7 @@ from keeplora.runs.config import RunConfig
 from keeplora.studies.doctor.data import TaskData, examine_data
 from keeplora.studies.doctor.dry_run import DryRun
 from keeplora.studies.doctor.duplicates import duplicate_findings
-from keeplora.studies.doctor.findings import Finding, merged, noting_failure
+from keeplora.studies.doctor.findings import FAILURES, Finding, merged
 from keeplora.studies.doctor.model import Subject, load_subject, prompt_findings
 from keeplora.studies.doctor.output_directory import Disk, output_findings
 from keeplora.studies.doctor.resource_estimate import Load, estimate_disk, estimate_seconds
@@ -76,20 +76,31 @@ def diagnose(config: RunConfig, *, duplicates: bool = True, track: Track = silen
 
 def _try_out(found: Diagnosis, subject: Subject, track: Track) -> None:
     """Make a dry run of the tasks that nothing is wrong with, and extrapolate to all."""
+    config, dry_run, loads = found.config, found.dry_run, []
     tasks, per_image = _read_some(found, subject, track)
     if tasks:
-        found.dry_run.run(subject.model, tasks, list(subject.shapes), found.config, track)
-        found.findings += found.dry_run.findings
-    if found.dry_run.paces:
-        found.estimate = _estimate(found, subject.start_seconds, per_image)
-        _weigh_memory(found, tasks)
+        dry_run.run(subject.model, tasks, list(subject.shapes), config, track)
+        found.findings += dry_run.findings
+    if not dry_run.paces:
+        return
+    for data in found.tasks:
+        if len(data.splits) == 2:
+            size, name = config.train.batch_size, data.spec.name
+            train, held_out = (math.ceil(len(data.splits[split]) / size) for split in ("train", config.evaluation))
+            batches, epochs = dry_run.batches.get(name, train), data.spec.epochs or config.train.epochs
+            loads.append(Load(name, len(data.class_names), data.num_images, batches, held_out, epochs))
+    start, share = subject.start_seconds, getattr(config.options, "gradient_share", 1.0)
+    rounds = None if dry_run.changes_model else 1  # A model that never changes is evaluated once.
+    found.estimate = estimate_seconds(
+        loads, dry_run.paces, start=start, per_image=per_image, gradient_share=share, evaluations=rounds
+    )
+    _weigh_memory(found, tasks)
 
 
 def _read_some(found: Diagnosis, subject: Subject, track: Track) -> tuple[list[StreamTask], float]:
     """Read tasks as a run does, smallest first, until the time is spent.
 
-    Returns:
-        The tasks, from the fewest classes to the most, and the seconds that an image took.
+    Returns those tasks, from the fewest classes to the most, and the seconds that an image took.
     """
     config, images = found.config, 0
     read: list[tuple[int, StreamTask]] = []
@@ -100,33 +111,19 @@ def _read_some(found: Diagnosis, subject: Subject, track: Track) -> tuple[list[S
         for data in sorted(usable, key=lambda data: data.num_images):
             if read and time.perf_counter() - start > READING_SECONDS:
                 break
-            with noting_failure(found.findings, data.spec.name, "the task cannot be made ready for the model: "):
+            try:
                 (task,) = subject.family.tasks(
                     subject.source, (data.spec,), batch_size=config.train.batch_size, evaluation=config.evaluation,
                     seed=config.seed, track=track,
                 )  # fmt: skip
-                read.append((len(data.class_names), task))
-                images += data.num_images
-    seconds = (time.perf_counter() - start) / max(1, images)
-    return [task for _, task in sorted(read, key=lambda one: one[0])], seconds
-
-
-def _estimate(found: Diagnosis, start: float, per_image: float) -> dict[str, float]:
-    config, dry_run, loads = found.config, found.dry_run, []
-    for data in found.tasks:
-        if len(data.splits) == 2:
-            size = config.train.batch_size
-            train, held_out = (math.ceil(len(data.splits[split]) / size) for split in ("train", config.evaluation))
-            batches, epochs = dry_run.batches.get(data.spec.name, train), data.spec.epochs or config.train.epochs
-            loads.append(Load(data.spec.name, len(data.class_names), data.num_images, batches, held_out, epochs))
-    return estimate_seconds(
-        loads,
-        dry_run.paces,
-        start=start,
-        per_image=per_image,
-        gradient_share=getattr(config.options, "gradient_share", 1.0),
-        evaluations=None if dry_run.changes_model else 1,
-    )
+            except FAILURES as error:
+                message = f"the task cannot be made ready for the model: {error}"
+                found.findings.append(Finding("problem", data.spec.name, message))
+                continue
+            read.append((len(data.class_names), task))
+            images += data.num_images
+    per_image = (time.perf_counter() - start) / max(1, images)
+    return [task for _, task in sorted(read, key=lambda one: one[0])], per_image
 
 
 def _weigh_memory(found: Diagnosis, tasks: list[StreamTask]) -> None:
@@ -151,13 +148,10 @@ def _weigh_memory(found: Diagnosis, tasks: list[StreamTask]) -> None:
 
 def _weigh_disk(found: Diagnosis, subject: Subject) -> None:
     """Say how much the run writes, and whether there is space for it."""
+    rank, other = found.config.options.rank, found.dry_run.extra_bytes
+    size = subject.weight_bytes if found.config.save_model else 0
     needs = estimate_disk(
-        subject.shapes,
-        rank=found.config.options.rank,
-        num_tasks=len(found.tasks),
-        model_bytes=subject.weight_bytes if found.config.save_model else 0,
-        free=subject.free,
-        other=found.dry_run.extra_bytes,
+        subject.shapes, subject.free, rank=rank, num_tasks=len(found.tasks), model_bytes=size, other=other
     )
     found.disk = disk = Disk(needs, found.config.output)
     if disk.total > disk.free:

@@ -1,7 +1,6 @@
 """A run in small: every verb of the method on a few real batches of each task, timed; what fails here fails there.
 
-The learning rate is so small that no weight changes in float32, so that one model serves for all tasks. Nothing is
-written.
+The learning rate is so small that no weight changes in float32, so that one model serves all tasks. Nothing is written.
 """
 
 import dataclasses
@@ -26,7 +25,7 @@ from keeplora.methods.registry import find_method
 from keeplora.models.interfaces import StreamTask
 from keeplora.progress import Track
 from keeplora.runs.config import RunConfig
-from keeplora.studies.doctor.findings import FAILURES, Finding
+from keeplora.studies.doctor.findings import FAILURES, Finding, Level
 from keeplora.studies.doctor.resource_estimate import Pace, Paces, pace_of
 from keeplora.task import Batch, Task
 from keeplora.training.profiling import Costs, measured
@@ -44,13 +43,13 @@ DRY_RUN_SECONDS = 20.0
 """After two tasks, those with the fewest and the most classes, no further one is tried once this long was spent."""
 
 
+@dataclass
 class FirstBatches:
     """The first batches of an iterable, and the seconds from the request of each to the request of the next."""
 
-    def __init__(self, source: Callable[[], Iterable[Batch]], limit: int) -> None:
-        self.source = source
-        self.limit = limit
-        self.passes: list[list[float]] = []
+    source: Callable[[], Iterable[Batch]]
+    limit: int
+    passes: list[list[float]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return min(self.limit, len(cast(Sized, self.source())))
@@ -77,11 +76,7 @@ def clocked(task: Task, verb: str, limit: int) -> Iterator[FirstBatches]:
 
 
 def unreached_layers(model: nn.Module, task: Task, targets: list[str]) -> list[str]:
-    """Return the target layers that no gradient of a task's first batch reaches.
-
-    Raises:
-        LearningError: If the loss or a gradient is not finite.
-    """
+    """Return the target layers that no gradient of a task's first batch reaches."""
     with clocked(task, "batches", 1):
         gradients = collect.mean_gradients(model, task, targets)
     return [name for name, gradient in gradients.items() if not gradient.any()]
@@ -98,7 +93,7 @@ class DryRun:
     extra_bytes: int = 0
     """The most that a task left beside its adapter and directions."""
     changes_model: bool = False
-    """Whether the method learned anything: otherwise the model is evaluated once."""
+    """Whether the method learned anything."""
     findings: list[Finding] = field(default_factory=list)
 
     def run(
@@ -109,11 +104,10 @@ class DryRun:
         try:
             if unreached := unreached_layers(model, task, targets):
                 are_all = len(unreached) == len(targets)
-                some = f"{len(unreached)} of {len(targets)} layers on a batch: {listed(unreached)}"
+                level: Level = "problem" if are_all else "warning"
+                message = f"no gradient reaches {len(unreached)} of {len(targets)} layers on a batch: "
                 cure = "choose other targets" if are_all else "leave them out of targets: they would learn nothing"
-                self.findings.append(
-                    Finding("problem" if are_all else "warning", task.name, f"no gradient reaches {some}", cure)
-                )
+                self.findings.append(Finding(level, task.name, message + listed(unreached), cure))
             options: Any = config.options
             if hasattr(options, "gradient_share"):  # A few batches are no share to speak of.
                 options = dataclasses.replace(options, gradient_share=1.0)
@@ -123,8 +117,7 @@ class DryRun:
             for task, training_task in track(order, "dry run", len(order)):
                 with _warnings_as_notes(self.findings, task.name):
                     model = self._learn(model, task, training_task, method, config.train)
-                is_late = time.perf_counter() - start > DRY_RUN_SECONDS
-                if method.one_by_one and is_late and len(self.paces) > 1:
+                if method.one_by_one and len(self.paces) > 1 and time.perf_counter() - start > DRY_RUN_SECONDS:
                     break
         except FAILURES as error:
             cure = "lower batch_size" if isinstance(error, torch.OutOfMemoryError) else ""
@@ -179,9 +172,8 @@ def _warnings_as_notes(findings: list[Finding], task: str) -> Iterator[None]:
     """Turn what the library logs inside into notes: a run would say it too."""
     logger, heard = logging.getLogger("keeplora"), BufferingHandler(sys.maxsize)
     heard.setLevel(logging.WARNING)
-    before = logger.propagate
     logger.addHandler(heard)
-    logger.propagate = False
+    before, logger.propagate = logger.propagate, False
     try:
         yield
     finally:

@@ -1,6 +1,5 @@
 """Images that are in two places: held-out ones among the training images, and one image under two labels."""
 
-from collections import defaultdict
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,8 +9,6 @@ from keeplora.progress import Track
 from keeplora.studies.doctor.data import TaskData
 from keeplora.studies.doctor.findings import Finding, Level
 from keeplora.studies.doctor.image_fingerprints import PRINT, Ints, alike_images, equal_images
-
-MOST_PAIRS_NAMED = 3
 
 USUAL_SHARE = 0.02
 """Up to this share of look-alikes is found between honest splits of simple pictures; more is worth a warning."""
@@ -64,30 +61,30 @@ def _shared(held: _Side, train: _Side, evaluation: str) -> Iterator[Finding]:
     of = f"{counted(len(held.prints), 'image')} of {evaluation}" + ("" if is_own else f" of {held.task}")
     if exact:
         are = "is" if len(exact) == 1 else "are"
-        message = f"{len(exact):,} of {of} {are} in {place} too, pixel by pixel: {_first(exact)}"
+        message = f"{len(exact):,} of {of} {are} in {place} too, pixel by pixel: {_first_three(exact)}"
         cure = "remove them from one of the two; until then the score counts what was memorised"
         yield Finding("warning", task, f"LEAK: {message}", cure) if is_own else Finding("note", task, message)
     if near:
         level: Level = "warning" if is_own and len(near) > USUAL_SHARE * len(held.prints) else "note"
         look = "looks" if len(near) == 1 else "look"
         cure = "look at them; remove those that show the same picture" if is_own else ""
-        yield Finding(level, task, f"{len(near):,} of {of} {look} like one in {place}: {_first(near)}", cure)
+        yield Finding(level, task, f"{len(near):,} of {of} {look} like one in {place}: {_first_three(near)}", cure)
 
 
 def _twice_labelled(train: _Side) -> Iterator[Finding]:
     """Say which training images have two labels, and how many are there more than once."""
-    groups: dict[bytes, list[int]] = defaultdict(list)
+    groups: dict[bytes, list[int]] = {}
     for place, digest in enumerate(train.prints["digest"].tolist()):
-        groups[digest].append(place)
+        groups.setdefault(digest, []).append(place)
     several = [places for places in groups.values() if len(places) > 1]
     if torn := [places for places in several if len({train.label(place) for place in places}) > 1]:
         named = [" = ".join(f"{train.name(place)} ({train.label(place)})" for place in places[:3]) for places in torn]
-        message = f"{counted(len(torn), 'image')} of train with more than one label: {_first(named)}"
+        message = f"{counted(len(torn), 'image')} of train with more than one label: {_first_three(named)}"
         yield Finding("warning", train.task, message, "keep each under its right label only")
     if extra := sum(len(places) - 1 for places in several):
         copies = counted(extra, "image of train is a copy", "images of train are copies")
         yield Finding("note", train.task, f"{copies} of another one, pixel by pixel")
 
 
-def _first(names: list[str]) -> str:
-    return listed(names, MOST_PAIRS_NAMED, separator="; ")
+def _first_three(names: list[str]) -> str:
+    return listed(names, 3, separator="; ")

@@ -1,7 +1,6 @@
 """What the doctor says: findings of three levels, each with what to do about it."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -25,22 +24,10 @@ class Finding:
 
 
 def merged(findings: Iterable[Finding]) -> list[Finding]:
-    """Return findings by their level; those that say the same of several tasks become one.
-
-    Messages lose the name of their task, which stands beside them already.
-    """
+    """Return findings by their level, one for all tasks that it is the same for; no message repeats its task's name."""
     tasks: dict[tuple[Level, str, str], dict[str, None]] = {}
     for found in findings:
         message = found.message.replace(f"task {found.task!r}: ", "")
         tasks.setdefault((found.level, message, found.cure), {})[found.task] = None
     joined = [Finding(level, ", ".join(names), message, cure) for (level, message, cure), names in tasks.items()]
     return sorted(joined, key=lambda found: get_args(Level).index(found.level))
-
-
-@contextmanager
-def noting_failure(findings: list[Finding], task: str = "", what: str = "") -> Iterator[None]:
-    """Turn a failure inside into a problem: what cannot be done, and why."""
-    try:
-        yield
-    except FAILURES as error:
-        findings.append(Finding("problem", task, f"{what}{error}"))

@@ -30,8 +30,6 @@ PRINT = [("digest", "S16"), ("signs", np.int8, KEPT**2), ("colors", np.uint8, 3 
 """A fingerprint: a hash of the pixels, equal for equal images of one size; the perceptual hash, 1, -1, or 0 where it is
 unsure (all 0 for an image without a shape); and the colour thumbnail."""
 
-ROUNDING = 1e-5
-
 MOST_PAIRS = 2**16
 
 Prints = NDArray[np.void]
@@ -59,14 +57,14 @@ def alike_images(images: Prints, others: Prints, *, chunk: int = 4096) -> Ints:
     All pairs are compared: hashes of 1 and -1 differ in `(64 - their product) / 2` bits, so that a product of matrices
     counts the bits of a chunk of pairs, and memory stays at a few times `chunk` squared.
     """
-    least = 1 - 2 * BITS / KEPT**2
+    least = 1 - 2 * BITS / KEPT**2 - 1e-5  # Less what may be rounded.
     nearest = np.full(len(images), np.nextafter(COLOR, np.inf))  # So that a difference of `COLOR` is less.
     found = np.full(len(images), -1, np.int64)
     for start in range(0, len(images), chunk):
         signs = _unit(images["signs"][start : start + chunk])
         for offset in range(0, len(others), chunk):
             agreement = signs @ _unit(others["signs"][offset : offset + chunk]).T
-            agreeing = np.flatnonzero(agreement.reshape(-1) >= least - ROUNDING)
+            agreeing = np.flatnonzero(agreement.reshape(-1) >= least)
             for part in np.split(agreeing, range(MOST_PAIRS, len(agreeing), MOST_PAIRS)):
                 rows, columns = np.divmod(part, agreement.shape[1])
                 _keep_nearest(images, others, (rows + start, columns + offset), nearest, found)

@@ -12,13 +12,12 @@ from transformers import AutoTokenizer
 from keeplora.errors import counted, listed
 from keeplora.layers.lora import linear_targets
 from keeplora.layers.weights import shape_of
-from keeplora.methods.base import MethodConfig
 from keeplora.methods.registry import find_method
 from keeplora.models.interfaces import Family
 from keeplora.models.registry import family_of, locate
 from keeplora.runs.config import RunConfig
 from keeplora.studies.doctor.data import TaskData
-from keeplora.studies.doctor.findings import FAILURES, Finding, noting_failure
+from keeplora.studies.doctor.findings import FAILURES, Finding
 from keeplora.training.trainer import best_device
 
 
@@ -53,7 +52,7 @@ class Subject:
 def load_subject(config: RunConfig, findings: list[Finding]) -> Subject | None:
     """Load a run's model as the run does, and find the layers to adapt; return None if it cannot be loaded."""
     subject = None
-    with noting_failure(findings):
+    try:
         family, source = family_of(config.model), locate(config.model)
         model = family.load(source).to(best_device())
         weights = dict(model.named_parameters())
@@ -62,28 +61,29 @@ def load_subject(config: RunConfig, findings: list[Finding]) -> Subject | None:
         if broken := [name for name, weight in weights.items() if not torch.isfinite(weight).all()]:
             message = f"{counted(len(broken), 'weight')} of the model hold numbers that are not finite"
             findings.append(Finding("problem", "", f"{message}: {listed(broken)}", "get the model anew"))
-        targets = linear_targets(model, config.options.targets)
-        subject.shapes = {name: shape_of(model, name) for name in targets}
-        method = find_method(config.method)[0](config.options, seed=config.seed)
-        with noting_failure(findings, what="the principal directions cannot be protected: "):
-            start = time.perf_counter()
-            method.protect(model)
-            subject.start_seconds = time.perf_counter() - start
-            subject.free = {name: basis.shape[0] - basis.shape[1] for name, basis in method.protected().items()}
-            findings += _full_layers(subject.free, config.options)
+        subject.shapes = {name: shape_of(model, name) for name in linear_targets(model, config.options.targets)}
+        findings += _full_layers(subject, config)
+    except FAILURES as error:
+        findings.append(Finding("problem", "", str(error)))
     return subject
 
 
-def _full_layers(free: dict[str, int], options: MethodConfig) -> Iterator[Finding]:
-    """Compare the free dimensions of each layer with the rank."""
-    rank, total = options.rank, len(free)
-    cure = f"give rank less than {rank}"
-    if hasattr(options, "weight_energy"):
-        cure = f"lower weight_energy, or {cure}"
-    if full := [name for name, dims in free.items() if dims == 0]:
+def _full_layers(subject: Subject, config: RunConfig) -> Iterator[Finding]:
+    """Protect what the model knows, and compare the free dimensions of each layer with the rank."""
+    method, start = find_method(config.method)[0](config.options, seed=config.seed), time.perf_counter()
+    try:
+        method.protect(subject.model)
+    except FAILURES as error:
+        yield Finding("problem", "", f"the principal directions cannot be protected: {error}")
+    subject.start_seconds = time.perf_counter() - start
+    subject.free = {name: basis.shape[0] - basis.shape[1] for name, basis in method.protected().items()}
+    rank, total = config.options.rank, len(subject.free)
+    lower = "lower weight_energy, or " if hasattr(config.options, "weight_energy") else ""
+    cure = f"{lower}give rank less than {rank}"
+    if full := [name for name, dims in subject.free.items() if dims == 0]:
         message = f"{len(full)} of {total} layers have no free direction at the start: {listed(full)}"
         yield Finding("problem" if len(full) == total else "warning", "", message, cure)
-    if small := [f"{name} ({dims})" for name, dims in free.items() if 0 < dims < rank]:
+    if small := [f"{name} ({dims})" for name, dims in subject.free.items() if 0 < dims < rank]:
         message = f"{len(small)} of {total} layers have fewer free directions than the rank {rank}: {listed(small)}"
         yield Finding("warning", "", message, cure)
 
@@ -102,9 +102,8 @@ def prompt_findings(subject: Subject, tasks: list[TaskData]) -> Iterator[Finding
         encoded = [tuple(ids) for ids in tokenizer(prompts)["input_ids"]] if prompts else []
         if long := [f"{p!r} ({len(ids)} tokens)" for p, ids in zip(prompts, encoded, strict=True) if len(ids) > limit]:
             message = f"{counted(len(long), 'prompt')} longer than the model's context of {limit} tokens"
-            yield Finding(
-                "problem", data.spec.name, f"{message}: {listed(long)}", "shorten the template or the class names"
-            )
+            cure = "shorten the template or the class names"
+            yield Finding("problem", data.spec.name, f"{message}: {listed(long)}", cure)
         groups: dict[tuple[int, ...], list[str]] = {}
         for ids, name in zip(encoded, data.class_names, strict=True):
             groups.setdefault(ids[:limit], []).append(name)

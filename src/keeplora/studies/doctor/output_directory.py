@@ -12,8 +12,7 @@ class Disk:
     """What a run needs on disk at most, by what it is for, and how many bytes are free where it would write."""
 
     def __init__(self, needs: dict[str, int], output: Path) -> None:
-        self.needs = needs
-        self.total = sum(needs.values())
+        self.needs, self.total = needs, sum(needs.values())
         self.folder = nearest_folder(output)
         self.free = shutil.disk_usage(self.folder).free
 
@@ -29,9 +28,9 @@ def output_findings(output: Path) -> list[Finding]:
     except OSError as error:
         return [Finding("problem", "", f"{folder} cannot be written: {error.strerror}", cure)]
     if not (output / "run.json").exists():
-        is_other = output.is_dir() and {path.name for path in output.iterdir()} - {"run.json.part", "lock"}
-        message = f"{output} is not empty and holds no run"
-        return [Finding("problem", "", message, f"{cure}, or empty it")] if is_other else []
+        if not output.is_dir() or {path.name for path in output.iterdir()} <= {"run.json.part", "lock"}:
+            return []
+        return [Finding("problem", "", f"{output} is not empty and holds no run", f"{cure}, or empty it")]
     try:
         manifest = read_manifest(output)
     except ValueError as error:

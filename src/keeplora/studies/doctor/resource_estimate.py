@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-FLOAT = 4
-"""Bytes of a float32 number."""
+FLOAT = 4  # Bytes of a float32 number.
 
 
 class Pace(NamedTuple):
@@ -89,7 +88,7 @@ def estimate_seconds(
 
 
 def estimate_disk(
-    shapes: dict[str, tuple[int, int]], *, rank: int, num_tasks: int, model_bytes: int, free: dict[str, int], other: int
+    shapes: dict[str, tuple[int, int]], free: dict[str, int], *, rank: int, num_tasks: int, model_bytes: int, other: int
 ) -> dict[str, int]:
     """Return the bytes that a run needs at most, by what they are for, without what needs none.
 
@@ -97,10 +96,9 @@ def estimate_disk(
     Directions are bounded by those of each layer that are `free` at the start, if the method protects any, whatever the
     number of tasks. Each task leaves `other` bytes more: a classifier, or what a method keeps beside the adapter.
     """
-    factors = sum(rank * (d_out + d_in) for d_out, d_in in shapes.values())
     needs = {
         "merged model, twice": 2 * model_bytes,
-        "adapters": FLOAT * factors * num_tasks,
+        "adapters": FLOAT * rank * num_tasks * sum(d_out + d_in for d_out, d_in in shapes.values()),
         "directions, at most": FLOAT * sum(dims * shapes[name][1] for name, dims in free.items()),
         "gradients between phases": FLOAT * sum(d_out * d_in for d_out, d_in in shapes.values()),
         "other": other * num_tasks,
