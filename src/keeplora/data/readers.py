@@ -6,7 +6,6 @@ Everything that can be wrong with a user's data is found here, before training s
 import io
 import os
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -19,6 +18,7 @@ from PIL import Image
 
 from keeplora.data.benchmark import TaskSpec
 from keeplora.data.images import Examples
+from keeplora.errors import counted, listed
 from keeplora.registry import Registry
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -38,31 +38,67 @@ def read_splits(spec: TaskSpec, evaluation: str) -> tuple[Examples, Examples]:
     Raises:
         ValueError: If data is missing, empty, or inconsistent; the message names the task and the place.
     """
+    splits, problems = examine_splits(spec, evaluation)
+    if problems:
+        raise ValueError(f"task {spec.name!r}: {'; '.join(problems[0])}")
+    return splits["train"], splits[evaluation]
+
+
+def examine_splits(spec: TaskSpec, evaluation: str) -> tuple[dict[str, Examples], list[tuple[str, str]]]:
+    """Read the splits that `read_splits` reads, and find all that makes it refuse them, each with its cure.
+
+    Where there is a problem, classes have the names and numbers that are stored.
+    """
     try:
         read = READERS.find(spec.reader)
     except ValueError as error:
         raise ValueError(f"task {spec.name!r}: {error}") from None
-    splits = read(spec)
-    if "train" not in splits:
-        raise ValueError(f"task {spec.name!r}: {spec.path} has no train split; it has {', '.join(splits)}")
-    train = splits["train"]
-    if evaluation == "validation" and "validation" not in splits:
-        train, held_out = _hold_out(train)
-    elif evaluation in splits:
-        held_out = splits[evaluation]
-    else:
-        raise ValueError(f"task {spec.name!r}: {spec.path} has no {evaluation} split; it has {', '.join(splits)}")
-    if unknown := sorted(set(spec.class_names) - set(train.class_names)):
-        raise ValueError(
-            f"task {spec.name!r}: class_names has {unknown[0]!r}, which is no class of {spec.path}; its classes are"
-            f" {', '.join(train.class_names[:20])}"
-        )
-    names = tuple(spec.class_names.get(name, name) for name in train.class_names)
-    _require_distinct(spec, names)
-    held_out = _with_labels_of(train, held_out, spec, evaluation)
-    for split, examples in (("train", train), (evaluation, held_out)):
-        _require_every_class(spec, split, examples)
-    return replace(train, class_names=names), replace(held_out, class_names=names)
+    stored = read(spec)
+    splits = {name: stored[name] for name in ("train", evaluation) if name in stored}
+    if evaluation == "validation" and list(splits) == ["train"]:
+        splits["train"], splits["validation"] = _hold_out(stored["train"])
+    problems = list(_problems(spec, evaluation, stored, splits))
+    return splits if problems else _named_for_prompts(spec, splits), problems
+
+
+def _problems(
+    spec: TaskSpec, evaluation: str, stored: dict[str, Examples], splits: dict[str, Examples]
+) -> Iterator[tuple[str, str]]:
+    # A validation split that there is not is drawn from train.
+    missing = [split for split in ("train", evaluation) if split not in splits and split != "validation"]
+    for split in missing:
+        yield f"{spec.path} has no {split} split; it has {', '.join(stored)}", "add the split"
+    if "train" in missing:
+        return
+    train = splits["train"].class_names
+    stored_names: dict[str, list[str]] = {}
+    for name in train:
+        stored_names.setdefault(spec.class_names.get(name, name), []).append(name)
+    for name, classes in stored_names.items():
+        if len(classes) > 1:
+            yield f"{len(classes)} classes are named {name!r}: {listed(classes)}", "their prompts must differ"
+    if unknown := sorted(set(spec.class_names) - set(train)):
+        yield f"class_names has {listed(unknown)}, which {spec.path} does not have", f"its classes are {listed(train)}"
+    for split in [name for name in splits if name in stored]:
+        examples = splits[split]
+        if only := sorted(set(examples.class_names) - set(train)):
+            message = f"{split} has classes that train does not have: {listed(only)}"
+            yield message, f"add images to train, which has {listed(train)}"
+        present = {examples.class_names[label] for label in examples.labels}
+        if empty := [name for name in train if name not in present]:
+            images = counted(len(empty), "class has no image", "classes have no image")
+            yield f"{images} in {split}: {listed(empty)}", "add some, or remove the class"
+
+
+def _named_for_prompts(spec: TaskSpec, splits: dict[str, Examples]) -> dict[str, Examples]:
+    """Number the classes of all splits as the training split does, and give them their names in the prompt."""
+    train = splits["train"].class_names
+    names = tuple(spec.class_names.get(name, name) for name in train)
+    named = {}
+    for split, examples in splits.items():
+        numbers = [train.index(name) for name in examples.class_names]
+        named[split] = replace(examples, class_names=names, labels=tuple(numbers[label] for label in examples.labels))
+    return named
 
 
 def _read_folder(spec: TaskSpec) -> dict[str, Examples]:
@@ -191,30 +227,3 @@ def _hold_out(train: Examples) -> tuple[Examples, Examples]:
         held += order[:cut]
         kept += order[cut:]
     return train.subset(sorted(kept)), train.subset(sorted(held))
-
-
-def _with_labels_of(train: Examples, other: Examples, spec: TaskSpec, split: str) -> Examples:
-    """Renumber a split's labels as the training split numbers its classes."""
-    unknown = sorted(set(other.class_names) - set(train.class_names))
-    if unknown:
-        raise ValueError(
-            f"task {spec.name!r}: {split} has the class {unknown[0]!r}, which train does not have; train has"
-            f" {', '.join(train.class_names[:20])}"
-        )
-    numbers = {i: train.class_names.index(name) for i, name in enumerate(other.class_names)}
-    return replace(other, class_names=train.class_names, labels=tuple(numbers[label] for label in other.labels))
-
-
-def _require_every_class(spec: TaskSpec, split: str, examples: Examples) -> None:
-    counts = Counter(examples.labels)
-    empty = [name for label, name in enumerate(examples.class_names) if counts[label] == 0]
-    if empty:
-        raise ValueError(
-            f"task {spec.name!r}: the class {empty[0]!r} has no image in {split}; add some, or remove the class"
-        )
-
-
-def _require_distinct(spec: TaskSpec, names: tuple[str, ...]) -> None:
-    for name, count in Counter(names).items():
-        if count > 1:
-            raise ValueError(f"task {spec.name!r}: {count} classes are named {name!r}; their prompts must differ")

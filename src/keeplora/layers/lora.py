@@ -5,11 +5,10 @@ Layer names are those of the base model, without PEFT's prefix.
 
 import copy
 import json
-import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar, cast
+from typing import Literal, TypeAlias, TypeVar, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -102,15 +101,16 @@ class SavedAdapter:
         Raises:
             ValueError: If it is none that `files` could have written; the message names the path and the key.
         """
-        return PeftConfig.from_peft_type(**read_adapter_config(content, LoraConfig().to_dict(), path))
+        values, plain = read_json(content, path), LoraConfig().to_dict()
+        require(_Adapter, values, str(path))
+        for key, value in values.items():
+            if key not in _Adapter.model_fields and (key not in plain or type(value) is not type(plain[key])):
+                raise ValueError(f"{path} is damaged or not of keeplora: {key} = {value!r}")
+        return PeftConfig.from_peft_type(**values)
 
 
 def require_unadapted(model: nn.Module) -> None:
-    """Check that no layer has an adapter.
-
-    Raises:
-        ValueError: If one has: a second one would be trained beside it.
-    """
+    """Check that no layer has an adapter: a second one would be trained beside it."""
     adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     if adapted:
         raise ValueError(
@@ -152,11 +152,8 @@ def attach(
 ) -> nn.Module:
     """Wrap a model in a stock PEFT LoRA with a rank and an alpha for each layer; the update is `alpha / rank * b @ a`.
 
-    Args:
-        model: The base model; its own parameters are frozen.
-        ranks: The layers to adapt and the rank of each.
-        alphas: The alpha of each layer.
-        factors: Start values `(a [r, d_in], b [d_out, r])`; `a` is then frozen. PEFT's own start without it.
+    The model's own parameters are frozen. `factors` are start values `(a [r, d_in], b [d_out, r])`; `a` is then frozen
+    too. Without them the start is PEFT's own.
     """
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     config = LoraConfig(
@@ -227,6 +224,16 @@ def factors_of(adapted: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
+def trained_update(layer: LoraLinear) -> Tensor:
+    """Return the update `scaling * b @ a` `[d_out, d_in]` of an adapted layer, through which gradients flow.
+
+    It is in float32 inside a region of mixed precision too: the square of a small update vanishes in half precision.
+    """
+    a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    with torch.autocast(a.device.type, enabled=False):
+        return cast(Tensor, (layer.scaling[ADAPTER] * b.float()) @ a.float())
+
+
 def detach(adapted: nn.Module) -> SavedAdapter:
     """Copy the adapter out of a model, so that it can be saved after the merge."""
     weights = get_peft_model_state_dict(adapted, adapter_name=ADAPTER)
@@ -259,11 +266,8 @@ def merge(adapted: nn.Module) -> nn.Module:
 def merge_checked(adapted: nn.Module, task: str) -> tuple[nn.Module, float]:
     """Merge every update, and compare on random inputs what each layer computes before and after.
 
-    Returns:
-        The plain base model, and the error over all layers, relative to what the update changes in their outputs.
-
-    Raises:
-        LearningError: If a merged weight would not be finite, or the error is more than rounding explains.
+    Returns the plain base model, and the error over all layers relative to what the update changes in their outputs. An
+    error beyond what rounding explains is raised.
     """
     probes = {name: _Probe(layer) for name, layer in lora_layers(adapted).items()}
     merged = merge(adapted)
@@ -316,41 +320,3 @@ def merge_from(model: nn.Module, folder: Path) -> nn.Module:
     except (RuntimeError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"the adapter {folder} does not fit the model: {error}") from error
     return merge(adapted)
-
-
-def read_adapter_config(content: bytes, plain: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Read the `adapter_config.json` of an adapter; `plain` are the library's own settings.
-
-    Raises:
-        ValueError: If something is missing, unknown or of another type; the message names the file and the key.
-    """
-    values = read_json(content, path)
-    require(_Adapter, values, str(path))
-    for key, value in values.items():
-        if key not in _Adapter.model_fields and (key not in plain or type(value) is not type(plain[key])):
-            raise ValueError(f"{path} is damaged or not of keeplora: {key} = {value!r}")
-    return dict(values)
-
-
-logger = logging.getLogger(__name__)
-
-
-def alphas_for(ranks: dict[str, int], alpha: float, rank: int) -> dict[str, float]:
-    """Return each layer's alpha, so that alpha / rank is the same where a rank had to shrink."""
-    return {name: alpha * found / rank for name, found in ranks.items()}
-
-
-def warn_of_small_ranks(ranks: dict[str, int], rank: int, task: str) -> None:
-    """Name the layers that have no room for the rank, and those that have none at all; 0 means that."""
-    smaller = [f"{name} ({found})" for name, found in ranks.items() if 0 < found < rank]
-    left_alone = [name for name, found in ranks.items() if found == 0]
-    if smaller:
-        logger.warning(
-            "task %r: %d of %d layers have fewer directions to learn with than rank %d, and take these: %s",
-            task, len(smaller), len(ranks), rank, ", ".join(smaller),
-        )  # fmt: skip
-    if left_alone:
-        logger.warning(
-            "task %r: %d of %d layers have no residual direction left and are left alone: %s",
-            task, len(left_alone), len(ranks), ", ".join(left_alone),
-        )  # fmt: skip
