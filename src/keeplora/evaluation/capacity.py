@@ -1,11 +1,7 @@
 """Remaining capacity: the free input dimensions of every layer, and how many more tasks they are enough for.
 
-Read from the certificates of the finished tasks alone (`task.json`); a method that protects nothing has none.
-
-The forecast takes each layer's mean over its last three tasks as what a further task of the same kind will protect. It
-is simple and errs on the safe side: what is protected counts towards the share that a task wants covered, so later
-tasks tend to add less. The first task is left out: before it only the principal subspace was protected, and it adds
-more than any later one. Tasks of another kind can add more; so do those of a method whose share rises with each task.
+Read from the certificates of the finished tasks (`task.json`) alone. A layer's mean over its last three tasks is what a
+further task is expected to take; without the first, which takes more than any later one. See docs/certificates.md.
 """
 
 import logging

@@ -1,9 +1,7 @@
-"""Methods side by side: equal data, epochs and search budget, several seeds and task orders, intervals.
+"""Methods side by side on equal terms: a search on the validation splits, then every method for each seed and order.
 
-First a search on the validation splits: the same learning rates for every method, then, at the best of them, other
-values of its own settings. Then every method with what was chosen for it, on the test splits, for each seed and order.
-Each run is a run directory below the output, so a comparison that was cut off resumes after its last finished run, and
-a method or a seed can be added later.
+Each run is a run directory below the output, so a comparison that was cut off resumes, and a method or a seed can be
+added later. See docs/methods.md.
 """
 
 import json
