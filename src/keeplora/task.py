@@ -53,11 +53,7 @@ class Task:
 
     @staticmethod
     def of(task: Any) -> "Task":
-        """Return a task as it is, or one that takes what a plain object has, and the defaults for the rest.
-
-        Raises:
-            ValueError: If the object lacks a name, `batches` or `loss`.
-        """
+        """Return a task as it is, or one that takes what a plain object has: a name, `batches`, `loss` at least."""
         if isinstance(task, Task):
             return task
         if missing := [name for name in ("name", "batches", "loss") if not hasattr(task, name)]:
@@ -132,11 +128,7 @@ class TaskLike(Task):
 
 
 def length_of(batch: Batch, task: Task) -> int:
-    """Return how many examples a batch holds: the length of the first tensor in it.
-
-    Raises:
-        ValueError: If there is none; the message names the task.
-    """
+    """Return how many examples a batch holds: the length of the first tensor in it; there must be one."""
     for value in _leaves(batch):
         if isinstance(value, Tensor) and value.dim() > 0:
             return len(value)

@@ -96,11 +96,7 @@ class SavedAdapter:
 
     @staticmethod
     def config_from(content: bytes, path: Path = Path(CONFIG_FILE)) -> PeftConfig:
-        """Read the configuration of a saved adapter, the content of the file at a path.
-
-        Raises:
-            ValueError: If it is none that `files` could have written; the message names the path and the key.
-        """
+        """Read the configuration of a saved adapter from a file's content; refuse what `files` cannot have written."""
         values, plain = read_json(content, path), LoraConfig().to_dict()
         require(_Adapter, values, str(path))
         for key, value in values.items():
@@ -124,10 +120,7 @@ def linear_targets(model: nn.Module, suffixes: tuple[str, ...]) -> list[str]:
     """List the `nn.Linear` modules whose name is, or ends in, one of the suffixes, in the model's order.
 
     Linear layers inside `nn.MultiheadAttention` are left out: it reads their weights past the layer itself, so that an
-    adapter on them would change nothing.
-
-    Raises:
-        ValueError: If there is none; the message lists the names there are.
+    adapter on them would change nothing. If there is none, the error lists the names there are.
     """
     hidden = {
         f"{name}.{child}"
@@ -252,11 +245,7 @@ def base_name(name: str) -> str:
 
 
 def merge(adapted: nn.Module) -> nn.Module:
-    """Add every update to its weight and return the plain base model.
-
-    Raises:
-        LearningError: If a merged weight would not be finite.
-    """
+    """Add every update to its weight and return the plain base model; its weights must be finite."""
     try:
         return cast(nn.Module, cast(PeftModel, adapted).merge_and_unload(safe_merge=True))
     except ValueError as error:
@@ -307,12 +296,7 @@ def unload(adapted: nn.Module) -> nn.Module:
 
 
 def merge_from(model: nn.Module, folder: Path) -> nn.Module:
-    """Reload a saved adapter into its base model and merge it.
-
-    Raises:
-        ValueError: If it does not fit the model, or the folder has none in safetensors; PEFT would take a pickled one.
-        LearningError: If a merged weight would not be finite.
-    """
+    """Reload a saved adapter into its base model, and merge it; PEFT would take a pickled one, we do not."""
     if not (folder / WEIGHTS_FILE).is_file():
         raise ValueError(f"{folder} has no {WEIGHTS_FILE}; adapters are read from safetensors alone")
     try:

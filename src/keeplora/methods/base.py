@@ -197,9 +197,8 @@ class Method:
     def undo(self, model: nn.Module, record: TaskRecord) -> nn.Module:
         """Take a task out again: its update out of the model's weights, and what it protected out of the method.
 
-        The weights are the earlier ones within one rounding; `keeplora undo` makes a run's anew, without any.
-
         `model` is as `after_task` returned it, after this task or a later one; `record` is what it was after the task.
+        The weights are the earlier ones within one rounding; `keeplora undo` makes a run's anew, without any.
 
         Raises:
             ValueError: If later tasks depend on this one, it is not merged, or it was not learned by this method.

@@ -49,11 +49,7 @@ class Joint(Method):
         self._num_tasks = 1
 
     def schedule(self, tasks: Sequence[Task]) -> Sequence[Task]:
-        """Return the union of the tasks for every place of the stream.
-
-        Raises:
-            ValueError: If the tasks ask for different numbers of epochs, or several processes share the work.
-        """
+        """Return the union of the tasks for every place of the stream; they must ask for one number of epochs."""
         if len({getattr(task, "epochs", None) for task in tasks}) > 1:
             raise ValueError("joint training needs one number of epochs for all tasks; take `epochs` out of [[tasks]]")
         if dist.is_initialized():
