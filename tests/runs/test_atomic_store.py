@@ -15,7 +15,6 @@ from keeplora.runs import atomic_store as disk
 from keeplora.runs.atomic_store import Store, sha256
 from keeplora.runs.manifest import new_manifest, read_manifest
 
-UNFINISHED = "unfinished"
 OPERATIONS = ("write_through", "rename", "remove", "flush")
 
 FILES = st.sampled_from(["top", "d/x", "d/y", "e/f/z", "unfinished/u", "unfinished/v"])
@@ -97,7 +96,7 @@ def states(commits):
 def recovered(folder):
     """Open the folder as the next process does; return what it holds, less `run.json`."""
     manifest = read_manifest(folder)
-    Store(folder, manifest).recover(UNFINISHED)
+    Store(folder, manifest).recover()
     files = tiny.tree(folder)
     del files["run.json"]
     assert Store(folder, manifest).damaged() == []

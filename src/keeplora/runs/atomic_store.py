@@ -2,14 +2,14 @@
 
 New files wait in `staged/`. The commit is the moment at which `run.json`, with their hashes and the names of the files
 that leave, takes its place; only then do they take their names, and those that leave are removed. After a crash before
-that moment they are dropped, after a crash behind it they are moved, and what was to leave is removed.
-In several processes, the first one alone touches the disk.
+that moment they are dropped; after a crash behind it they are moved, and what was to leave is removed.
+Of several processes, the first one alone touches the disk.
 """
 
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from keeplora.layers.distributed import is_main_process
-from keeplora.progress import Track, silent
 from keeplora.runs.manifest import manifest_bytes
 
 STAGED = "staged"
@@ -49,35 +48,27 @@ class Store:
         """Hand in a file for the next commit."""
         if is_main_process():
             write_through(self.folder / STAGED / name, content)
-        self._waiting[name] = sha256(content)
-        self._leaving.discard(name)
+            self._waiting[name] = sha256(content)
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
         """Hand in a safetensors file for the next commit; the tensors are written from where they are."""
         if is_main_process():
-            save_tensors(self.folder / STAGED / name, tensors, metadata)
-            self._waiting[name] = sha256_of(self.folder / STAGED / name)
-        self._leaving.discard(name)
+            place = self.folder / STAGED / name
+            make_folder(place.parent)
+            save_file({key: value.contiguous() for key, value in tensors.items()}, place, metadata)
+            flush(place)
+            self._waiting[name] = sha256_of(place)
 
     def write_folder(self, name: str, save: Callable[[Path], None]) -> None:
-        """Hand in a folder for the next commit, in the place of the one of that name.
-
-        Args:
-            name: The folder.
-            save: Writes its files to the folder that it is given.
-        """
+        """Hand in a folder, to which `save` writes its files, for the next commit, in the place of the one there."""
         self.remove(f"{name}/")
-        if not is_main_process():
-            return
-        place = self.folder / STAGED / name
-        remove(place)  # What was handed in before under this name would be taken for a part of it.
-        save(place)
-        flush(place)
-        for path in sorted(place.rglob("*")):
-            if path.is_file():
-                file = f"{name}/{path.relative_to(place).as_posix()}"
-                self._waiting[file] = sha256_of(path)
-                self._leaving.discard(file)
+        if is_main_process():
+            place = self.folder / STAGED / name
+            remove(place)  # What was handed in before under this name would be taken for a part of it.
+            save(place)
+            flush(place)
+            for path in (path for path in sorted(place.rglob("*")) if path.is_file()):
+                self._waiting[f"{name}/{path.relative_to(place).as_posix()}"] = sha256_of(path)
 
     def remove(self, prefix: str) -> None:
         """Hand in for the next commit that the files whose path begins so are to go."""
@@ -88,40 +79,30 @@ class Store:
         """Let the manifest as it is now, and all that was handed in, take effect at once."""
         kept = {name: digest for name, digest in self.files.items() if name not in self._leaving}
         self.manifest["files"] = kept | self._waiting
-        leaving = sorted(self._leaving - set(self._waiting))
         self.manifest.pop("leaving", None)
-        if leaving:
+        if leaving := sorted(self._leaving - self._waiting.keys()):
             self.manifest["leaving"] = leaving
         if is_main_process():
             write_atomically(self.folder / "run.json", manifest_bytes(self.manifest))
-            for name in self._waiting:
-                rename(self.folder / STAGED / name, self.folder / name)
-            for name in leaving:
-                remove(self.folder / name)
-            remove(self.folder / STAGED)
+            self._settle(self._waiting)
         self._waiting, self._leaving = {}, set()
 
-    def recover(self, unfinished: str) -> None:
-        """Finish, or drop, what a crash left half done.
+    def recover(self) -> None:
+        """Finish, or drop, what a crash left half done."""
+        if is_main_process():
+            staged = self.folder / STAGED
+            names = [path.relative_to(staged).as_posix() for path in sorted(staged.rglob("*")) if path.is_file()]
+            self._settle(name for name in names if sha256_of(staged / name) == self.files.get(name))
+            remove(self.folder / "run.json.part")
 
-        Args:
-            unfinished: A folder whose files, where the manifest does not list them, are leftovers too.
-        """
-        if not is_main_process():
-            return
-        staged = self.folder / STAGED
-        for path in sorted(staged.rglob("*")):
-            name = path.relative_to(staged).as_posix()
-            if path.is_file() and self.files.get(name) == sha256_of(path):
-                rename(path, self.folder / name)
+    def _settle(self, arriving: Iterable[str]) -> None:
+        """Give the new files of the last commit their names, and remove those that leave, and what is staged else."""
+        for name in arriving:
+            rename(self.folder / STAGED / name, self.folder / name)
         for name in self.manifest.get("leaving", []):
             if name not in self.files and (self.folder / name).is_file():
                 remove(self.folder / name)
-        remove(self.folder / "run.json.part")
-        remove(staged)
-        for path in sorted((self.folder / unfinished).glob("*")):
-            if f"{unfinished}/{path.name}" not in self.files:
-                remove(path)
+        remove(self.folder / STAGED)
 
     def read(self, name: str) -> bytes:
         """Read a file and check its hash.
@@ -132,30 +113,23 @@ class Store:
         place = self._place_of(name)
         if place.is_file() and sha256(content := place.read_bytes()) == self.files.get(name):
             return content
-        raise ValueError(self._flaw(name) + CURE)
+        raise ValueError("".join(self.damaged([name])) + CURE)
 
-    def check(self, name: str) -> None:
-        """Compare a file with its hash, without taking it into memory.
+    def require_intact(self, names: Iterable[str] | None = None) -> None:
+        """Raise what `read` does if one of these files, or of all, is missing or damaged; it takes none into memory."""
+        if flaws := self.damaged(names):
+            raise ValueError(flaws[0] + CURE)
 
-        Raises:
-            ValueError: If it is missing or damaged; the message names it.
-        """
-        if flaw := self._flaw(name):
-            raise ValueError(flaw + CURE)
-
-    def damaged(self, track: Track = silent) -> list[str]:
-        """Return a message for every file that is missing or damaged; each names its file."""
-        flaws = (self._flaw(name) for name in track(self.files, "checking hashes", len(self.files)))
-        return [flaw for flaw in flaws if flaw]
-
-    def _flaw(self, name: str) -> str:
-        """Say what is wrong with a file; nothing if it is as it should be."""
-        place = self._place_of(name)
-        if not place.is_file():
-            return f"{self.folder / name} is missing from the run"
-        if sha256_of(place) != self.files.get(name):
-            return f"{self.folder / name} is not what the run wrote: it was changed or damaged"
-        return ""
+    def damaged(self, names: Iterable[str] | None = None) -> list[str]:
+        """Return a message for each of these files, or of all, that is missing or damaged; it names the file."""
+        flaws = []
+        for name in self.files if names is None else names:
+            place = self._place_of(name)
+            if not place.is_file():
+                flaws.append(f"{self.folder / name} is missing from the run")
+            elif sha256_of(place) != self.files.get(name):
+                flaws.append(f"{self.folder / name} is not what the run wrote: it was changed or damaged")
+        return flaws
 
     def _place_of(self, name: str) -> Path:
         """Return where a file is: in a commit that is under way, it may not have its name yet."""
@@ -184,17 +158,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 def write_through(path: Path, content: bytes) -> None:
     """Write a file, in a new folder if need be, and wait until it and its name are on the disk itself."""
     make_folder(path.parent)
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync(path.parent)
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file as `write_through` writes a file."""
-    make_folder(path.parent)
-    save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata)
+    path.write_bytes(content)
     _sync(path)
     _sync(path.parent)
 
@@ -207,11 +171,10 @@ def make_folder(folder: Path) -> None:
         _sync(folder.parent)
 
 
-def flush(folder: Path) -> None:
-    """Wait until everything in a folder that another library wrote is on the disk itself."""
-    for path in sorted(folder.rglob("*")):
+def flush(place: Path) -> None:
+    """Wait until what another library wrote, a file or a folder with all in it, is on the disk itself."""
+    for path in (*sorted(place.rglob("*")), place, place.parent):
         _sync(path)
-    _sync(folder)
 
 
 def rename(source: Path, target: Path) -> None:
@@ -237,7 +200,10 @@ def made_whole(output: Path) -> Iterator[Path]:
     Raises:
         ValueError: If the output has something in it already, or is a file.
     """
-    require_empty(output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file; give another --output")
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output} is not empty; give another --output, or empty it")
     output = output.resolve()
     make_folder(output.parent)
     part = output.with_name(f".{output.name}.part")
@@ -250,27 +216,11 @@ def made_whole(output: Path) -> Iterator[Path]:
 
 
 def require_no_links(folder: Path) -> None:
-    """Check that nothing in a folder is a symbolic link: what is written there must stay there.
-
-    Raises:
-        ValueError: If something is.
-    """
+    """Raise ValueError if something in a folder is a symbolic link: what is written there must stay there."""
     for place, folders, files in os.walk(folder):
         for path in (Path(place) / name for name in (*folders, *files)):
             if path.is_symlink():
                 raise ValueError(f"{path} is a symbolic link; a run directory has none: put what it points to there")
-
-
-def require_empty(folder: Path) -> None:
-    """Check that a folder is not there, or has nothing in it.
-
-    Raises:
-        ValueError: If it has, or is a file.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; give another --output")
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty; give another --output, or empty it")
 
 
 def remove(path: Path) -> None:

@@ -1,7 +1,7 @@
 """The run directory: what was configured, what each task left behind, the scores, the merged model.
 
-Safetensors and JSON only. What belongs together is written together or not at all (see `store`), so that a reader never
-sees half a task, and every file's SHA-256 stands in `run.json`, so that a damaged one is noticed.
+Safetensors and JSON only. What belongs together is written together or not at all (see `atomic_store`), so that a
+reader never sees half a task, and every file's SHA-256 stands in `run.json`, so that a damaged one is noticed.
 """
 
 import json
@@ -9,14 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pydantic import FiniteFloat
 from safetensors import SafetensorError
 from safetensors.torch import load
 
+from keeplora.config import read_json, require
 from keeplora.evaluation.accuracy_matrix import Results
 from keeplora.layers.lora import CONFIG_FILE, WEIGHTS_FILE, SavedAdapter
 from keeplora.methods.task_record import TaskRecord
 from keeplora.runs.atomic_store import Store
-from keeplora.runs.schemas import read_task, require_start
+from keeplora.runs.manifest import Form
 from keeplora.subspace.certificate import certificate_to_json
 from keeplora.training.profiling import Costs
 from keeplora.training.state_file import aligned
@@ -28,14 +30,46 @@ Save = Callable[[Path], None]
 """Writes the merged model to a folder."""
 
 
+class _Measured(Form):
+    seconds: FiniteFloat
+    peak_memory_mb: FiniteFloat
+
+
+class _Start(Form):
+    """What `run.json` says of the untouched model."""
+
+    zero_shot: list[FiniteFloat]
+    model_digest: str
+    start: dict[str, _Measured]
+
+
+class _Task(Form):
+    """What `task.json` says of a finished task; its certificate is checked by who reads it."""
+
+    name: str
+    scores: list[FiniteFloat]
+    phases: dict[str, _Measured]
+    certificate: Any
+    merged: bool = True
+
+
 class RunDirectory(Store):
-    """Reads and writes one run directory. Make one with `open_run`; one that only reads with the manifest."""
+    """Reads and writes one run directory; `open_run` and `read_run` make one. `tasks` are the `task.json` of each."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         super().__init__(folder, manifest)
         if self.num_finished or "zero_shot" in manifest:
-            require_start(manifest, folder / "run.json")
-        self.tasks = [self._task_json(index) for index in range(self.num_finished)]
+            self._require_scores(require(_Start, manifest, str(folder / "run.json")).zero_shot, "run.json")
+        self.tasks: list[dict[str, Any]] = []
+        for name in (f"{self.task_folder(index)}/task.json" for index in range(self.num_finished)):
+            self.tasks.append(read_json(self.read(name), folder / name))
+            self._require_scores(require(_Task, self.tasks[-1], str(folder / name)).scores, name)
+
+    def _require_scores(self, scores: list[float], name: str) -> None:
+        if len(scores) != (num_tasks := len(self.manifest["tasks"])):
+            raise ValueError(
+                f"{self.folder / name} is damaged or not of keeplora: it has {len(scores)} scores for {num_tasks} tasks"
+            )
 
     @property
     def num_finished(self) -> int:
@@ -47,13 +81,19 @@ class RunDirectory(Store):
         """Whether every task is finished."""
         return self.num_finished == len(self.manifest["tasks"])
 
+    @property
+    def scores(self) -> list[float]:
+        """The scores on every task after the last finished one, or those of the untouched model."""
+        return list(self.tasks[-1]["scores"] if self.tasks else self.manifest["zero_shot"])
+
     def results(self) -> Results:
         """Return the scores so far, from the files."""
         config = self.manifest["config"]
-        phases = [self.manifest["start"], *(task["phases"] for task in self.tasks)]
+        costs = [self.manifest["start"], *(task["phases"] for task in self.tasks)]
+        measured = [phase for phases in costs for phase in phases.items()]
         seconds: dict[str, float] = {}
-        for name, measured in ((name, measured) for phase in phases for name, measured in phase.items()):
-            seconds[name] = seconds.get(name, 0.0) + measured["seconds"]
+        for name, cost in measured:
+            seconds[name] = seconds.get(name, 0.0) + cost["seconds"]
         return Results(
             method=config["method"],
             benchmark=" + ".join([config["benchmark"], *config["more"]]),
@@ -63,7 +103,7 @@ class RunDirectory(Store):
             zero_shot=self.manifest["zero_shot"],
             accuracy=[task["scores"] for task in self.tasks],
             seconds=seconds,
-            peak_memory_mb=max((m["peak_memory_mb"] for phase in phases for m in phase.values()), default=0.0),
+            peak_memory_mb=max((cost["peak_memory_mb"] for _, cost in measured), default=0.0),
         )
 
     def start(self, model_digest: str, zero_shot: list[float], phases: Costs) -> None:
@@ -128,18 +168,12 @@ class RunDirectory(Store):
         self.commit()
 
     def record(self, index: int) -> tuple[TaskRecord, Path]:
-        """Read back what a finished task left, and the folder of its adapter.
-
-        Raises:
-            ValueError: If a file is missing or damaged; the message names it.
-        """
+        """Read back what a finished task left, and the folder of its adapter; what is damaged is named."""
         folder = self.task_folder(index)
-        adapter = self.folder / folder / "adapter"
-        saved = None
-        if f"{folder}/adapter/{WEIGHTS_FILE}" in self.files:
-            name = f"{folder}/adapter/{CONFIG_FILE}"
-            config = SavedAdapter.config_from(self.read(name), self.folder / name)
-            saved = SavedAdapter(config, self._tensors(f"{folder}/adapter/{WEIGHTS_FILE}"))
+        adapter, saved = self.folder / folder / "adapter", None
+        if (weights := f"{folder}/adapter/{WEIGHTS_FILE}") in self.files:
+            config = self.read(f"{folder}/adapter/{CONFIG_FILE}")
+            saved = SavedAdapter(SavedAdapter.config_from(config, adapter / CONFIG_FILE), self._tensors(weights))
         return TaskRecord(
             adapter=saved,
             directions=self._tensors(f"{folder}/subspace.safetensors"),
@@ -147,18 +181,6 @@ class RunDirectory(Store):
             state=self._tensors(f"{folder}/state.safetensors"),
             merged=self.tasks[index].get("merged", True),
         ), adapter
-
-    def require_intact(self, prefix: str = "") -> None:
-        """Check the files whose path begins so against their hashes; tensors are checked only if a prefix is given.
-
-        They may be large, and are checked when they are read.
-
-        Raises:
-            ValueError: If one is missing or damaged; the message names it.
-        """
-        for name in self.files:
-            if name.startswith(prefix) and (prefix or not name.endswith(".safetensors")):
-                self.check(name)
 
     def write_json(self, name: str, value: object) -> None:
         """Hand in a value as JSON for the next commit."""
@@ -169,16 +191,10 @@ class RunDirectory(Store):
         return task_folder(index, self.manifest["tasks"])
 
     def _tensors(self, name: str) -> dict[str, Any]:
-        if name not in self.files:
-            return {}
         try:
-            return aligned(load(self.read(name)))
+            return aligned(load(self.read(name))) if name in self.files else {}
         except SafetensorError as error:
             raise ValueError(f"{self.folder / name} is not a safetensors file: {error}") from None
-
-    def _task_json(self, index: int) -> dict[str, Any]:
-        name = f"{self.task_folder(index)}/task.json"
-        return read_task(self.read(name), self.manifest["tasks"], self.folder / name)
 
 
 def task_folder(index: int, tasks: list[str]) -> str:

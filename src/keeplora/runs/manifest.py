@@ -1,4 +1,7 @@
-"""`run.json`: what a run is, how far it is, and the hash of every file; and how one is opened by one process alone."""
+"""`run.json`: what a run is, how far it is, and the hash of every file; and the lock that lets one process write.
+
+The hashes tell a file that changed. A form tells one that something else wrote; it is checked where the file is read.
+"""
 
 import hashlib
 import json
@@ -12,9 +15,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from keeplora.config import Count
+from keeplora.config import Count, require
 from keeplora.errors import InUseError
 
 RUN_FORMAT = 3
@@ -23,9 +26,11 @@ RUN_FORMAT = 3
 VERSIONS_OF = ("keeplora", "torch", "transformers", "peft", "accelerate", "safetensors")
 
 
-class _Required(BaseModel, extra="allow", strict=True):
-    """The keys that every manifest has; more may stand beside them."""
+class Form(BaseModel, extra="allow", strict=True):
+    """What a JSON file of a run must hold to be used; more may stand beside it."""
 
+
+class _Manifest(Form):
     format: int
     config: dict[str, Any]
     tasks: list[str]
@@ -33,6 +38,7 @@ class _Required(BaseModel, extra="allow", strict=True):
     phase: str
     files: dict[str, str]
     leaving: list[str] = []
+    checksum: str
 
 
 def new_manifest(config: dict[str, Any], tasks: list[str], sources: dict[str, str] | None = None) -> dict[str, Any]:
@@ -62,21 +68,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(content)
         found = manifest["format"]
-        is_other = type(found) is int and found != RUN_FORMAT
-        if not is_other:
-            del manifest["checksum"]
-            _Required.model_validate(manifest)
-            is_unchanged = manifest_bytes(manifest) == content
+        is_unchanged = manifest_bytes({key: manifest[key] for key in manifest if key != "checksum"}) == content
     except (KeyError, TypeError, RecursionError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or not of keeplora: {_first_line(error)}") from None
-    if is_other:
-        raise ValueError(_other_format(path, found))
+        raise ValueError(f"{path} is damaged or not of keeplora: {type(error).__name__}: {error}") from None
+    if type(found) is int and found > RUN_FORMAT:
+        raise ValueError(f"{path} has format {found}, newer than {RUN_FORMAT}; update keeplora")
+    if type(found) is int and found < RUN_FORMAT:
+        cure = "go on with the keeplora that wrote it, or run it again"
+        raise ValueError(f"{path} has format {found}, older than {RUN_FORMAT}; {cure}")
+    checked = require(_Manifest, manifest, str(path))
     if not is_unchanged:
         raise ValueError(f"{path} is not what the run wrote: it was changed or damaged")
-    names = [*manifest["files"], *manifest.get("leaving", [])]
+    names = [*checked.files, *checked.leaving]
     wrong = [name for name in names if PurePosixPath(name).is_absolute() or ".." in name.split("/")]
-    if wrong or manifest["tasks_finished"] > len(manifest["tasks"]):
+    if wrong or checked.tasks_finished > len(checked.tasks):
         raise ValueError(f"{path} is damaged or not of keeplora: {wrong or 'more tasks finished than there are'}")
+    del manifest["checksum"]
     return dict(manifest)
 
 
@@ -108,16 +115,3 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)  # While it is ours: who waits for it takes a new one.
         lock.release()
-
-
-def _other_format(path: Path, found: int) -> str:
-    if found > RUN_FORMAT:
-        return f"{path} has format {found}, newer than {RUN_FORMAT}; update keeplora"
-    return f"{path} has format {found}, older than {RUN_FORMAT}; go on with the keeplora that wrote it, or run it again"
-
-
-def _first_line(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    return f"{type(error).__name__}: {error}".splitlines()[0]

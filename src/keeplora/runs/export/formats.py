@@ -9,9 +9,10 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+from pydantic import PositiveInt
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -43,50 +44,43 @@ class ExportConfig(Config):
     """Folder to write; it must not exist, or be empty."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of the weights."""
-    rank: int | None = None
+    rank: PositiveInt | None = None
     """Format adapter: cut each layer's update to its best approximation of this rank; exact if not given."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rank is not None and self.format != "adapter":
             raise ValueError(f"rank = {self.rank} is for format 'adapter'; leave it out for format {self.format!r}")
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"rank = {self.rank} keeps nothing; set it to at least 1")
+
+
+class _Learned(NamedTuple):
+    """A finished task: its name, its folder's name, what it left, and the folder of its adapter."""
+
+    name: str
+    place: str
+    record: TaskRecord
+    folder: Path
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A run that is read: its base model, its finished tasks, and what each left."""
+    """A run that is read: its base model and its name, and its finished tasks."""
 
     directory: RunDirectory
     config: RunConfig
     base: nn.Module
-    records: list[tuple[TaskRecord, Path]]
+    base_name: str
+    """The hub name of the base model, or its absolute folder."""
+    tasks: list[_Learned]
     track: Track
 
-    def name(self, index: int) -> str:
-        return str(self.directory.manifest["tasks"][index])
-
-    def place(self, index: int) -> str:
-        return f"{index + 1:02d}-{self.name(index)}"
-
     @property
-    def base_name(self) -> str:
-        """The hub name of the base model, or its absolute folder."""
-        source = locate(self.config.model)
-        return str(Path(source).resolve()) if Path(source).is_dir() else source
-
-    def adapters(self) -> dict[int, SavedAdapter]:
-        return {index: r.adapter for index, (r, _) in enumerate(self.records) if r.adapter is not None}
+    def adapters(self) -> list[tuple[_Learned, SavedAdapter]]:
+        return [(task, task.record.adapter) for task in self.tasks if task.record.adapter is not None]
 
 
 def export_run(folder: Path, config: ExportConfig, *, track: Track = silent) -> Card:
     """Write the finished tasks of a run to `config.output`, with a model card, and return what the card says.
-
-    Args:
-        folder: The run directory.
-        config: The form of the export and its place.
-        track: Shows progress.
 
     Raises:
         ValueError: If no task is finished, a file of the run is missing or damaged, the run cannot have this form, the
@@ -109,22 +103,28 @@ def _read(folder: Path, config: ExportConfig, track: Track) -> _Source:
     if directory.num_finished == 0:
         raise ValueError(f"{folder} has nothing to export: no task is finished; go on with the run first")
     run = config_of(directory)
-    records = [directory.record(index) for index in range(directory.num_finished)]
-    if not all(record.merged for record, _ in records):
+    tasks = []
+    for index, name in enumerate(directory.manifest["tasks"][: directory.num_finished]):
+        record, adapter = directory.record(index)
+        tasks.append(_Learned(name, adapter.parent.name, record, adapter))
+    if not all(task.record.merged for task in tasks):
         raise ValueError(
             f"{folder} was learned by {run.method}, whose updates depend on the input and stay beside the weights: no"
-            " plain model or adapter computes the same. Load it with keeplora.reopen, or run a method that merges"
+            " plain model or adapter computes the same. Load it with keeplora.runs.open.reopen, or run a method that"
+            " merges"
         )
-    if config.format != "merged" and all(record.adapter is None for record, _ in records):
+    if config.format != "merged" and all(task.record.adapter is None for task in tasks):
         raise ValueError(f"{folder} was learned by {run.method}, which leaves no adapter; use --format merged")
-    return _Source(directory, run, family_of(run.model).load(locate(run.model)), records, track)
+    place = locate(run.model)
+    base_name = str(Path(place).resolve()) if Path(place).is_dir() else place
+    return _Source(directory, run, family_of(run.model).load(place), base_name, tasks, track)
 
 
 def _write_merged(source: _Source, config: ExportConfig, part: Path) -> dict[str, Any]:
     """Write the base model with all updates merged."""
     run, model = source.config, source.base
-    for record, folder in source.track(source.records, "merging", len(source.records)):
-        model = model if record.adapter is None else lora.merge_from(model, folder)
+    for task, _ in source.track(source.adapters, "merging", len(source.adapters)):
+        model = lora.merge_from(model, task.folder)
     model = model.to(getattr(torch, config.dtype))
     _require_finite(model.state_dict(), config.dtype)
     family_of(run.model).save(model, locate(run.model), part)
@@ -133,8 +133,7 @@ def _write_merged(source: _Source, config: ExportConfig, part: Path) -> dict[str
 
 def _write_sum(source: _Source, config: ExportConfig, part: Path) -> dict[str, Any]:
     """Write the sum of all updates as one adapter, exact or cut to a rank."""
-    factors = summed([saved.factors() for saved in source.adapters().values()])
-    cut = None
+    factors, cut = summed([saved.factors() for _, saved in source.adapters]), None
     if config.rank is not None:
         factors, cut = cut_to(factors, config.rank, track=source.track)
     ranks = {name: len(a) for name, (a, _) in factors.items()}
@@ -147,10 +146,9 @@ def _write_sum(source: _Source, config: ExportConfig, part: Path) -> dict[str, A
 
 def _write_each(source: _Source, config: ExportConfig, part: Path) -> dict[str, Any]:
     """Write the adapter of each task as it was recorded."""
-    adapters = source.adapters()
-    for index, saved in adapters.items():
-        _write_adapter(source, config, saved, part / source.place(index))
-    return {"folders": {source.name(index): source.place(index) for index in adapters}}
+    for task, saved in source.adapters:
+        _write_adapter(source, config, saved, part / task.place)
+    return {"folders": {task.name: task.place for task, _ in source.adapters}}
 
 
 WRITERS: dict[str, Callable[[_Source, ExportConfig, Path], dict[str, Any]]] = {
@@ -177,26 +175,23 @@ def _require_finite(weights: dict[str, Tensor], dtype: str) -> None:
 
 def _write_heads(source: _Source, part: Path) -> dict[str, str]:
     """Write the tasks' own classifiers, with their class names and prompts; return the task and file of each."""
-    heads = {index: record.head for index, (record, _) in enumerate(source.records) if record.head}
-    if not heads:
-        return {}
-    (part / "heads").mkdir()
-    specs = {spec.name: spec for spec in source.config.stream}
-    for index, head in heads.items():
-        name, place = source.name(index), part / "heads" / source.place(index)
+    tasks = [task for task in source.tasks if task.record.head]
+    specs = {spec.name: spec for spec in source.config.stream} if tasks else {}
+    for name, place, record, _ in tasks:
         if name not in specs:
             raise ValueError(f"task {name!r} of the run is not in {source.config.benchmark} any more; put it back")
         classes = read_splits(specs[name], source.config.evaluation)[0].class_names
-        if len(classes) != len(head["weight"]):
+        if len(classes) != (num_classes := len(record.head["weight"])):
             raise ValueError(
-                f"task {name!r}: its data have {len(classes)} classes, its classifier {len(head['weight'])}; the data"
-                " were changed after the run, bring back those of the run"
+                f"task {name!r}: its data have {len(classes)} classes, its classifier {num_classes}; the data were"
+                " changed after the run, bring back those of the run"
             )
         prompts = [specs[name].template.replace("{}", label) for label in classes]
         values = {"task": name, "class_names": list(classes), "prompts": prompts}
-        place.with_name(place.name + ".json").write_text(json.dumps(values, indent=1) + "\n")
-        place.with_name(place.name + ".safetensors").write_bytes(save(head))
-    return {source.name(index): f"heads/{source.place(index)}" for index in heads}
+        (part / "heads").mkdir(exist_ok=True)
+        (part / "heads" / f"{place}.json").write_text(json.dumps(values, indent=1) + "\n")
+        (part / "heads" / f"{place}.safetensors").write_bytes(save(record.head))
+    return {task.name: f"heads/{task.place}" for task in tasks}
 
 
 def _card(source: _Source, config: ExportConfig, **found: Any) -> Card:
