@@ -73,7 +73,7 @@ def processes():
 
 def report_phases(pipe):
     """Send the name of every phase when it begins."""
-    phase, finish = Clock.phase, RunDirectory.commit_tasks
+    phase, finish = Clock.phase, RunDirectory.add_task
 
     def begun(self, name):
         pipe.send(name)
@@ -83,7 +83,7 @@ def report_phases(pipe):
         pipe.send("record")
         return finish(self, *args)
 
-    Clock.phase, RunDirectory.commit_tasks = begun, finished
+    Clock.phase, RunDirectory.add_task = begun, finished
 
 
 class Crash(BaseException):

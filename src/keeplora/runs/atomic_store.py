@@ -35,8 +35,7 @@ class Store:
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
         self.manifest = manifest
-        self._waiting: dict[str, str] = {}
-        self._leaving: set[str] = set()
+        self._next = dict(self.files)
 
     @property
     def files(self) -> dict[str, str]:
@@ -48,7 +47,7 @@ class Store:
         """Hand in a file for the next commit."""
         if is_main_process():
             write_through(self.folder / STAGED / name, content)
-            self._waiting[name] = sha256(content)
+            self._next[name] = hashlib.sha256(content).hexdigest()
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
         """Hand in a safetensors file for the next commit; the tensors are written from where they are."""
@@ -57,7 +56,7 @@ class Store:
             make_folder(place.parent)
             save_file({key: value.contiguous() for key, value in tensors.items()}, place, metadata)
             flush(place)
-            self._waiting[name] = sha256_of(place)
+            self._next[name] = sha256_of(place)
 
     def write_folder(self, name: str, save: Callable[[Path], None]) -> None:
         """Hand in a folder, to which `save` writes its files, for the next commit, in the place of the one there."""
@@ -68,24 +67,21 @@ class Store:
             save(place)
             flush(place)
             for path in (path for path in sorted(place.rglob("*")) if path.is_file()):
-                self._waiting[f"{name}/{path.relative_to(place).as_posix()}"] = sha256_of(path)
+                self._next[f"{name}/{path.relative_to(place).as_posix()}"] = sha256_of(path)
 
     def remove(self, prefix: str) -> None:
         """Hand in for the next commit that the files whose path begins so are to go."""
-        self._leaving |= {name for name in self.files if name.startswith(prefix)}
-        self._waiting = {name: digest for name, digest in self._waiting.items() if not name.startswith(prefix)}
+        self._next = {name: digest for name, digest in self._next.items() if not name.startswith(prefix)}
 
     def commit(self) -> None:
         """Let the manifest as it is now, and all that was handed in, take effect at once."""
-        kept = {name: digest for name, digest in self.files.items() if name not in self._leaving}
-        self.manifest["files"] = kept | self._waiting
+        before, self.manifest["files"] = self.files, dict(self._next)
         self.manifest.pop("leaving", None)
-        if leaving := sorted(self._leaving - self._waiting.keys()):
+        if leaving := sorted(before.keys() - self._next.keys()):
             self.manifest["leaving"] = leaving
         if is_main_process():
             write_atomically(self.folder / "run.json", manifest_bytes(self.manifest))
-            self._settle(self._waiting)
-        self._waiting, self._leaving = {}, set()
+            self._settle(name for name, digest in self._next.items() if digest != before.get(name))
 
     def recover(self) -> None:
         """Finish, or drop, what a crash left half done."""
@@ -96,7 +92,7 @@ class Store:
             remove(self.folder / "run.json.part")
 
     def _settle(self, arriving: Iterable[str]) -> None:
-        """Give the new files of the last commit their names, and remove those that leave, and what is staged else."""
+        """Give new files of the last commit their names, and remove those that leave, and whatever else is staged."""
         for name in arriving:
             rename(self.folder / STAGED / name, self.folder / name)
         for name in self.manifest.get("leaving", []):
@@ -105,13 +101,9 @@ class Store:
         remove(self.folder / STAGED)
 
     def read(self, name: str) -> bytes:
-        """Read a file and check its hash.
-
-        Raises:
-            ValueError: If it is missing or damaged; the message names it.
-        """
+        """Read a file and check its hash; ValueError names it if it is missing or damaged."""
         place = self._place_of(name)
-        if place.is_file() and sha256(content := place.read_bytes()) == self.files.get(name):
+        if place.is_file() and hashlib.sha256(content := place.read_bytes()).hexdigest() == self.files.get(name):
             return content
         raise ValueError("".join(self.damaged([name])) + CURE)
 
@@ -135,11 +127,6 @@ class Store:
         """Return where a file is: in a commit that is under way, it may not have its name yet."""
         staged = self.folder / STAGED / name
         return staged if staged.is_file() and sha256_of(staged) == self.files.get(name) else self.folder / name
-
-
-def sha256(content: bytes) -> str:
-    """Return the SHA-256 of some bytes in hexadecimal digits."""
-    return hashlib.sha256(content).hexdigest()
 
 
 def sha256_of(path: Path) -> str:
@@ -195,11 +182,7 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def made_whole(output: Path) -> Iterator[Path]:
-    """Give a folder to fill, and let it take its name when that is done: it is there as a whole or not at all.
-
-    Raises:
-        ValueError: If the output has something in it already, or is a file.
-    """
+    """Give a folder to fill, and let it take its name when that is done: it is there as a whole or not at all."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; give another --output")
     if output.exists() and any(output.iterdir()):

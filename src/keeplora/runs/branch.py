@@ -157,7 +157,7 @@ def _branch(source: RunDirectory, config: RunConfig, kept: list[int], origin: di
         method.protect(model)
         directory.manifest["origin"] = {"run": str(source.folder.resolve()), **origin}
         zero_shot = _scores(model, tasks, old["zero_shot"], columns, track)
-        directory.manifest |= {"model_digest": old["model_digest"], "zero_shot": zero_shot, "start": old["start"]}
+        directory.start(old["model_digest"], zero_shot, old["start"])
         for place, index in enumerate(track(kept, "merging", len(kept))):
             before, details = method.protected(), dict(source.tasks[index])
             record, adapter = source.record(index)
@@ -168,9 +168,8 @@ def _branch(source: RunDirectory, config: RunConfig, kept: list[int], origin: di
                 details["scores"] = evaluate(model, tasks, track=track)
                 certificate = certificates(before, method.protected(), updates_of(record, device))
                 details["certificate"] = {**certificate_to_json(certificate), "merge_error": None}
-            directory.copy_task(source, index, details)
-        save = partial(family_of(config.model).save, model, locate(config.model))
-        directory.commit_tasks(save if config.save_model and kept else None)
+            save = partial(family_of(config.model).save, model, locate(config.model))
+            directory.add_task(record, details, save if config.save_model and index == kept[-1] else None)
         return report(directory) if directory.is_complete else directory.results()
 
 

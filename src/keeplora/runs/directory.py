@@ -5,7 +5,7 @@ reader never sees half a task, and every file's SHA-256 stands in `run.json`, so
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -58,18 +58,20 @@ class RunDirectory(Store):
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         super().__init__(folder, manifest)
-        if self.num_finished or "zero_shot" in manifest:
-            self._require_scores(require(_Start, manifest, str(folder / "run.json")).zero_shot, "run.json")
         self.tasks: list[dict[str, Any]] = []
-        for name in (f"{self.task_folder(index)}/task.json" for index in range(self.num_finished)):
+        if self.num_finished or "zero_shot" in manifest:
+            self._require("run.json", _Start, manifest, "zero_shot")
+        for index in range(self.num_finished):
+            name = f"{task_folder(index, manifest['tasks'])}/task.json"
             self.tasks.append(read_json(self.read(name), folder / name))
-            self._require_scores(require(_Task, self.tasks[-1], str(folder / name)).scores, name)
+            self._require(name, _Task, self.tasks[-1], "scores")
 
-    def _require_scores(self, scores: list[float], name: str) -> None:
-        if len(scores) != (num_tasks := len(self.manifest["tasks"])):
-            raise ValueError(
-                f"{self.folder / name} is damaged or not of keeplora: it has {len(scores)} scores for {num_tasks} tasks"
-            )
+    def _require(self, name: str, form: type[Form], values: dict[str, Any], row: str) -> None:
+        """Check that a file has its form, and a score for each task."""
+        require(form, values, str(self.folder / name))
+        if (num_scores := len(values[row])) != (num_tasks := len(self.manifest["tasks"])):
+            place = f"{self.folder / name} is damaged or not of keeplora"
+            raise ValueError(f"{place}: it has {num_scores} scores for {num_tasks} tasks")
 
     @property
     def num_finished(self) -> int:
@@ -112,64 +114,54 @@ class RunDirectory(Store):
         self.commit()
 
     def add_task(self, record: TaskRecord, details: dict[str, Any], save_model: Save | None) -> None:
-        """Record the next task: its adapter, directions, head, certificate, scores and times; and the merged model.
+        """Commit the next finished task: its adapter, directions, head and `task.json`, the merged model, the scores.
 
         Args:
             record: What the method left behind.
-            details: What else `task.json` holds: `scores`, `phases`, `losses`.
+            details: What else `task.json` holds: `scores`, `phases`, `losses`; also a certificate, if it is not the
+                record's.
             save_model: Writes the merged model to a folder; None if it is the one that is there.
         """
-        folder = self.task_folder(self.num_finished)
+        folder = task_folder(self.num_finished, self.manifest["tasks"])
         if record.adapter is not None:
             for name, content in record.adapter.files().items():
                 self.write(f"{folder}/adapter/{name}", content)
         for name, tensors in (("subspace", record.directions), ("head", record.head), ("state", record.state)):
             if tensors:
                 self.write_tensors(f"{folder}/{name}.safetensors", tensors)
-        certificate = {**certificate_to_json(record.certificate), "merge_error": record.merge_error}
-        if record.surviving_gradient:
-            certificate["surviving_gradient"] = record.surviving_gradient
-        self.finish_task({**details, "certificate": certificate, "merged": record.merged})
-        self.commit_tasks(save_model)
-
-    def copy_task(self, other: "RunDirectory", index: int, details: dict[str, Any]) -> None:
-        """Hand in as the next task what a finished one of another run left, with a `task.json` of its own."""
-        folder = other.task_folder(index)
-        for name in other.files:
-            if name.startswith(f"{folder}/") and not name.endswith("/task.json"):
-                self.write(self.task_folder(self.num_finished) + name.removeprefix(folder), other.read(name))
-        self.finish_task(details)
-
-    def finish_task(self, details: dict[str, Any]) -> None:
-        """Hand in `task.json` of the next task, and count it as finished with the next commit."""
-        self.write_json(f"{self.task_folder(self.num_finished)}/task.json", details)
+        if "certificate" not in details:
+            certificate = {**certificate_to_json(record.certificate), "merge_error": record.merge_error}
+            if record.surviving_gradient:
+                certificate["surviving_gradient"] = record.surviving_gradient
+            details = {**details, "certificate": certificate, "merged": record.merged}
         self.tasks.append(details)
         self.manifest["tasks_finished"] += 1
-
-    def commit_tasks(self, save_model: Save | None) -> None:
-        """Commit the finished tasks that were handed in, with the merged model and the scores."""
         if save_model is not None:
             self.write_folder("model", save_model)
         self.remove(f"{UNFINISHED}/")
         self.manifest.pop("now", None)
         self.manifest["phase"] = "complete" if self.is_complete else "running"
-        self.write_json("metrics.json", self.results().to_json())
-        self.commit()
+        self._commit_scores([self.num_finished - 1])
 
     def widen(self, config: dict[str, Any], tasks: list[str], columns: list[list[float]]) -> None:
         """Let the run have more tasks, and commit the scores on them of every state so far, the untouched one first."""
         self.manifest |= {"config": config, "tasks": tasks, "phase": "running"}
         self.manifest["zero_shot"] = self.manifest["zero_shot"] + columns[0]
-        for index, (details, scores) in enumerate(zip(self.tasks, columns[1:], strict=True)):
+        for details, scores in zip(self.tasks, columns[1:], strict=True):
             details["scores"] = details["scores"] + scores
-            self.write_json(f"{self.task_folder(index)}/task.json", details)
         self.remove("report.html")
+        self._commit_scores(range(self.num_finished))
+
+    def _commit_scores(self, changed: Iterable[int]) -> None:
+        """Commit what was handed in, with `metrics.json` and the `task.json` of some tasks."""
+        for index in changed:
+            self.write_json(f"{task_folder(index, self.manifest['tasks'])}/task.json", self.tasks[index])
         self.write_json("metrics.json", self.results().to_json())
         self.commit()
 
     def record(self, index: int) -> tuple[TaskRecord, Path]:
-        """Read back what a finished task left, and the folder of its adapter; what is damaged is named."""
-        folder = self.task_folder(index)
+        """Read back what a finished task left, and the folder of its adapter; ValueError names a damaged file."""
+        folder = task_folder(index, self.manifest["tasks"])
         adapter, saved = self.folder / folder / "adapter", None
         if (weights := f"{folder}/adapter/{WEIGHTS_FILE}") in self.files:
             config = self.read(f"{folder}/adapter/{CONFIG_FILE}")
@@ -185,10 +177,6 @@ class RunDirectory(Store):
     def write_json(self, name: str, value: object) -> None:
         """Hand in a value as JSON for the next commit."""
         self.write(name, (json.dumps(value, indent=1) + "\n").encode())
-
-    def task_folder(self, index: int) -> str:
-        """Return the folder of a task."""
-        return task_folder(index, self.manifest["tasks"])
 
     def _tensors(self, name: str) -> dict[str, Any]:
         try:

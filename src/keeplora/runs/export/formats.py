@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from pydantic import PositiveInt
@@ -53,30 +53,24 @@ class ExportConfig(Config):
             raise ValueError(f"rank = {self.rank} is for format 'adapter'; leave it out for format {self.format!r}")
 
 
-class _Learned(NamedTuple):
-    """A finished task: its name, its folder's name, what it left, and the folder of its adapter."""
-
-    name: str
-    place: str
-    record: TaskRecord
-    folder: Path
-
-
 @dataclass(frozen=True)
 class _Source:
-    """A run that is read: its base model and its name, and its finished tasks."""
+    """A run that is read, its base model, and by name what each finished task left and the folder of its adapter."""
 
     directory: RunDirectory
     config: RunConfig
     base: nn.Module
     base_name: str
     """The hub name of the base model, or its absolute folder."""
-    tasks: list[_Learned]
+    records: dict[str, tuple[TaskRecord, Path]]
     track: Track
 
     @property
-    def adapters(self) -> list[tuple[_Learned, SavedAdapter]]:
-        return [(task, task.record.adapter) for task in self.tasks if task.record.adapter is not None]
+    def adapters(self) -> dict[str, SavedAdapter]:
+        return {name: record.adapter for name, (record, _) in self.records.items() if record.adapter is not None}
+
+    def place(self, name: str) -> str:
+        return self.records[name][1].parent.name
 
 
 def export_run(folder: Path, config: ExportConfig, *, track: Track = silent) -> Card:
@@ -103,28 +97,26 @@ def _read(folder: Path, config: ExportConfig, track: Track) -> _Source:
     if directory.num_finished == 0:
         raise ValueError(f"{folder} has nothing to export: no task is finished; go on with the run first")
     run = config_of(directory)
-    tasks = []
-    for index, name in enumerate(directory.manifest["tasks"][: directory.num_finished]):
-        record, adapter = directory.record(index)
-        tasks.append(_Learned(name, adapter.parent.name, record, adapter))
-    if not all(task.record.merged for task in tasks):
+    finished = directory.manifest["tasks"][: directory.num_finished]
+    records = {name: directory.record(index) for index, name in enumerate(finished)}
+    if not all(record.merged for record, _ in records.values()):
         raise ValueError(
             f"{folder} was learned by {run.method}, whose updates depend on the input and stay beside the weights: no"
             " plain model or adapter computes the same. Load it with keeplora.runs.open.reopen, or run a method that"
             " merges"
         )
-    if config.format != "merged" and all(task.record.adapter is None for task in tasks):
+    if config.format != "merged" and all(record.adapter is None for record, _ in records.values()):
         raise ValueError(f"{folder} was learned by {run.method}, which leaves no adapter; use --format merged")
     place = locate(run.model)
     base_name = str(Path(place).resolve()) if Path(place).is_dir() else place
-    return _Source(directory, run, family_of(run.model).load(place), base_name, tasks, track)
+    return _Source(directory, run, family_of(run.model).load(place), base_name, records, track)
 
 
 def _write_merged(source: _Source, config: ExportConfig, part: Path) -> dict[str, Any]:
     """Write the base model with all updates merged."""
     run, model = source.config, source.base
-    for task, _ in source.track(source.adapters, "merging", len(source.adapters)):
-        model = lora.merge_from(model, task.folder)
+    for name in source.track(source.adapters, "merging", len(source.adapters)):
+        model = lora.merge_from(model, source.records[name][1])
     model = model.to(getattr(torch, config.dtype))
     _require_finite(model.state_dict(), config.dtype)
     family_of(run.model).save(model, locate(run.model), part)
@@ -133,7 +125,7 @@ def _write_merged(source: _Source, config: ExportConfig, part: Path) -> dict[str
 
 def _write_sum(source: _Source, config: ExportConfig, part: Path) -> dict[str, Any]:
     """Write the sum of all updates as one adapter, exact or cut to a rank."""
-    factors, cut = summed([saved.factors() for _, saved in source.adapters]), None
+    factors, cut = summed([saved.factors() for saved in source.adapters.values()]), None
     if config.rank is not None:
         factors, cut = cut_to(factors, config.rank, track=source.track)
     ranks = {name: len(a) for name, (a, _) in factors.items()}
@@ -146,9 +138,9 @@ def _write_sum(source: _Source, config: ExportConfig, part: Path) -> dict[str, A
 
 def _write_each(source: _Source, config: ExportConfig, part: Path) -> dict[str, Any]:
     """Write the adapter of each task as it was recorded."""
-    for task, saved in source.adapters:
-        _write_adapter(source, config, saved, part / task.place)
-    return {"folders": {task.name: task.place for task, _ in source.adapters}}
+    for name, saved in source.adapters.items():
+        _write_adapter(source, config, saved, part / source.place(name))
+    return {"folders": {name: source.place(name) for name in source.adapters}}
 
 
 WRITERS: dict[str, Callable[[_Source, ExportConfig, Path], dict[str, Any]]] = {
@@ -175,13 +167,14 @@ def _require_finite(weights: dict[str, Tensor], dtype: str) -> None:
 
 def _write_heads(source: _Source, part: Path) -> dict[str, str]:
     """Write the tasks' own classifiers, with their class names and prompts; return the task and file of each."""
-    tasks = [task for task in source.tasks if task.record.head]
-    specs = {spec.name: spec for spec in source.config.stream} if tasks else {}
-    for name, place, record, _ in tasks:
+    heads = {name: record.head for name, (record, _) in source.records.items() if record.head}
+    files = {name: f"heads/{source.place(name)}" for name in heads}
+    specs = {spec.name: spec for spec in source.config.stream} if heads else {}
+    for name, head in heads.items():
         if name not in specs:
             raise ValueError(f"task {name!r} of the run is not in {source.config.benchmark} any more; put it back")
         classes = read_splits(specs[name], source.config.evaluation)[0].class_names
-        if len(classes) != (num_classes := len(record.head["weight"])):
+        if len(classes) != (num_classes := len(head["weight"])):
             raise ValueError(
                 f"task {name!r}: its data have {len(classes)} classes, its classifier {num_classes}; the data were"
                 " changed after the run, bring back those of the run"
@@ -189,9 +182,9 @@ def _write_heads(source: _Source, part: Path) -> dict[str, str]:
         prompts = [specs[name].template.replace("{}", label) for label in classes]
         values = {"task": name, "class_names": list(classes), "prompts": prompts}
         (part / "heads").mkdir(exist_ok=True)
-        (part / "heads" / f"{place}.json").write_text(json.dumps(values, indent=1) + "\n")
-        (part / "heads" / f"{place}.safetensors").write_bytes(save(record.head))
-    return {task.name: f"heads/{task.place}" for task in tasks}
+        (part / f"{files[name]}.json").write_text(json.dumps(values, indent=1) + "\n")
+        (part / f"{files[name]}.safetensors").write_bytes(save(head))
+    return files
 
 
 def _card(source: _Source, config: ExportConfig, **found: Any) -> Card:
