@@ -25,19 +25,14 @@ from keeplora.runs.verify import updates_of
 from keeplora.subspace.certificate import certificate_to_json, certificates
 from keeplora.training.trainer import best_device
 
-OF_THE_STREAM = ("model", "evaluation")
-"""Settings that a fork cannot change, beside the method and some of its options."""
-
 
 def undo(folder: Path, task: str, output: Path, *, track: Track = silent) -> Results:
     """Make a run directory that is another one without one of its finished tasks, and return its scores.
 
     The model is made from the base model and the updates of the other tasks, in float32; what the task protected is
     protected no longer; states that the run never had are evaluated. Without the last task, all is exactly as if it had
-    not been learned. The old run directory stays as it is.
-
-    Raises:
-        ValueError: If the task is not finished, later ones depend on it, or a file is missing or damaged.
+    not been learned. The old run directory stays as it is. ValueError says that the task is not finished, later ones
+    depend on it, or a file is missing or damaged.
     """
     source = read_run(folder)
     finished = source.manifest["tasks"][: source.num_finished]
@@ -61,17 +56,14 @@ def undo(folder: Path, task: str, output: Path, *, track: Track = silent) -> Res
 def fork(folder: Path, config: RunConfig, *, track: Track = silent) -> Results:
     """Make a run directory that begins with the finished tasks of another one; `run(config)` goes on with it.
 
-    The model, the method and the finished tasks must be those of the run; the old run directory stays as it is.
-
-    Raises:
-        ValueError: If something differs that would not fit to the finished tasks, no task is finished or none is left
-            to learn, or a file is missing or damaged.
+    The old run directory stays as it is. ValueError says that something differs that would not fit the finished tasks,
+    no task is finished or none is left to learn, or a file is missing or damaged.
     """
     source = read_run(folder)
     if source.num_finished == 0:
         raise ValueError(f"{folder} has no finished task yet: a fork would be a new run; start one without --fork")
     before, fixed = config_of(source), find_method(config.method)[0].fixed
-    different = [name for name in OF_THE_STREAM if getattr(before, name) != getattr(config, name)]
+    different = [name for name in ("model", "evaluation") if getattr(before, name) != getattr(config, name)]
     if method_behind(before.method) != method_behind(config.method):
         different.append("method")
     else:
@@ -95,11 +87,8 @@ def continued(folder: Path, benchmark: str) -> RunConfig:
     """Return the configuration of a run that goes on with the tasks of another benchmark behind its own.
 
     `run(config, extend=True)` learns them. The states that the run had before are evaluated on them too, so that the
-    run ends as if it had had all tasks from the beginning.
-
-    Raises:
-        ValueError: If the run is not complete, the benchmark has nothing new, or the method does not learn task by
-            task.
+    run ends as if it had had all tasks from the beginning. ValueError says that the run is not complete, the benchmark
+    has nothing new, or the method does not learn task by task.
     """
     source = read_run(folder)
     config = config_of(source)
@@ -122,11 +111,7 @@ def continued(folder: Path, benchmark: str) -> RunConfig:
 
 
 def with_more(folder: Path, given: RunConfig) -> RunConfig:
-    """Return what `continued` does, given a run's own settings but with the benchmark whose tasks are to follow.
-
-    Raises:
-        ValueError: If other settings than those of the run are given, beside what `continued` raises.
-    """
+    """Return what `continued` does, given a run's own settings (others are a ValueError) and the further benchmark."""
     before = config_of(read_run(folder))
     own = replace(given, benchmark=before.benchmark)
     different = differences(plain_values(before), plain_values(own))

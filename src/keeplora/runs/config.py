@@ -17,12 +17,6 @@ from keeplora.methods.registry import find_method, known_methods, method_behind
 from keeplora.models.registry import EMBEDDED
 from keeplora.training.trainer import TrainConfig
 
-MOST_ORDERS = 99_999
-"""The highest number of an order; each needs all before it, to be another one."""
-
-NOT_PART_OF_A_RUN = ("output", "checkpoint_steps", "checkpoint_minutes", "sources")
-"""Settings that do not change what a run learns: it may be resumed with others."""
-
 Sourced = tuple[str, Mapping[str, Any]]
 """Where settings come from, and the settings: those of a run, and the tables `train` and `options`."""
 
@@ -43,7 +37,7 @@ class RunConfig(Config):
     """The run directory; a run that is there is resumed after its last completed phase."""
     evaluation: Literal["test", "validation"] = "test"
     """The split to evaluate on; choose settings on validation."""
-    order: Annotated[int, Field(ge=0, le=MOST_ORDERS)] = 0
+    order: Annotated[int, Field(ge=0, lt=100_000)] = 0  # Each needs all before it, to be another one.
     """Order of the tasks: 0 for the benchmark's own, k for the k-th random one, each another than those before."""
     first_tasks: PositiveInt | None = None
     """Learn only this many tasks of the benchmark, the first ones of the stream."""
@@ -102,10 +96,7 @@ def resolve(*given: Sourced) -> RunConfig:
     """Return a run's settings: those given, before the benchmark's, before the method's, before the library's.
 
     Of those given, the first ones go before the others: those of the command line, say, before those of a file.
-
-    Raises:
-        ValueError: If the benchmark or the method is unknown, a value is wrong, or settings contradict each other; the
-            message names where each came from.
+    ValueError names what is unknown, wrong, or a contradiction, and where it came from.
     """
     names = {"benchmark": RunConfig.benchmark, "method": RunConfig.method}
     for source, table in reversed(given):
@@ -119,8 +110,7 @@ def resolve(*given: Sourced) -> RunConfig:
 def settle(tables: list[Sourced]) -> RunConfig:
     """Make a run's settings of tables: of each setting, the first table that has it decides.
 
-    Raises:
-        ValueError: If a value is wrong, or contradicts what makes the method's variant; the message names its source.
+    ValueError names the source of a value that is wrong, or contradicts what makes the method's variant.
     """
     method = next((table["method"] for _, table in tables if "method" in table), RunConfig.method)
     kind, variant = find_method(method)
@@ -174,7 +164,7 @@ def _defaults_of(benchmark: str, method: str) -> list[Sourced]:
 def plain_values(config: RunConfig) -> dict[str, Any]:
     """Return as JSON values what a run is, its tasks included; where and how often it is written is no part of it."""
     values = dataclasses.asdict(config)
-    for key in NOT_PART_OF_A_RUN:
+    for key in ("output", "checkpoint_steps", "checkpoint_minutes", "sources"):
         del values[key]
     values |= {"benchmark": absolute(config.benchmark), "more": [absolute(name) for name in config.more]}
     if Path(config.model).is_dir() and config.model not in EMBEDDED:

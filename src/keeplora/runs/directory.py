@@ -26,9 +26,6 @@ from keeplora.training.state_file import aligned
 UNFINISHED = "unfinished"
 """Folder of what the task that is being learned has finished so far."""
 
-Save = Callable[[Path], None]
-"""Writes the merged model to a folder."""
-
 
 class _Measured(Form):
     seconds: FiniteFloat
@@ -113,14 +110,11 @@ class RunDirectory(Store):
         self.manifest |= {"model_digest": model_digest, "zero_shot": zero_shot, "start": phases}
         self.commit()
 
-    def add_task(self, record: TaskRecord, details: dict[str, Any], save_model: Save | None) -> None:
+    def add_task(self, record: TaskRecord, details: dict[str, Any], save_model: Callable[[Path], None] | None) -> None:
         """Commit the next finished task: its adapter, directions, head and `task.json`, the merged model, the scores.
 
-        Args:
-            record: What the method left behind.
-            details: What else `task.json` holds: `scores`, `phases`, `losses`; also a certificate, if it is not the
-                record's.
-            save_model: Writes the merged model to a folder; None if it is the one that is there.
+        `details` is what else `task.json` holds (`scores`, `phases`, `losses`), and its certificate if that is not the
+        record's. `save_model` writes the merged model to a folder; None if it is the one that is there.
         """
         folder = task_folder(self.num_finished, self.manifest["tasks"])
         if record.adapter is not None:

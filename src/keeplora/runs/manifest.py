@@ -56,11 +56,7 @@ def new_manifest(config: dict[str, Any], tasks: list[str], sources: dict[str, st
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read `run.json`.
-
-    Raises:
-        ValueError: If the folder holds no run, or one of another format, or the file is damaged or was changed.
-    """
+    """Read `run.json`; ValueError says that there is none, it is of another format, or damaged, or was changed."""
     path = folder / "run.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no run: there is no {path}")
@@ -95,11 +91,7 @@ def manifest_bytes(manifest: dict[str, Any]) -> bytes:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep a second process out; the operating system drops the lock when its owner ends, however it ends.
-
-    Raises:
-        InUseError: If another process has the lock.
-    """
+    """Keep a second process out, by an `InUseError`; the operating system drops the lock when its owner ends."""
     path = folder / "lock"
     lock = FileLock(path, timeout=0)
     try:

@@ -85,11 +85,7 @@ def read_run(folder: Path) -> RunDirectory:
 
 
 def settled_manifest(folder: Path) -> dict[str, Any]:
-    """Read `run.json`; what a crash left half written is put in order first.
-
-    Raises:
-        ValueError: If the folder holds no run, or a symbolic link, or `run.json` is damaged.
-    """
+    """Read `run.json`; what a crash left half written is put in order first."""
     require_no_links(folder)
     manifest = read_manifest(folder)
     if not (folder / STAGED).exists():
@@ -108,10 +104,8 @@ def reopen(
 ) -> tuple[RunDirectory, nn.Module, list[StreamTask]]:
     """Load what a run left: its directory, its model after the last finished task, and its tasks in their order.
 
-    Its tasks evaluate on `split`, or on the run's own if none is given.
-
-    Raises:
-        ValueError: If no task is finished, the model was not saved, or a file is missing or damaged.
+    Its tasks evaluate on `split`, or on the run's own if none is given. ValueError says that no task is finished, the
+    model was not saved, or a file is missing or damaged.
     """
     directory = read_run(folder)
     if directory.num_finished == 0:
@@ -143,12 +137,9 @@ class _Settings(Form):
     benchmark: str
     model: str
     method: str
-    seed: int
-    evaluation: Literal["test", "validation"]
     more: list[str]
     tasks: dict[str, dict[str, Any]]
     train: dict[str, Any]
-    options: dict[str, Any]
 
 
 def settings_of_run(directory: RunDirectory) -> Sourced:

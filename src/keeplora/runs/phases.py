@@ -20,8 +20,6 @@ from keeplora.training.profiling import Clock
 from keeplora.training.random_state import capture_random, restore_random
 from keeplora.training.state_file import State, from_bytes, pack
 
-TRAINING = "train"
-
 
 class TaskPhases:
     """Keeps what one task has finished so far in the run directory; `clock` measures its phases over all attempts.
@@ -68,11 +66,11 @@ class TaskPhases:
 
     def checkpoints(self, steps: int | None, seconds: float) -> Checkpoints:
         """Return the last checkpoint of training, and how further ones are put into the run directory."""
-        return Checkpoints(self._read(TRAINING), self._keep, steps, seconds, self.generators)
+        return Checkpoints(self._read("train"), self._keep, steps, seconds, self.generators)
 
     def _keep(self, state: State) -> None:
         """Put a checkpoint in the place of the one before it."""
-        self._write(TRAINING, state)
+        self._write("train", state)
 
     def _write(self, phase: str, state: State) -> None:
         self.directory.write_tensors(f"{UNFINISHED}/{phase}.safetensors", *pack(state))

@@ -103,10 +103,8 @@ class Proof:
 def certify(folder: Path, *, track: Track = silent) -> Proof:
     """Check a run directory against its own files and the base model that it names; the run itself is not changed.
 
-    Of a run that is not complete, the finished tasks are checked.
-
-    Raises:
-        ValueError: If the folder holds no run, or `run.json` itself is damaged.
+    Of a run that is not complete, the finished tasks are checked. ValueError says that there is no run, or that
+    `run.json` itself is damaged.
     """
     manifest = settled_manifest(folder)
     files, finished = manifest["files"], manifest["tasks"][: manifest["tasks_finished"]]
@@ -145,7 +143,8 @@ def _replay(proof: Proof, directory: RunDirectory, finished: list[str], track: T
         details = directory.tasks[index]
         if details["name"] != finished[index]:
             proof.breaches.append(f"task {finished[index]!r}: its task.json is that of {details['name']!r}")
-        if not replay.take(finished[index], directory, index):
+        replay.take(finished[index], directory, index)
+        if len(proof.tasks) == index:
             break
     place = proof.folder / "model"
     if len(proof.tasks) < len(finished):
@@ -172,26 +171,23 @@ class _Replay:
         self.original = {name: value.detach().clone() for name, value in model.state_dict().items()}
         method.protect(model)
 
-    def take(self, name: str, directory: RunDirectory, index: int) -> bool:
-        """Measure the next task's update, merge it, and take up its directions; say whether that could be done."""
-        layers: dict[str, LayerCertificate] | None = None
+    def take(self, name: str, directory: RunDirectory, index: int) -> None:
+        """Measure the next task's update, merge it, and take up its directions; add its proof if that can be done."""
         try:
             record, folder = directory.record(index)
-            updates = updates_of(record, device_of(self.model))
-            before = self.method.protected()
-            found = self._misfits(updates, record.directions, before)
-            if not found:
-                found = self._merge(record, folder, updates)
-                layers = certificates(before, self.method.protected(), updates)
-                found += breaches_of(layers, self.method.leak_allowed)
-                found += contradictions(directory.tasks[index]["certificate"], layers)
+            updates, before = updates_of(record, device_of(self.model)), self.method.protected()
+            if misfits := self._misfits(updates, record.directions, before):
+                self.proof.breaches += [f"task {name!r}: {misfit}" for misfit in misfits]
+                return
+            found = self._merge(record, folder, updates)
+            layers = certificates(before, self.method.protected(), updates)
+            found += breaches_of(layers, self.method.leak_allowed)
+            found += contradictions(directory.tasks[index]["certificate"], layers)
         except UNREPLAYABLE as error:
             self.proof.breaches.append(f"task {name!r} cannot be checked: {type(error).__name__}: {error}")
-            return False
+            return
         self.proof.breaches += [f"task {name!r}: {text}" for text in found]
-        if layers is not None:
-            self.proof.tasks.append(TaskProof(name, layers))
-        return layers is not None
+        self.proof.tasks.append(TaskProof(name, layers))
 
     def _misfits(self, updates: Updates, directions: dict[str, Tensor], bases: dict[str, Tensor]) -> list[str]:
         """Say what is wrong with the form of a task's files, so that nothing of them can be measured."""
@@ -235,31 +231,28 @@ class _Replay:
     def compare(self, saved: nn.Module) -> None:
         """Compare a run's merged model with the replayed one, and what no task changes with the base model."""
         replayed, found = self.model.state_dict(), saved.to(device_of(self.model)).state_dict()
-        self._breach(sorted(replayed.keys() ^ found.keys()), "parameters are missing or too many")
         shared = [name for name in replayed if name in found]
         misshapen = [name for name in shared if replayed[name].shape != found[name].shape]
-        self._breach(misshapen, "parameters have another shape")
-        if misshapen:
-            self.proof.merge_error = float("inf")
-            return
-        errors = {name: _largest_difference(replayed[name], found[name]) for name in shared}
-        still = [name for name in shared if name.removesuffix(".weight") not in self.adapted]
+        compared = [] if misshapen else shared
+        errors = {name: _largest_difference(replayed[name], found[name]) for name in compared}
+        still = [name for name in compared if name.removesuffix(".weight") not in self.adapted]
         touched = [name for name in still if not torch.equal(found[name], self.original[name])]
-        self._breach(touched, "parameters that no task changes are not the base model's")
-        allowed = {name: ROUNDINGS * max(1, self.num_merged) * _eps(replayed[name]) for name in shared}
-        wrong = [name for name in shared if name not in touched and not errors[name] <= allowed[name]]
+        for names, what in (
+            (sorted(replayed.keys() ^ found.keys()), "parameters are missing or too many"),
+            (misshapen, "parameters have another shape"),
+            (touched, "parameters that no task changes are not the base model's"),
+        ):
+            if names:
+                self.proof.breaches.append(f"model/: {len(names)} {what}, {names[0]} first")
+        allowed = {name: ROUNDINGS * max(1, self.num_merged) * _eps(replayed[name]) for name in compared}
+        wrong = [name for name in compared if name not in touched and not errors[name] <= allowed[name]]
         if wrong:
             worst = max(wrong, key=lambda name: errors[name])
+            text = f"{worst} differs by {errors[worst]:.2g}"
             self.proof.breaches.append(
-                f"model/: {len(wrong)} weights are not the base model's with all updates; {worst} differs by"
-                f" {errors[worst]:.2g}"
+                f"model/: {len(wrong)} weights are not the base model's with all updates; {text}"
             )
-        self.proof.merge_error = max(errors.values(), default=0.0)
-
-    def _breach(self, names: list[str], what: str) -> None:
-        """Note a breach of the merged model, if there is a parameter that it concerns."""
-        if names:
-            self.proof.breaches.append(f"model/: {len(names)} {what}, {names[0]} first")
+        self.proof.merge_error = float("inf") if misshapen else max(errors.values(), default=0.0)
 
     def _weight(self, layer: str) -> Tensor:
         return self.model.get_parameter(f"{layer}.weight").detach()

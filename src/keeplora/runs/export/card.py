@@ -52,16 +52,11 @@ def render_card(card: Card) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"cell": _cell, "literal": lambda value: json.dumps(value, ensure_ascii=False)}
-    summary = {name: card.results.summary()[key] for key, name in METRIC_NAMES.items()}
+    environment.filters["literal"] = lambda value: json.dumps(value, ensure_ascii=False)
     return environment.get_template("card.md.j2").render(
         **vars(card),
         names=card.names,
         is_on_hub=not Path(card.base).is_absolute(),
-        summary=", ".join(f"{name} {value:.1f}" for name, value in summary.items() if value is not None),
+        metric_names=METRIC_NAMES,
+        summary=card.results.summary(),
     )
-
-
-def _cell(value: object) -> str:
-    """Return a value as text that stays inside its cell of a table."""
-    return str(value).replace("|", "\\|").replace("\n", " ")

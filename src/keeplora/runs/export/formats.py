@@ -76,9 +76,8 @@ class _Source:
 def export_run(folder: Path, config: ExportConfig, *, track: Track = silent) -> Card:
     """Write the finished tasks of a run to `config.output`, with a model card, and return what the card says.
 
-    Raises:
-        ValueError: If no task is finished, a file of the run is missing or damaged, the run cannot have this form, the
-            output is not empty, or a weight is too large for the precision.
+    ValueError says that no task is finished, a file is missing or damaged, the run cannot have this form, the output is
+    not empty, or a weight is too large for the precision.
     """
     source = _read(folder, config, track)
     with made_whole(config.output) as part:
