@@ -30,18 +30,13 @@ CURE = (
 
 
 class Store:
-    """Reads and writes the files that a manifest lists."""
+    """Reads and writes the files that a manifest lists; `files` are those of the last commit, with their SHA-256."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
         self.manifest = manifest
+        self.files: dict[str, str] = manifest["files"]
         self._next = dict(self.files)
-
-    @property
-    def files(self) -> dict[str, str]:
-        """The SHA-256 of every file by its path below the folder, after the last commit."""
-        files: dict[str, str] = self.manifest["files"]
-        return files
 
     def write(self, name: str, content: bytes) -> None:
         """Hand in a file for the next commit."""
@@ -75,7 +70,8 @@ class Store:
 
     def commit(self) -> None:
         """Let the manifest as it is now, and all that was handed in, take effect at once."""
-        before, self.manifest["files"] = self.files, dict(self._next)
+        before, self.files = self.files, dict(self._next)
+        self.manifest["files"] = self.files
         self.manifest.pop("leaving", None)
         if leaving := sorted(before.keys() - self._next.keys()):
             self.manifest["leaving"] = leaving
@@ -106,11 +102,6 @@ class Store:
         if place.is_file() and hashlib.sha256(content := place.read_bytes()).hexdigest() == self.files.get(name):
             return content
         raise ValueError("".join(self.damaged([name])) + CURE)
-
-    def require_intact(self, names: Iterable[str] | None = None) -> None:
-        """Raise what `read` does if one of these files, or of all, is missing or damaged; it takes none into memory."""
-        if flaws := self.damaged(names):
-            raise ValueError(flaws[0] + CURE)
 
     def damaged(self, names: Iterable[str] | None = None) -> list[str]:
         """Return a message for each of these files, or of all, that is missing or damaged; it names the file."""
@@ -146,8 +137,7 @@ def write_through(path: Path, content: bytes) -> None:
     """Write a file, in a new folder if need be, and wait until it and its name are on the disk itself."""
     make_folder(path.parent)
     path.write_bytes(content)
-    _sync(path)
-    _sync(path.parent)
+    flush(path)
 
 
 def make_folder(folder: Path) -> None:
@@ -159,7 +149,7 @@ def make_folder(folder: Path) -> None:
 
 
 def flush(place: Path) -> None:
-    """Wait until what another library wrote, a file or a folder with all in it, is on the disk itself."""
+    """Wait until a file, or a folder with all that is in it, is on the disk itself."""
     for path in (*sorted(place.rglob("*")), place, place.parent):
         _sync(path)
 

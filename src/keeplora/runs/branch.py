@@ -1,7 +1,6 @@
 """New runs from the tasks of another: one without a task, one that goes on with other settings; and a longer one."""
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from keeplora.evaluation.accuracy_matrix import Results
 from keeplora.evaluation.evaluate import evaluate
 from keeplora.methods.registry import find_method, method_behind
 from keeplora.models.interfaces import StreamTask
-from keeplora.models.registry import family_of, locate
 from keeplora.progress import Track, silent
 from keeplora.runs.atomic_store import made_whole
 from keeplora.runs.config import RunConfig, plain_values
@@ -134,7 +132,7 @@ def _branch(source: RunDirectory, config: RunConfig, kept: list[int], origin: di
     values, old = plain_values(config), source.manifest
     tables, names = old["config"]["tasks"], list(values["tasks"])
     columns = {name: place for place, name in enumerate(old["tasks"]) if tables[name] == values["tasks"].get(name)}
-    with made_whole(config.output) as part, open_run(part, values, names, sources=config.all_sources) as directory:
+    with made_whole(config.output) as part, open_run(part, values, names, settings=config.settings) as directory:
         model, tasks = open_stream(config, track)
         require_same_model(model, config, source)
         method = find_method(config.method)[0](config.options, seed=config.seed, track=track)
@@ -153,8 +151,7 @@ def _branch(source: RunDirectory, config: RunConfig, kept: list[int], origin: di
                 details["scores"] = evaluate(model, tasks, track=track)
                 certificate = certificates(before, method.protected(), updates_of(record, device))
                 details["certificate"] = {**certificate_to_json(certificate), "merge_error": None}
-            save = partial(family_of(config.model).save, model, locate(config.model))
-            directory.add_task(record, details, save if config.save_model and index == kept[-1] else None)
+            directory.add_task(record, details, model if config.save_model and index == kept[-1] else None)
         return report(directory) if directory.is_complete else directory.results()
 
 

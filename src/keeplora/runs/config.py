@@ -86,11 +86,6 @@ class RunConfig(Config):
             for name, value in _by_name(self).items()
         }
 
-    @property
-    def all_sources(self) -> dict[str, str]:
-        """Where every setting came from, by its dotted name."""
-        return {name: source for name, (_, source) in self.settings.items()}
-
 
 def resolve(*given: Sourced) -> RunConfig:
     """Return a run's settings: those given, before the benchmark's, before the method's, before the library's.

@@ -5,18 +5,21 @@ reader never sees half a task, and every file's SHA-256 stands in `run.json`, so
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import FiniteFloat
 from safetensors import SafetensorError
 from safetensors.torch import load
+from torch import nn
 
 from keeplora.config import read_json, require
 from keeplora.evaluation.accuracy_matrix import Results
 from keeplora.layers.lora import CONFIG_FILE, WEIGHTS_FILE, SavedAdapter
 from keeplora.methods.task_record import TaskRecord
+from keeplora.models.registry import family_of, locate
 from keeplora.runs.atomic_store import Store
 from keeplora.runs.manifest import Form
 from keeplora.subspace.certificate import certificate_to_json
@@ -80,11 +83,6 @@ class RunDirectory(Store):
         """Whether every task is finished."""
         return self.num_finished == len(self.manifest["tasks"])
 
-    @property
-    def scores(self) -> list[float]:
-        """The scores on every task after the last finished one, or those of the untouched model."""
-        return list(self.tasks[-1]["scores"] if self.tasks else self.manifest["zero_shot"])
-
     def results(self) -> Results:
         """Return the scores so far, from the files."""
         config = self.manifest["config"]
@@ -110,11 +108,11 @@ class RunDirectory(Store):
         self.manifest |= {"model_digest": model_digest, "zero_shot": zero_shot, "start": phases}
         self.commit()
 
-    def add_task(self, record: TaskRecord, details: dict[str, Any], save_model: Callable[[Path], None] | None) -> None:
+    def add_task(self, record: TaskRecord, details: dict[str, Any], model: nn.Module | None) -> None:
         """Commit the next finished task: its adapter, directions, head and `task.json`, the merged model, the scores.
 
         `details` is what else `task.json` holds (`scores`, `phases`, `losses`), and its certificate if that is not the
-        record's. `save_model` writes the merged model to a folder; None if it is the one that is there.
+        record's. `model` is the merged model; None if it is the one that is there, or none is to be written.
         """
         folder = task_folder(self.num_finished, self.manifest["tasks"])
         if record.adapter is not None:
@@ -130,8 +128,9 @@ class RunDirectory(Store):
             details = {**details, "certificate": certificate, "merged": record.merged}
         self.tasks.append(details)
         self.manifest["tasks_finished"] += 1
-        if save_model is not None:
-            self.write_folder("model", save_model)
+        if model is not None:
+            name = self.manifest["config"]["model"]
+            self.write_folder("model", partial(family_of(name).save, model, locate(name)))
         self.remove(f"{UNFINISHED}/")
         self.manifest.pop("now", None)
         self.manifest["phase"] = "complete" if self.is_complete else "running"
@@ -148,9 +147,10 @@ class RunDirectory(Store):
 
     def _commit_scores(self, changed: Iterable[int]) -> None:
         """Commit what was handed in, with `metrics.json` and the `task.json` of some tasks."""
-        for index in changed:
-            self.write_json(f"{task_folder(index, self.manifest['tasks'])}/task.json", self.tasks[index])
-        self.write_json("metrics.json", self.results().to_json())
+        folders = {index: task_folder(index, self.manifest["tasks"]) for index in changed}
+        files = {f"{folder}/task.json": self.tasks[index] for index, folder in folders.items()}
+        for name, value in (files | {"metrics.json": self.results().to_json()}).items():
+            self.write(name, (json.dumps(value, indent=1) + "\n").encode())
         self.commit()
 
     def record(self, index: int) -> tuple[TaskRecord, Path]:
@@ -167,10 +167,6 @@ class RunDirectory(Store):
             state=self._tensors(f"{folder}/state.safetensors"),
             merged=self.tasks[index].get("merged", True),
         ), adapter
-
-    def write_json(self, name: str, value: object) -> None:
-        """Hand in a value as JSON for the next commit."""
-        self.write(name, (json.dumps(value, indent=1) + "\n").encode())
 
     def _tensors(self, name: str) -> dict[str, Any]:
         try:

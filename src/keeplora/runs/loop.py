@@ -6,7 +6,6 @@ off resumes after the last completed one, and gives the same bytes as an uninter
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +20,6 @@ from keeplora.methods.base import Method, Step
 from keeplora.methods.registry import find_method
 from keeplora.methods.task_record import TaskRecord
 from keeplora.models.interfaces import StreamTask
-from keeplora.models.registry import family_of, locate
 from keeplora.progress import Track, silent
 from keeplora.report.html import page
 from keeplora.runs.config import RunConfig, plain_values
@@ -52,7 +50,7 @@ def run(
     """
     best_device()  # Processes must have met before the run directory is opened: only the first one writes to it.
     values = plain_values(config)
-    with open_run(config.output, values, list(values["tasks"]), sources=config.all_sources, extend=extend) as directory:
+    with open_run(config.output, values, list(values["tasks"]), settings=config.settings, extend=extend) as directory:
         if directory.num_finished < len(values["tasks"]):
             learn(config, directory, track, watch)
         return report(directory)
@@ -73,7 +71,7 @@ def learn(config: RunConfig, directory: RunDirectory, track: Track, watch: Watch
     method = find_method(config.method)[0](config.options, seed=config.seed, track=track)
     scheduled = method.schedule(tasks)
     model = catch_up(model, method, tasks, config, directory, track)
-    watch(directory.results())
+    watch(results := directory.results())
     for index in range(directory.num_finished, len(tasks)):
         task, training_task = tasks[index], scheduled[index]
         seed_everything(config.seed + 1000 * index)
@@ -90,14 +88,15 @@ def learn(config: RunConfig, directory: RunDirectory, track: Track, watch: Watch
             with phases.clock.phase("merge"):
                 model = method.after_task(adapted, training_task)
             is_new = method.record.adapter is not None  # Otherwise the method left the model as it was.
-            scores = evaluate_once(model, tasks, phases, track) if is_new else directory.scores
+            scores = [results.zero_shot, *results.accuracy][-1]
+            if is_new:
+                scores = phases.once(Step("evaluate"), scores_of, model, tasks, track)["scores"].tolist()
         details = {"name": task.name, "scores": scores, "losses": losses, "phases": phases.clock.read()}
         details["parameters"] = {"trained": num_trained, "added": method.record.added_parameters}
-        save = partial(family_of(config.model).save, model, locate(config.model))
         is_saved = config.save_model and (index == 0 or (is_new and method.record.merged))
-        directory.add_task(method.record, details, save if is_saved else None)
+        directory.add_task(method.record, details, model if is_saved else None)
         warn_of_full_layers(directory.tasks, len(tasks) - directory.num_finished)
-        watch(directory.results())
+        watch(results := directory.results())
 
 
 def catch_up(
@@ -140,10 +139,6 @@ def replay(method: Method, model: nn.Module, task: StreamTask, record: TaskRecor
     return method.replay(model, record, folder)
 
 
-def evaluate_once(model: nn.Module, tasks: list[StreamTask], phases: TaskPhases, track: Track) -> list[float]:
-    """Return the model's scores on every task; evaluating is a phase of its own."""
-
-    def compute() -> dict[str, Tensor]:
-        return {"scores": torch.tensor(evaluate(model, tasks, track=track), dtype=torch.float64)}
-
-    return list(phases.once(Step("evaluate"), compute)["scores"].tolist())
+def scores_of(model: nn.Module, tasks: list[StreamTask], track: Track) -> dict[str, Tensor]:
+    """Return a model's scores on every task in the form of what a phase finds."""
+    return {"scores": torch.tensor(evaluate(model, tasks, track=track), dtype=torch.float64)}

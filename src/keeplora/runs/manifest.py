@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
@@ -22,6 +22,9 @@ from keeplora.errors import InUseError
 
 RUN_FORMAT = 3
 """Version of the layout of a run directory; a reader refuses any other."""
+
+Settings = Mapping[str, tuple[Any, str]]
+"""Every setting of a run by its dotted name, and where it came from."""
 
 VERSIONS_OF = ("keeplora", "torch", "transformers", "peft", "accelerate", "safetensors")
 
@@ -41,13 +44,13 @@ class _Manifest(Form):
     checksum: str
 
 
-def new_manifest(config: dict[str, Any], tasks: list[str], sources: dict[str, str] | None = None) -> dict[str, Any]:
+def new_manifest(config: dict[str, Any], tasks: list[str], settings: Settings | None = None) -> dict[str, Any]:
     """Return the manifest of a run that has not begun, with its settings and the place each of them came from."""
     return {
         "format": RUN_FORMAT,
         "versions": {name: version(name) for name in VERSIONS_OF} | {"python": platform.python_version()},
         "config": config,
-        "sources": sources or {},
+        "sources": {name: source for name, (_, source) in (settings or {}).items()},
         "tasks": tasks,
         "tasks_finished": 0,
         "phase": "running",
@@ -67,11 +70,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         is_unchanged = manifest_bytes({key: manifest[key] for key in manifest if key != "checksum"}) == content
     except (KeyError, TypeError, RecursionError, ValueError) as error:
         raise ValueError(f"{path} is damaged or not of keeplora: {type(error).__name__}: {error}") from None
-    if type(found) is int and found > RUN_FORMAT:
-        raise ValueError(f"{path} has format {found}, newer than {RUN_FORMAT}; update keeplora")
-    if type(found) is int and found < RUN_FORMAT:
-        cure = "go on with the keeplora that wrote it, or run it again"
-        raise ValueError(f"{path} has format {found}, older than {RUN_FORMAT}; {cure}")
+    if type(found) is int and found != RUN_FORMAT:
+        newer = f"newer than {RUN_FORMAT}; update keeplora"
+        older = f"older than {RUN_FORMAT}; go on with the keeplora that wrote it, or run it again"
+        raise ValueError(f"{path} has format {found}, {newer if found > RUN_FORMAT else older}")
     checked = require(_Manifest, manifest, str(path))
     if not is_unchanged:
         raise ValueError(f"{path} is not what the run wrote: it was changed or damaged")

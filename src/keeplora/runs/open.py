@@ -17,29 +17,22 @@ from keeplora.methods.registry import find_method
 from keeplora.models.interfaces import StreamTask
 from keeplora.models.registry import family_of, locate
 from keeplora.progress import Track, silent
-from keeplora.runs.atomic_store import STAGED, Store, require_no_links
+from keeplora.runs.atomic_store import CURE, STAGED, Store, require_no_links
 from keeplora.runs.config import RunConfig, Sourced, settle
 from keeplora.runs.directory import RunDirectory
-from keeplora.runs.manifest import Form, locked, new_manifest, read_manifest
+from keeplora.runs.manifest import Form, Settings, locked, new_manifest, read_manifest
 from keeplora.training.trainer import TrainConfig, best_device
 
 
 @contextmanager
 def open_run(
-    folder: Path,
-    config: dict[str, Any],
-    tasks: list[str],
-    *,
-    sources: dict[str, str] | None = None,
-    extend: bool = False,
+    folder: Path, config: dict[str, Any], tasks: list[str], *, settings: Settings | None = None, extend: bool = False
 ) -> Iterator[RunDirectory]:
     """Open a run directory for writing: a new one, or one of the same configuration, to resume it.
 
-    `config` says what is to be run, as plain values; `sources`, where a new run's settings came from; `extend`, whether
-    a finished run may be given more tasks. Tensors may be large and are checked when they are read, other files here.
-
-    Raises:
-        ValueError: If the folder is no run, or belongs to another one, or is damaged, or another process writes to it.
+    `config` says what is to be run, as plain values; `settings`, where a new run's came from; `extend`, whether a
+    finished run may be given more tasks. Tensors may be large and are checked when they are read, other files here.
+    ValueError says that the folder is no run, or another one, or damaged, or another process writes to it.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give another --output")
@@ -50,7 +43,7 @@ def open_run(
     require_no_links(folder)
     with locked(folder) if is_main_process() else nullcontext():
         has_begun = (folder / "run.json").exists()
-        manifest = read_manifest(folder) if has_begun else new_manifest(config, tasks, sources)
+        manifest = read_manifest(folder) if has_begun else new_manifest(config, tasks, settings)
         Store(folder, manifest).recover()
         if dist.is_initialized():
             dist.barrier()  # The first process has now put the folder in order.
@@ -61,9 +54,11 @@ def open_run(
                 f" from the tasks that are finished here: --fork {folder} --output NEW"
             )
         if different:  # Nothing is lost by starting over, perhaps with what was mended.
-            manifest = new_manifest(config, tasks, sources)
+            manifest = new_manifest(config, tasks, settings)
         directory = RunDirectory(folder, manifest)
-        directory.require_intact(name for name in directory.files if not name.endswith(".safetensors"))
+        for name in directory.files:
+            if not name.endswith(".safetensors"):
+                directory.read(name)
         if different or not has_begun:
             directory.commit()
         yield directory
@@ -112,7 +107,8 @@ def reopen(
         raise ValueError(f"{folder} has no model yet: no task is finished; go on with the run first")
     if not (files := [name for name in directory.files if name.startswith("model/")]):
         raise ValueError(f"{folder} was run with save_model = False and has no model; run it again with save_model")
-    directory.require_intact(files)
+    if flaws := directory.damaged(files):
+        raise ValueError(flaws[0] + CURE)
     config = config_of(directory)
     config = replace(config, model=str(folder / "model"), evaluation=split or config.evaluation)
     model, tasks = open_stream(config, track)

@@ -5,6 +5,7 @@ resumed run draws the same numbers. When the task is finished, all of it is remo
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -21,20 +22,20 @@ from keeplora.training.random_state import capture_random, restore_random
 from keeplora.training.state_file import State, from_bytes, pack
 
 
+@dataclass
 class TaskPhases:
     """Keeps what one task has finished so far in the run directory; `clock` measures its phases over all attempts.
 
     Leaving it with a `LearningError` drops all of it: another attempt with these settings would fail again.
     """
 
-    def __init__(
-        self, directory: RunDirectory, task: str, device: torch.device, generators: tuple[torch.Generator, ...]
-    ) -> None:
-        self.directory = directory
-        self.task = task
-        self.device = device
-        self.generators = generators
-        self.clock = Clock(directory.manifest.get("now", {}).get("phases"))
+    directory: RunDirectory
+    task: str
+    device: torch.device
+    generators: tuple[torch.Generator, ...]
+
+    def __post_init__(self) -> None:
+        self.clock = Clock(self.directory.manifest.get("now", {}).get("phases"))
 
     def __enter__(self) -> "TaskPhases":
         return self

@@ -6,6 +6,7 @@ times, and whether the recorded directions are the ones that a task's data calls
 
 import json
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +121,9 @@ def certify(folder: Path, *, track: Track = silent) -> Proof:
     unlisted = [f"{place}task.json" for place in folders if f"{place}task.json" not in files]
     proof.breaches += [f"{folder / name} is not listed in run.json, though its task is finished" for name in unlisted]
     damage += unlisted
-    num_readable = next(
-        (index for index, place in enumerate(folders) if any(place in message for message in damage)), len(finished)
-    )
+    readable = list(takewhile(lambda place: not any(place in message for message in damage), folders))
     try:
-        _replay(proof, RunDirectory(folder, manifest | {"tasks_finished": num_readable}), finished, track)
+        _replay(proof, RunDirectory(folder, manifest | {"tasks_finished": len(readable)}), finished, track)
     except UNREPLAYABLE as error:
         proof.breaches.append(f"not everything can be checked: {error}")
     proof.tasks += [TaskProof(name, is_checked=False) for name in finished[len(proof.tasks) :]]
@@ -235,8 +234,10 @@ class _Replay:
         misshapen = [name for name in shared if replayed[name].shape != found[name].shape]
         compared = [] if misshapen else shared
         errors = {name: _largest_difference(replayed[name], found[name]) for name in compared}
-        still = [name for name in compared if name.removesuffix(".weight") not in self.adapted]
-        touched = [name for name in still if not torch.equal(found[name], self.original[name])]
+        merged = [name for name in compared if name.removesuffix(".weight") in self.adapted]
+        touched = [
+            name for name in compared if name not in merged and not torch.equal(found[name], self.original[name])
+        ]
         for names, what in (
             (sorted(replayed.keys() ^ found.keys()), "parameters are missing or too many"),
             (misshapen, "parameters have another shape"),
@@ -244,9 +245,8 @@ class _Replay:
         ):
             if names:
                 self.proof.breaches.append(f"model/: {len(names)} {what}, {names[0]} first")
-        allowed = {name: ROUNDINGS * max(1, self.num_merged) * _eps(replayed[name]) for name in compared}
-        wrong = [name for name in compared if name not in touched and not errors[name] <= allowed[name]]
-        if wrong:
+        roundings = ROUNDINGS * max(1, self.num_merged)
+        if wrong := [name for name in merged if not errors[name] <= roundings * _eps(replayed[name])]:
             worst = max(wrong, key=lambda name: errors[name])
             text = f"{worst} differs by {errors[worst]:.2g}"
             self.proof.breaches.append(
