@@ -1,9 +1,8 @@
 """A folder whose files change together or not at all, listed with their SHA-256 in its manifest.
 
-New files wait in `staged/`. The commit is the moment at which `run.json`, with their hashes and the names of the files
-that leave, takes its place; only then do they take their names, and those that leave are removed. After a crash before
-that moment they are dropped; after a crash behind it they are moved, and what was to leave is removed.
-Of several processes, the first one alone touches the disk.
+New files wait in `staged/` until `run.json`, with their hashes and the names of the files that leave, takes its place:
+that is the commit. Then they take their names, and those that leave are removed. A crash before the commit drops the
+new files; a crash after it is made up for by `recover`. Of several processes, the first one alone touches the disk.
 """
 
 import hashlib

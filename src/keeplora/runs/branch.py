@@ -1,4 +1,4 @@
-"""New runs from the tasks of another: one without a task, one that goes on with other settings; and a longer one."""
+"""New runs from the tasks of another, which stays as it is: without a task, or with other settings; and longer runs."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -29,8 +29,7 @@ def undo(folder: Path, task: str, output: Path, *, track: Track = silent) -> Res
 
     The model is made from the base model and the updates of the other tasks, in float32; what the task protected is
     protected no longer; states that the run never had are evaluated. Without the last task, all is exactly as if it had
-    not been learned. The old run directory stays as it is. ValueError says that the task is not finished, later ones
-    depend on it, or a file is missing or damaged.
+    not been learned. ValueError says that the task is not finished, later ones depend on it, or a file is damaged.
     """
     source = read_run(folder)
     finished = source.manifest["tasks"][: source.num_finished]
@@ -54,8 +53,8 @@ def undo(folder: Path, task: str, output: Path, *, track: Track = silent) -> Res
 def fork(folder: Path, config: RunConfig, *, track: Track = silent) -> Results:
     """Make a run directory that begins with the finished tasks of another one; `run(config)` goes on with it.
 
-    The old run directory stays as it is. ValueError says that something differs that would not fit the finished tasks,
-    no task is finished or none is left to learn, or a file is missing or damaged.
+    ValueError says that something differs that would not fit the finished tasks, no task is finished or none is left to
+    learn, or a file is damaged.
     """
     source = read_run(folder)
     if source.num_finished == 0:
@@ -84,9 +83,8 @@ def fork(folder: Path, config: RunConfig, *, track: Track = silent) -> Results:
 def continued(folder: Path, benchmark: str) -> RunConfig:
     """Return the configuration of a run that goes on with the tasks of another benchmark behind its own.
 
-    `run(config, extend=True)` learns them. The states that the run had before are evaluated on them too, so that the
-    run ends as if it had had all tasks from the beginning. ValueError says that the run is not complete, the benchmark
-    has nothing new, or the method does not learn task by task.
+    `run(config, extend=True)` learns them, and gives what one run with all tasks would have given. ValueError says that
+    the run is not complete, the benchmark has nothing new, or the method does not learn task by task.
     """
     source = read_run(folder)
     config = config_of(source)

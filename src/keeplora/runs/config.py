@@ -88,7 +88,7 @@ class RunConfig(Config):
 
 
 def resolve(*given: Sourced) -> RunConfig:
-    """Return a run's settings: those given, before the benchmark's, before the method's, before the library's.
+    """Return a run's settings: those given, then the benchmark's, then the method's, then the library's.
 
     Of those given, the first ones go before the others: those of the command line, say, before those of a file.
     ValueError names what is unknown, wrong, or a contradiction, and where it came from.
@@ -99,7 +99,18 @@ def resolve(*given: Sourced) -> RunConfig:
             if not isinstance(table[key], str):
                 raise ValueError(f"{source}: {key} = {table[key]!r} must be a name")
             names[key] = table[key]
-    return settle([*given, *_defaults_of(names["benchmark"], names["method"])])
+    benchmark, method = names["benchmark"], names["method"]
+    (_, variant), defaults = find_method(method), read_benchmark(benchmark).defaults
+    if unknown := sorted(set(defaults) - {"train", *known_methods()}):
+        raise ValueError(f"benchmark {benchmark!r}: [defaults.{unknown[0]}] is neither train nor a method")
+    tables = list(given)
+    for name in dict.fromkeys((method, method_behind(method))):
+        options = dict(defaults.get(name, {}))
+        train = options.pop("train", {})
+        if name != method:  # What makes the variant is not the other method's to set.
+            options = {key: value for key, value in options.items() if key not in variant}
+        tables.append((f"benchmark {benchmark!r} [defaults.{name}]", {"train": train, "options": options}))
+    return settle([*tables, (f"benchmark {benchmark!r} [defaults.train]", {"train": defaults.get("train", {})})])
 
 
 def settle(tables: list[Sourced]) -> RunConfig:
@@ -138,22 +149,6 @@ def _require_variant(
                 f"{place}: {key} = {options[key]!r} contradicts method {method!r}, which is {method_behind(method)!r}"
                 f" with {key} = {value!r}; leave it out, or take method {method_behind(method)!r}"
             )
-
-
-def _defaults_of(benchmark: str, method: str) -> list[Sourced]:
-    """Return what a benchmark sets for a method: for its variant, for the method behind it, for all methods."""
-    _, variant = find_method(method)
-    defaults = read_benchmark(benchmark).defaults
-    if unknown := sorted(set(defaults) - {"train", *known_methods()}):
-        raise ValueError(f"benchmark {benchmark!r}: [defaults.{unknown[0]}] is neither train nor a method")
-    tables: list[Sourced] = []
-    for name in dict.fromkeys((method, method_behind(method))):
-        options = dict(defaults.get(name, {}))
-        train = options.pop("train", {})
-        if name != method:  # What makes the variant is not the other method's to set.
-            options = {key: value for key, value in options.items() if key not in variant}
-        tables.append((f"benchmark {benchmark!r} [defaults.{name}]", {"train": train, "options": options}))
-    return [*tables, (f"benchmark {benchmark!r} [defaults.train]", {"train": defaults.get("train", {})})]
 
 
 def plain_values(config: RunConfig) -> dict[str, Any]:

@@ -35,21 +35,17 @@ class _Measured(Form):
     peak_memory_mb: FiniteFloat
 
 
-class _Start(Form):
-    """What `run.json` says of the untouched model."""
-
+class _UntouchedModel(Form):
     zero_shot: list[FiniteFloat]
     model_digest: str
     start: dict[str, _Measured]
 
 
-class _Task(Form):
-    """What `task.json` says of a finished task; its certificate is checked by who reads it."""
-
+class _FinishedTask(Form):
     name: str
     scores: list[FiniteFloat]
     phases: dict[str, _Measured]
-    certificate: Any
+    certificate: Any  # Checked by who reads it.
     merged: bool = True
 
 
@@ -60,11 +56,11 @@ class RunDirectory(Store):
         super().__init__(folder, manifest)
         self.tasks: list[dict[str, Any]] = []
         if self.num_finished or "zero_shot" in manifest:
-            self._require("run.json", _Start, manifest, "zero_shot")
+            self._require("run.json", _UntouchedModel, manifest, "zero_shot")
         for index in range(self.num_finished):
             name = f"{task_folder(index, manifest['tasks'])}/task.json"
             self.tasks.append(read_json(self.read(name), folder / name))
-            self._require(name, _Task, self.tasks[-1], "scores")
+            self._require(name, _FinishedTask, self.tasks[-1], "scores")
 
     def _require(self, name: str, form: type[Form], values: dict[str, Any], row: str) -> None:
         """Check that a file has its form, and a score for each task."""

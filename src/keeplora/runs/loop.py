@@ -76,8 +76,7 @@ def learn(config: RunConfig, directory: RunDirectory, track: Track, watch: Watch
         task, training_task = tasks[index], scheduled[index]
         seed_everything(config.seed + 1000 * index)
         train = replace(config.train, epochs=task.epochs or config.train.epochs)
-        with TaskPhases(directory, task.name, device_of(model), training_task.generators()) as phases:
-            phases.wrap(method)
+        with TaskPhases(directory, method, task.name, device_of(model), training_task.generators()) as phases:
             with phases.clock.phase("initialise"):
                 adapted = method.before_task(model, training_task)
             num_trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)

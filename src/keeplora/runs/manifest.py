@@ -1,7 +1,4 @@
-"""`run.json`: what a run is, how far it is, and the hash of every file; and the lock that lets one process write.
-
-The hashes tell a file that changed. A form tells one that something else wrote; it is checked where the file is read.
-"""
+"""`run.json`: what a run is, how far it is, and the hash of every file; and the lock that lets one process write."""
 
 import hashlib
 import json
@@ -26,11 +23,9 @@ RUN_FORMAT = 3
 Settings = Mapping[str, tuple[Any, str]]
 """Every setting of a run by its dotted name, and where it came from."""
 
-VERSIONS_OF = ("keeplora", "torch", "transformers", "peft", "accelerate", "safetensors")
-
 
 class Form(BaseModel, extra="allow", strict=True):
-    """What a JSON file of a run must hold to be used; more may stand beside it."""
+    """What a JSON file of a run must hold: hashes tell one that changed, a form tells one that something else wrote."""
 
 
 class _Manifest(Form):
@@ -46,9 +41,10 @@ class _Manifest(Form):
 
 def new_manifest(config: dict[str, Any], tasks: list[str], settings: Settings | None = None) -> dict[str, Any]:
     """Return the manifest of a run that has not begun, with its settings and the place each of them came from."""
+    libraries = ("keeplora", "torch", "transformers", "peft", "accelerate", "safetensors")
     return {
         "format": RUN_FORMAT,
-        "versions": {name: version(name) for name in VERSIONS_OF} | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in libraries} | {"python": platform.python_version()},
         "config": config,
         "sources": {name: source for name, (_, source) in (settings or {}).items()},
         "tasks": tasks,

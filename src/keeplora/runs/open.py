@@ -1,7 +1,7 @@
 """How a run directory is opened: put in order after a crash, checked, by one process, and only for its own run."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -47,7 +47,12 @@ def open_run(
         Store(folder, manifest).recover()
         if dist.is_initialized():
             dist.barrier()  # The first process has now put the folder in order.
-        different = _differences(manifest, config, tasks, extend)
+        before, known, now, wanted = manifest["config"], manifest["tasks"], config, tasks
+        if extend:  # What it has so far is compared: it may get more tasks.
+            tables = {name: table for name, table in config["tasks"].items() if name in known}
+            now = {**config, "tasks": tables} | {key: before.get(key) for key in ("more", "first_tasks")}
+            wanted = tasks[: len(known)]
+        different = differences(before, now) + ([] if known == wanted else [f"tasks were {known}, are {wanted}"])
         if different and (manifest["tasks_finished"] or "now" in manifest):
             raise ValueError(
                 f"{folder} holds another run ({'; '.join(different)}); give another --output. To start"
@@ -64,16 +69,6 @@ def open_run(
         yield directory
 
 
-def _differences(manifest: dict[str, Any], config: dict[str, Any], tasks: list[str], extend: bool) -> list[str]:
-    """Say in what a run differs from what is to be run; not in more tasks if it may be extended."""
-    before, known = manifest["config"], manifest["tasks"]
-    if extend:
-        mine = {name: table for name, table in config["tasks"].items() if name in known}
-        config = {**config, "tasks": mine} | {key: before.get(key) for key in ("more", "first_tasks")}
-        tasks = tasks[: len(known)]
-    return differences(before, config) + ([] if known == tasks else [f"tasks were {known}, are {tasks}"])
-
-
 def read_run(folder: Path) -> RunDirectory:
     """Open a run directory for reading; `task.json` of each task is checked, other files when they are read."""
     return RunDirectory(folder, settled_manifest(folder))
@@ -83,15 +78,11 @@ def settled_manifest(folder: Path) -> dict[str, Any]:
     """Read `run.json`; what a crash left half written is put in order first."""
     require_no_links(folder)
     manifest = read_manifest(folder)
-    if not (folder / STAGED).exists():
-        return manifest
-    try:
-        with locked(folder):
-            manifest = read_manifest(folder)
-            Store(folder, manifest).recover()
-            return manifest
-    except InUseError:  # Its owner is at it, and puts it in order itself.
-        return read_manifest(folder)
+    if (folder / STAGED).exists():
+        with suppress(InUseError), locked(folder):  # If it is in use, its owner puts it in order.
+            Store(folder, read_manifest(folder)).recover()
+        manifest = read_manifest(folder)
+    return manifest
 
 
 def reopen(
@@ -127,22 +118,23 @@ def config_of(directory: RunDirectory) -> RunConfig:
     return settle([settings_of_run(directory)])
 
 
-class _Settings(Form):
-    """What `run.json` says of what is run, as far as it is read without a `RunConfig`."""
-
+class _Config(Form):
     benchmark: str
     model: str
     method: str
+    seed: int
+    evaluation: Literal["test", "validation"]
     more: list[str]
     tasks: dict[str, dict[str, Any]]
     train: dict[str, Any]
+    options: dict[str, Any]
 
 
 def settings_of_run(directory: RunDirectory) -> Sourced:
     """Return the file that a run's settings are in, and these as a table; ValueError names a key that is wrong."""
     path, tasks = directory.folder / "run.json", directory.manifest["tasks"]
     values = dict(directory.manifest["config"])
-    tables = require(_Settings, values, str(path)).tasks
+    tables = require(_Config, values, str(path)).tasks
     if list(tables) != tasks:
         raise ValueError(
             f"{path} is damaged or not of keeplora: its tasks are {tasks}, its tables those of {list(tables)}"

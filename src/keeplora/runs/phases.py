@@ -5,9 +5,9 @@ resumed run draws the same numbers. When the task is finished, all of it is remo
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -23,33 +23,30 @@ from keeplora.training.state_file import State, from_bytes, pack
 
 
 @dataclass
-class TaskPhases:
-    """Keeps what one task has finished so far in the run directory; `clock` measures its phases over all attempts.
+class TaskPhases(AbstractContextManager["TaskPhases"]):
+    """Keeps what one task has finished so far in the run directory: the costly steps of the method, and training.
 
-    Leaving it with a `LearningError` drops all of it: another attempt with these settings would fail again.
+    Its `clock` measures all phases, over all attempts. Leaving it with a `LearningError` drops what was kept: another
+    attempt with these settings would fail again.
     """
 
     directory: RunDirectory
+    method: Method
     task: str
     device: torch.device
     generators: tuple[torch.Generator, ...]
 
     def __post_init__(self) -> None:
         self.clock = Clock(self.directory.manifest.get("now", {}).get("phases"))
+        for step in self.method.steps:
+            compute = getattr(type(self.method), step.name).__get__(self.method)
+            setattr(self.method, step.name, partial(self.once, step, compute))
 
-    def __enter__(self) -> "TaskPhases":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if isinstance(error, LearningError):
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is not None and issubclass(kind, LearningError):
             self.directory.remove(f"{UNFINISHED}/")
             self.directory.manifest.pop("now", None)
             self.directory.commit()
-
-    def wrap(self, method: Method) -> None:
-        """Let the costly steps of a method be phases of this task."""
-        for step in method.steps:
-            setattr(method, step.name, partial(self.once, step, getattr(type(method), step.name).__get__(method)))
 
     def once(self, step: Step, compute: Callable[..., Any], *inputs: Any) -> Any:
         """Return what a phase found: from the run directory if it is there, otherwise computed now and put there."""

@@ -87,17 +87,10 @@ class Proof:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values: what `--json` writes; what is no finite number is null."""
-        values = {
-            "run": str(self.folder),
-            "method": self.method,
-            "is_sound": not self.breaches,
-            "breaches": self.breaches,
-            "notes": self.notes,
-            "num_files": self.num_files,
-            "leak_allowed": self.leak_allowed,
-            "merge_error": self.merge_error,
-            "tasks": [task.to_json() for task in self.tasks],
-        }
+        values = {"run": str(self.folder), "method": self.method, "is_sound": not self.breaches}
+        for key in ("breaches", "notes", "num_files", "leak_allowed", "merge_error"):
+            values[key] = getattr(self, key)
+        values["tasks"] = [task.to_json() for task in self.tasks]
         return dict(json.loads(json.dumps(values), parse_constant=lambda name: None))
 
 
@@ -209,12 +202,9 @@ class _Replay:
         """Redo a task; say where the merge changed a weight by something else than the update that is measured."""
         if not record.merged:
             return []
-        if record.adapter is None:
-            self.method.keep(record)
-            return []
         before = {layer: self._weight(layer).clone() for layer in updates}
         self.model = self.method.replay(self.model, record, folder)
-        self.num_merged += 1
+        self.num_merged += bool(updates)
         self.adapted |= updates.keys()
         found = []
         for layer, (a, b) in updates.items():
@@ -287,12 +277,11 @@ def contradictions(recorded: object, measured: dict[str, LayerCertificate]) -> l
     layers = before.get("layers", {})
     if not isinstance(layers, dict) or layers.keys() != measured.keys():
         return [f"the recorded certificate is of other layers than the {len(measured)} of the files"]
-    pairs = [(name, layers[name], values) for name, values in now.get("layers", {}).items()]
-    pairs.append(("the worst layer", before.get("worst"), now.get("worst", {})))
+    said = {**layers, "the worst layer": before.get("worst")}
     found = []
-    for place, said, values in pairs:
+    for place, values in {**now.get("layers", {}), "the worst layer": now.get("worst", {})}.items():
         for key, value in values.items():
-            old = said.get(key) if isinstance(said, dict) else None
+            old = said[place].get(key) if isinstance(said[place], dict) else None
             is_number = isinstance(old, int | float)
             if not is_number or not abs(old - value) <= SAME.get(key, 0):
                 shown = f"{old:.4g}" if is_number else "missing"

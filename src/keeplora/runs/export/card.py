@@ -46,17 +46,10 @@ class Card:
 def render_card(card: Card) -> str:
     """Return the card as Markdown."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters["literal"] = lambda value: json.dumps(value, ensure_ascii=False)
-    return environment.get_template("card.md.j2").render(
-        **vars(card),
-        names=card.names,
-        is_on_hub=not Path(card.base).is_absolute(),
-        metric_names=METRIC_NAMES,
-        summary=card.results.summary(),
+    template = environment.from_string(Path(__file__).with_name("card.md.j2").read_text(encoding="utf-8"))
+    return template.render(
+        **vars(card), names=card.names, is_on_hub=not Path(card.base).is_absolute(), metric_names=METRIC_NAMES
     )

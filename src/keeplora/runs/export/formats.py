@@ -60,10 +60,14 @@ class _Source:
     directory: RunDirectory
     config: RunConfig
     base: nn.Module
-    base_name: str
-    """The hub name of the base model, or its absolute folder."""
     records: dict[str, tuple[TaskRecord, Path]]
     track: Track
+
+    @property
+    def base_name(self) -> str:
+        """The hub name of the base model, or its absolute folder."""
+        name = locate(self.config.model)
+        return str(Path(name).resolve()) if Path(name).is_dir() else name
 
     @property
     def adapters(self) -> dict[str, SavedAdapter]:
@@ -79,19 +83,6 @@ def export_run(folder: Path, config: ExportConfig, *, track: Track = silent) -> 
     ValueError says that no task is finished, a file is missing or damaged, the run cannot have this form, the output is
     not empty, or a weight is too large for the precision.
     """
-    source = _read(folder, config, track)
-    with made_whole(config.output) as part:
-        part.mkdir()
-        found = WRITERS[config.format](source, config, part)
-        card = _card(source, config, heads=_write_heads(source, part), **found)
-        (part / "README.md").write_text(render_card(card), encoding="utf-8")
-        if card.embedded:
-            shutil.copyfile(NOTICE, part / "NOTICE")
-        flush(part)
-    return card
-
-
-def _read(folder: Path, config: ExportConfig, track: Track) -> _Source:
     directory = read_run(folder)
     if directory.num_finished == 0:
         raise ValueError(f"{folder} has nothing to export: no task is finished; go on with the run first")
@@ -106,9 +97,16 @@ def _read(folder: Path, config: ExportConfig, track: Track) -> _Source:
         )
     if config.format != "merged" and all(record.adapter is None for record, _ in records.values()):
         raise ValueError(f"{folder} was learned by {run.method}, which leaves no adapter; use --format merged")
-    place = locate(run.model)
-    base_name = str(Path(place).resolve()) if Path(place).is_dir() else place
-    return _Source(directory, run, family_of(run.model).load(place), base_name, records, track)
+    source = _Source(directory, run, family_of(run.model).load(locate(run.model)), records, track)
+    with made_whole(config.output) as part:
+        part.mkdir()
+        found = WRITERS[config.format](source, config, part)
+        card = _card(source, config, heads=_write_heads(source, part), **found)
+        (part / "README.md").write_text(render_card(card), encoding="utf-8")
+        if card.embedded:
+            shutil.copyfile(NOTICE, part / "NOTICE")
+        flush(part)
+    return card
 
 
 def _write_merged(source: _Source, config: ExportConfig, part: Path) -> dict[str, Any]:
