@@ -97,26 +97,25 @@ class Store:
 
     def read(self, name: str) -> bytes:
         """Read a file and check its hash; ValueError names it if it is missing or damaged."""
-        place = self._place_of(name)
-        if place.is_file() and hashlib.sha256(content := place.read_bytes()).hexdigest() == self.files.get(name):
-            return content
+        for place in self._places_of(name):
+            if hashlib.sha256(content := place.read_bytes()).hexdigest() == self.files.get(name):
+                return content
         raise ValueError("".join(self.damaged([name])) + CURE)
 
     def damaged(self, names: Iterable[str] | None = None) -> list[str]:
         """Return a message for each of these files, or of all, that is missing or damaged; it names the file."""
         flaws = []
         for name in self.files if names is None else names:
-            place = self._place_of(name)
-            if not place.is_file():
+            digests = [sha256_of(place) for place in self._places_of(name)]
+            if not digests:
                 flaws.append(f"{self.folder / name} is missing from the run")
-            elif sha256_of(place) != self.files.get(name):
+            elif self.files.get(name) not in digests:
                 flaws.append(f"{self.folder / name} is not what the run wrote: it was changed or damaged")
         return flaws
 
-    def _place_of(self, name: str) -> Path:
-        """Return where a file is: in a commit that is under way, it may not have its name yet."""
-        staged = self.folder / STAGED / name
-        return staged if staged.is_file() and sha256_of(staged) == self.files.get(name) else self.folder / name
+    def _places_of(self, name: str) -> list[Path]:
+        """Return where a file may be: in a commit that is under way, it may not have its name yet."""
+        return [place for place in (self.folder / STAGED / name, self.folder / name) if place.is_file()]
 
 
 def sha256_of(path: Path) -> str:

@@ -161,9 +161,7 @@ def plain_values(config: RunConfig) -> dict[str, Any]:
         values["model"] = str(Path(config.model).resolve())
     # As a number: a task that is added to the file later is another stream, which is to be asked for.
     values["first_tasks"] = len(stream_of(config.benchmark, order=config.order, first_tasks=config.first_tasks))
-    tasks = {spec.name: dataclasses.asdict(spec) for spec in config.stream}
-    for spec in tasks.values():
-        spec["path"] = spec["path"].name
+    tasks = {spec.name: {**dataclasses.asdict(spec), "path": spec.path.name} for spec in config.stream}
     return dict(json.loads(json.dumps({**values, "tasks": tasks})))
 
 

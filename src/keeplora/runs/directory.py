@@ -1,7 +1,6 @@
 """The run directory: what was configured, what each task left behind, the scores, the merged model.
 
-Safetensors and JSON only. What belongs together is written together or not at all (see `atomic_store`), so that a
-reader never sees half a task, and every file's SHA-256 stands in `run.json`, so that a damaged one is noticed.
+Safetensors and JSON only. What belongs together is written together or not at all (see `atomic_store`).
 """
 
 import json
@@ -82,8 +81,7 @@ class RunDirectory(Store):
     def results(self) -> Results:
         """Return the scores so far, from the files."""
         config = self.manifest["config"]
-        costs = [self.manifest["start"], *(task["phases"] for task in self.tasks)]
-        measured = [phase for phases in costs for phase in phases.items()]
+        measured = [*self.manifest["start"].items(), *(cost for task in self.tasks for cost in task["phases"].items())]
         seconds: dict[str, float] = {}
         for name, cost in measured:
             seconds[name] = seconds.get(name, 0.0) + cost["seconds"]

@@ -104,7 +104,6 @@ def catch_up(
     """Bring the untouched model and the method to where the run directory is; return the model.
 
     What was never evaluated is evaluated on the way: the untouched model, and each state on tasks that came later.
-    ValueError says that the model is not the one that the run began with, or names a file that is missing or damaged.
     """
     if "zero_shot" not in directory.manifest:
         clock = Clock()

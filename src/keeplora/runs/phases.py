@@ -24,10 +24,9 @@ from keeplora.training.state_file import State, from_bytes, pack
 
 @dataclass
 class TaskPhases(AbstractContextManager["TaskPhases"]):
-    """Keeps what one task has finished so far in the run directory: the costly steps of the method, and training.
+    """Keeps what one task has finished so far: the costly steps of the method, and training; `clock` measures phases.
 
-    Its `clock` measures all phases, over all attempts. Leaving it with a `LearningError` drops what was kept: another
-    attempt with these settings would fail again.
+    Leaving it with a `LearningError` drops all of that: another attempt with these settings would fail again.
     """
 
     directory: RunDirectory

@@ -1,7 +1,6 @@
 """Whether a run directory is what it claims to be: its files unchanged, its certificates and its model reproducible.
 
-Everything is computed anew from the files and the base model. What no file can tell is taken as it is: the scores, the
-times, and whether the recorded directions are the ones that a task's data calls for.
+All is computed anew but for what no file can tell: scores, times, and whether the directions are those of the data.
 """
 
 import json
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from keeplora.evaluation.capacity import Capacity, capacity_of
-from keeplora.layers import lora
+from keeplora.layers import lora, weights
 from keeplora.layers.module_state import device_of
 from keeplora.methods.base import Method
 from keeplora.methods.registry import find_method
@@ -97,8 +96,7 @@ class Proof:
 def certify(folder: Path, *, track: Track = silent) -> Proof:
     """Check a run directory against its own files and the base model that it names; the run itself is not changed.
 
-    Of a run that is not complete, the finished tasks are checked. ValueError says that there is no run, or that
-    `run.json` itself is damaged.
+    Of a run that is not complete, the finished tasks are checked. ValueError says that `run.json` itself is damaged.
     """
     manifest = settled_manifest(folder)
     files, finished = manifest["files"], manifest["tasks"][: manifest["tasks_finished"]]
@@ -186,7 +184,7 @@ class _Replay:
         targets = lora.linear_targets(self.model, self.method.config.targets) if updates else []
         found = [f"its adapter changes {layer}, which is no target" for layer in updates if layer not in targets]
         for layer, (a, b) in updates.items():
-            if layer in targets and (b.shape[0], a.shape[1]) != self._weight(layer).shape:
+            if layer in targets and (b.shape[0], a.shape[1]) != weights.shape_of(self.model, layer):
                 found.append(f"its adapter does not fit the weight of {layer}")
             if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
                 found.append(f"its adapter is not finite in {layer}")
@@ -202,19 +200,18 @@ class _Replay:
         """Redo a task; say where the merge changed a weight by something else than the update that is measured."""
         if not record.merged:
             return []
-        before = {layer: self._weight(layer).clone() for layer in updates}
+        before = {layer: weights.read_weight(self.model, layer).clone() for layer in updates}
         self.model = self.method.replay(self.model, record, folder)
         self.num_merged += bool(updates)
         self.adapted |= updates.keys()
         found = []
         for layer, (a, b) in updates.items():
-            after = self._weight(layer)
+            after = weights.read_weight(self.model, layer)
             rounding = ROUNDINGS * max(_eps(before[layer]), _eps(after)) + a.shape[0] * _eps(b.abs() @ a.abs())
             error = _largest_difference(after - before[layer], b @ a)
             if not error <= rounding:
-                found.append(
-                    f"{layer}: the adapter's settings make another update of it than its factors, by {error:.2g}"
-                )
+                text = "the adapter's settings make another update of it than its factors"
+                found.append(f"{layer}: {text}, by {error:.2g}")
         return found
 
     def compare(self, saved: nn.Module) -> None:
@@ -225,9 +222,8 @@ class _Replay:
         compared = [] if misshapen else shared
         errors = {name: _largest_difference(replayed[name], found[name]) for name in compared}
         merged = [name for name in compared if name.removesuffix(".weight") in self.adapted]
-        touched = [
-            name for name in compared if name not in merged and not torch.equal(found[name], self.original[name])
-        ]
+        still = [name for name in compared if name not in merged]
+        touched = [name for name in still if not torch.equal(found[name], self.original[name])]
         for names, what in (
             (sorted(replayed.keys() ^ found.keys()), "parameters are missing or too many"),
             (misshapen, "parameters have another shape"),
@@ -238,14 +234,9 @@ class _Replay:
         roundings = ROUNDINGS * max(1, self.num_merged)
         if wrong := [name for name in merged if not errors[name] <= roundings * _eps(replayed[name])]:
             worst = max(wrong, key=lambda name: errors[name])
-            text = f"{worst} differs by {errors[worst]:.2g}"
-            self.proof.breaches.append(
-                f"model/: {len(wrong)} weights are not the base model's with all updates; {text}"
-            )
+            text = f"weights are not the base model's with all updates; {worst} differs by {errors[worst]:.2g}"
+            self.proof.breaches.append(f"model/: {len(wrong)} {text}")
         self.proof.merge_error = float("inf") if misshapen else max(errors.values(), default=0.0)
-
-    def _weight(self, layer: str) -> Tensor:
-        return self.model.get_parameter(f"{layer}.weight").detach()
 
 
 def updates_of(record: TaskRecord, device: torch.device) -> Updates:
