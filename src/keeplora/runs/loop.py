@@ -86,13 +86,12 @@ def learn(config: RunConfig, directory: RunDirectory, track: Track, watch: Watch
                 losses = fit(adapted, watched, train, penalty=method.penalty, track=track, checkpoints=checkpoints)
             with phases.clock.phase("merge"):
                 model = method.after_task(adapted, training_task)
-            is_new = method.record.adapter is not None  # Otherwise the method left the model as it was.
             scores = [results.zero_shot, *results.accuracy][-1]
-            if is_new:
+            if is_changed := method.record.adapter is not None:  # Otherwise the model is as it was before the task.
                 scores = phases.once(Step("evaluate"), scores_of, model, tasks, track)["scores"].tolist()
         details = {"name": task.name, "scores": scores, "losses": losses, "phases": phases.clock.read()}
         details["parameters"] = {"trained": num_trained, "added": method.record.added_parameters}
-        is_saved = config.save_model and (index == 0 or (is_new and method.record.merged))
+        is_saved = config.save_model and (index == 0 or (is_changed and method.record.merged))
         directory.add_task(method.record, details, model if is_saved else None)
         warn_of_full_layers(directory.tasks, len(tasks) - directory.num_finished)
         watch(results := directory.results())
