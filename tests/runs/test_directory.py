@@ -308,5 +308,5 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
         directory.commit()
         directory.write_folder("model", save("config", "whole"))
         directory.commit()
-        directory.require_intact()
+        assert directory.damaged() == []
     assert set(tiny.tree(tmp_path / "run")) == {"run.json", "model/config", "model/whole"}

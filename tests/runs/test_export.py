@@ -493,7 +493,7 @@ def test_updates_that_depend_on_the_input_are_refused(place, tmp_path, format):
 def test_wrong_settings_are_errors(tmp_path):
     with pytest.raises(ValueError, match="rank = 4 is for format 'adapter'; leave it out for format 'merged'"):
         ExportConfig(format="merged", output=tmp_path, rank=4)
-    with pytest.raises(ValueError, match="rank = 0 keeps nothing"):
+    with pytest.raises(ValueError, match="rank = 0: Input should be greater than 0"):
         ExportConfig(format="adapter", output=tmp_path, rank=0)
     with pytest.raises(ValueError, match="format = 'onnx' is unknown; choose from merged, adapter, adapters"):
         ExportConfig(format="onnx", output=tmp_path)

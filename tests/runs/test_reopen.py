@@ -97,7 +97,10 @@ def test_without_save_model_the_scores_are_the_same_and_the_error_says_what_to_d
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"order": -1}, "order = -1 must be from 0"), ({"first_tasks": 0}, "first_tasks = 0 must be at least 1")],
+    [
+        ({"order": -1}, "order = -1: Input should be greater than or equal to 0"),
+        ({"first_tasks": 0}, "first_tasks = 0: Input should be greater than 0"),
+    ],
 )
 def test_wrong_streams_are_errors(values, message):
     with pytest.raises(ValueError, match=message):

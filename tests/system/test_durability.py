@@ -17,7 +17,7 @@ import torch
 
 import tiny
 from keeplora.layers import gradients
-from keeplora.methods.keeplora import KeepLoRAConfig
+from keeplora.methods.keeplora import KeepLoRA, KeepLoRAConfig
 from keeplora.runs import atomic_store as disk
 from keeplora.runs.config import RunConfig
 from keeplora.runs.directory import UNFINISHED, RunDirectory
@@ -73,7 +73,7 @@ def processes():
 
 def report_phases(pipe):
     """Send the name of every phase when it begins."""
-    phase, finish = Clock.phase, RunDirectory.commit_tasks
+    phase, finish = Clock.phase, RunDirectory.add_task
 
     def begun(self, name):
         pipe.send(name)
@@ -83,7 +83,7 @@ def report_phases(pipe):
         pipe.send("record")
         return finish(self, *args)
 
-    Clock.phase, RunDirectory.commit_tasks = begun, finished
+    Clock.phase, RunDirectory.add_task = begun, finished
 
 
 class Crash(BaseException):
@@ -244,20 +244,36 @@ def cut_off(config, output, monkeypatch):
     return config
 
 
+def flipped(content, share):
+    """Return some bytes with one changed, at a share of their length."""
+    place = round(share * (len(content) - 1))
+    return content[:place] + bytes([content[place] ^ 0x04]) + content[place + 1 :]
+
+
 @pytest.mark.slow
-def test_a_flipped_byte_in_any_file_is_found_when_the_run_goes_on_and_the_file_is_named(config, tmp_path, monkeypatch):
+def test_a_flipped_byte_in_any_file_is_found_by_certify_and_by_the_run_that_reads_it(config, tmp_path, monkeypatch):
     cut = cut_off(config, tmp_path / "cut", monkeypatch)
-    names = set(tiny.tree(cut.output))
-    assert {name.split("/")[0] for name in names} == {"run.json", "metrics.json", "tasks", "model", UNFINISHED}
-    assert {"initialise.safetensors", "train-000002.safetensors"} <= {name.split("/")[-1] for name in names}
-    for name in sorted(names):
-        path = cut.output / name
-        content = path.read_bytes()
-        for place in {0, len(content) // 2, len(content) - 1}:
-            path.write_bytes(content[:place] + bytes([content[place] ^ 0x04]) + content[place + 1 :])
+    files = tiny.tree(cut.output)
+    assert {name.split("/")[0] for name in files} == {"run.json", "metrics.json", "tasks", "model", UNFINISHED}
+    assert {"initialise.safetensors", "train.safetensors"} <= {name.split("/")[-1] for name in files}
+    unread = {"model/model.safetensors"}  # A run goes on from the base model and the adapters.
+    assert unread < set(files)
+    for share in (0, 0.5, 1):
+        for name in set(files) - unread:
+            (cut.output / name).write_bytes(flipped(files[name], share))
             with pytest.raises(ValueError, match=name.replace(".", r"\.")):
                 run(cut)
-        path.write_bytes(content)
+            (cut.output / name).write_bytes(files[name])
+        (cut.output / "run.json").write_bytes(flipped(files["run.json"], share))
+        with pytest.raises(ValueError, match=r"run\.json"):
+            certify(cut.output)
+        (cut.output / "run.json").write_bytes(files["run.json"])
+        for name in set(files) - {"run.json"}:
+            (cut.output / name).write_bytes(flipped(files[name], share))
+        found = certify(cut.output).breaches
+        for name in set(files) - {"run.json"}:
+            assert f"{cut.output / name} is not what the run wrote: it was changed or damaged" in found
+            (cut.output / name).write_bytes(files[name])
     run(cut)
 
 
@@ -334,7 +350,7 @@ def test_the_end_of_training_is_kept_however_rare_the_checkpoints(config, whole,
         raise CutOff
 
     with monkeypatch.context() as patch:
-        patch.setattr("keeplora.methods.keeplora.input_grams", end)
+        patch.setattr(KeepLoRA, "features", end)
         with pytest.raises(CutOff):
             run(rare)
     assert read_manifest(rare.output)["now"]["phase"] == "train"

@@ -1,12 +1,11 @@
-"""New runs from the tasks of another: one without a task, one that goes on with other settings; and a longer one."""
+"""New runs from the tasks of another, which stays as it is: without a task, or with other settings; and longer runs."""
 
-import dataclasses
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from keeplora.config import differences
 from keeplora.data.stream import absolute, resolved
@@ -14,18 +13,15 @@ from keeplora.evaluation.accuracy_matrix import Results
 from keeplora.evaluation.evaluate import evaluate
 from keeplora.methods.registry import find_method, method_behind
 from keeplora.models.interfaces import StreamTask
-from keeplora.models.registry import family_of, locate
 from keeplora.progress import Track, silent
 from keeplora.runs.atomic_store import made_whole
 from keeplora.runs.config import RunConfig, plain_values
 from keeplora.runs.directory import RunDirectory
 from keeplora.runs.loop import replay, report, require_same_model
 from keeplora.runs.open import config_of, open_run, open_stream, read_run
+from keeplora.runs.verify import updates_of
 from keeplora.subspace.certificate import certificate_to_json, certificates
 from keeplora.training.trainer import best_device
-
-OF_THE_STREAM = ("model", "evaluation")
-"""Settings that a fork cannot change, beside the method and some of its options."""
 
 
 def undo(folder: Path, task: str, output: Path, *, track: Track = silent) -> Results:
@@ -33,16 +29,7 @@ def undo(folder: Path, task: str, output: Path, *, track: Track = silent) -> Res
 
     The model is made from the base model and the updates of the other tasks, in float32; what the task protected is
     protected no longer; states that the run never had are evaluated. Without the last task, all is exactly as if it had
-    not been learned.
-
-    Args:
-        folder: The run directory; it stays as it is.
-        task: The name of the task.
-        output: The new run directory.
-        track: Shows progress.
-
-    Raises:
-        ValueError: If the task is not finished, later ones depend on it, or a file is missing or damaged.
+    not been learned. ValueError says that the task is not finished, later ones depend on it, or a file is damaged.
     """
     source = read_run(folder)
     finished = source.manifest["tasks"][: source.num_finished]
@@ -56,7 +43,7 @@ def undo(folder: Path, task: str, output: Path, *, track: Track = silent) -> Res
         can = f"only its last task, {finished[-1]!r}" if method.one_by_one else "no task"
         raise ValueError(f"{config.method} can undo {can}: what it learns depends on the tasks before")
     kept = [index for index, name in enumerate(finished) if name != task]
-    config = dataclasses.replace(config, without=(*config.without, task), output=output)
+    config = replace(config, without=(*config.without, task), output=output)
     old = {name: table for name, table in source.manifest["config"]["tasks"].items() if name != task}
     if list(old.items()) != list(plain_values(config)["tasks"].items()):
         raise ValueError(f"the tasks in {config.benchmark} are not those that {folder} learned; bring them back first")
@@ -66,20 +53,14 @@ def undo(folder: Path, task: str, output: Path, *, track: Track = silent) -> Res
 def fork(folder: Path, config: RunConfig, *, track: Track = silent) -> Results:
     """Make a run directory that begins with the finished tasks of another one; `run(config)` goes on with it.
 
-    Args:
-        folder: The run directory to start from; it stays as it is.
-        config: How to go on. The model, the method and the finished tasks must be those of the run.
-        track: Shows progress.
-
-    Raises:
-        ValueError: If something differs that would not fit to the finished tasks, no task is finished or none is left
-            to learn, or a file is missing or damaged.
+    ValueError says that something differs that would not fit the finished tasks, no task is finished or none is left to
+    learn, or a file is damaged.
     """
     source = read_run(folder)
     if source.num_finished == 0:
         raise ValueError(f"{folder} has no finished task yet: a fork would be a new run; start one without --fork")
     before, fixed = config_of(source), find_method(config.method)[0].fixed
-    different = [name for name in OF_THE_STREAM if getattr(before, name) != getattr(config, name)]
+    different = [name for name in ("model", "evaluation") if getattr(before, name) != getattr(config, name)]
     if method_behind(before.method) != method_behind(config.method):
         different.append("method")
     else:
@@ -102,12 +83,8 @@ def fork(folder: Path, config: RunConfig, *, track: Track = silent) -> Results:
 def continued(folder: Path, benchmark: str) -> RunConfig:
     """Return the configuration of a run that goes on with the tasks of another benchmark behind its own.
 
-    `run(config, extend=True)` learns them. The states that the run had before are evaluated on them too, so that the
-    run ends as if it had had all tasks from the beginning.
-
-    Raises:
-        ValueError: If the run is not complete, the benchmark has nothing new, or the method does not learn task by
-            task.
+    `run(config, extend=True)` learns them, and gives what one run with all tasks would have given. ValueError says that
+    the run is not complete, the benchmark has nothing new, or the method does not learn task by task.
     """
     source = read_run(folder)
     config = config_of(source)
@@ -119,7 +96,7 @@ def continued(folder: Path, benchmark: str) -> RunConfig:
             return config
         raise ValueError(f"{folder} is not complete; first: keeplora resume {folder}")
     known = source.manifest["tasks"]
-    config = dataclasses.replace(config, more=(*config.more, benchmark))
+    config = replace(config, more=(*config.more, benchmark))
     if set(plain_values(config)["tasks"]) <= set(known):
         undone = f", left out: {', '.join(config.without)}" if config.without else ""
         raise ValueError(
@@ -130,13 +107,9 @@ def continued(folder: Path, benchmark: str) -> RunConfig:
 
 
 def with_more(folder: Path, given: RunConfig) -> RunConfig:
-    """Return what `continued` does, given a run's own settings but with the benchmark whose tasks are to follow.
-
-    Raises:
-        ValueError: If other settings than those of the run are given, beside what `continued` raises.
-    """
+    """Return what `continued` does, given a run's own settings (others are a ValueError) and the further benchmark."""
     before = config_of(read_run(folder))
-    own = dataclasses.replace(given, benchmark=before.benchmark)
+    own = replace(given, benchmark=before.benchmark)
     different = differences(plain_values(before), plain_values(own))
     if given.output.resolve() != folder.resolve():
         different.append(f"output was {str(folder)!r}, is {str(given.output)!r}")
@@ -144,74 +117,45 @@ def with_more(folder: Path, given: RunConfig) -> RunConfig:
         raise ValueError(
             f"--continue goes on with the settings of {folder} ({'; '.join(different)}); leave them out, or --fork it"
         )
-    more = continued(folder, given.benchmark).more
-    return dataclasses.replace(own, more=more)
+    return replace(own, more=continued(folder, given.benchmark).more)
 
 
 def _branch(source: RunDirectory, config: RunConfig, kept: list[int], origin: dict[str, Any], track: Track) -> Results:
     """Write a run directory that begins with some finished tasks of another; it is there as a whole or not at all."""
-    best_device()  # Processes meet here.
+    device = best_device()  # Processes meet here.
     if dist.is_initialized():
         raise ValueError("a run is undone or forked in one process only; run without a launcher")
     if source.folder.resolve() in config.output.resolve().parents:
         raise ValueError(f"{config.output} is inside {source.folder}; give another --output")
-    values = plain_values(config)
-    with made_whole(config.output) as part:
+    values, old = plain_values(config), source.manifest
+    tables, names = old["config"]["tasks"], list(values["tasks"])
+    columns = {name: place for place, name in enumerate(old["tasks"]) if tables[name] == values["tasks"].get(name)}
+    with made_whole(config.output) as part, open_run(part, values, names, settings=config.settings) as directory:
         model, tasks = open_stream(config, track)
         require_same_model(model, config, source)
-        with open_run(part, values, list(values["tasks"]), sources=config.all_sources) as directory:
-            directory.manifest["origin"] = {"run": str(source.folder.resolve()), **origin}
-            model = _Copy(source, directory, tasks, track).write(model, config, kept)
-            save = partial(family_of(config.model).save, model, locate(config.model))
-            directory.commit_tasks(save if config.save_model and kept else None)
-            results = report(directory) if directory.is_complete else directory.results()
-    return results
-
-
-@dataclasses.dataclass(frozen=True)
-class _Copy:
-    """Finished tasks on their way from one run to another; `tasks` are those of the new one."""
-
-    source: RunDirectory
-    directory: RunDirectory
-    tasks: list[StreamTask]
-    track: Track
-
-    def write(self, model: nn.Module, config: RunConfig, kept: list[int]) -> nn.Module:
-        """Hand in the tasks of these places in the old run; return the model behind the last of them."""
-        method = find_method(config.method)[0](config.options, seed=config.seed, track=self.track)
-        method.schedule(self.tasks)
+        method = find_method(config.method)[0](config.options, seed=config.seed, track=track)
+        method.schedule(tasks)
         method.protect(model)
-        old = self.source.manifest
-        zero_shot = self._scores(model, old["zero_shot"])
-        self.directory.manifest |= {"model_digest": old["model_digest"], "zero_shot": zero_shot, "start": old["start"]}
-        for place, index in enumerate(self.track(kept, "merging", len(kept))):
-            details = dict(self.source.tasks[index])
-            before = method.protected()
-            model = replay(method, model, self.tasks[place], self.source, index)
+        directory.manifest["origin"] = {"run": str(source.folder.resolve()), **origin}
+        zero_shot = _scores(model, tasks, old["zero_shot"], columns, track)
+        directory.start(old["model_digest"], zero_shot, old["start"])
+        for place, index in enumerate(track(kept, "merging", len(kept))):
+            before, details = method.protected(), dict(source.tasks[index])
+            record, adapter = source.record(index)
+            model = replay(method, model, tasks[place], record, adapter)
             if place == index:
-                details["scores"] = self._scores(model, details["scores"])
-            else:  # A state that the old run never had.
-                details["scores"] = evaluate(model, self.tasks, track=self.track)
-                details["certificate"] = self._certificate(before, method.protected(), index)
-            self.directory.copy_task(self.source, index, details)
-        return model
+                details["scores"] = _scores(model, tasks, details["scores"], columns, track)
+            else:  # A state that the old run never had; how the task merges into it was never measured.
+                details["scores"] = evaluate(model, tasks, track=track)
+                certificate = certificates(before, method.protected(), updates_of(record, device))
+                details["certificate"] = {**certificate_to_json(certificate), "merge_error": None}
+            directory.add_task(record, details, model if config.save_model and index == kept[-1] else None)
+        return report(directory) if directory.is_complete else directory.results()
 
-    def _scores(self, model: nn.Module, recorded: list[float]) -> list[float]:
-        """Return the scores of a state that the old run had: what it recorded, and a new evaluation of other tasks."""
-        tables = self.source.manifest["config"]["tasks"], self.directory.manifest["config"]["tasks"]
-        scores = dict(zip(self.source.manifest["tasks"], recorded, strict=True))
-        known = {name: score for name, score in scores.items() if tables[0][name] == tables[1].get(name)}
-        missing = [task for task in self.tasks if task.name not in known]
-        found = zip(missing, evaluate(model, missing, track=self.track), strict=True)
-        known |= {task.name: score for task, score in found}
-        return [known[task.name] for task in self.tasks]
 
-    def _certificate(self, before: dict[str, Tensor], after: dict[str, Tensor], index: int) -> dict[str, Any]:
-        """Certify a task against what is protected now; how it merged into such a state was never measured."""
-        record, _ = self.source.record(index)
-        factors = {} if record.adapter is None else record.adapter.factors()
-        places = {name: basis.device for name, basis in before.items()}
-        updates = {name: (a.to(places[name]), b.to(places[name])) for name, (a, b) in factors.items() if name in before}
-        certificate = certificates(before, after, updates)
-        return {**certificate_to_json(certificate), "merge_error": None}
+def _scores(
+    model: nn.Module, tasks: list[StreamTask], recorded: list[float], columns: dict[str, int], track: Track
+) -> list[float]:
+    """Return the scores of a state of the old run: what it recorded, and a new evaluation of tasks without a column."""
+    late = iter(evaluate(model, [task for task in tasks if task.name not in columns], track=track))
+    return [recorded[columns[task.name]] if task.name in columns else next(late) for task in tasks]

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt
 
 from keeplora.config import Config, parse
 from keeplora.data.benchmark import TaskSpec, read_benchmark
@@ -14,12 +16,6 @@ from keeplora.methods.base import MethodConfig
 from keeplora.methods.registry import find_method, known_methods, method_behind
 from keeplora.models.registry import EMBEDDED
 from keeplora.training.trainer import TrainConfig
-
-MOST_ORDERS = 99_999
-"""The highest number of an order; each needs all before it, to be another one."""
-
-NOT_PART_OF_A_RUN = ("output", "checkpoint_steps", "checkpoint_minutes", "sources")
-"""Settings that do not change what a run learns: it may be resumed with others."""
 
 Sourced = tuple[str, Mapping[str, Any]]
 """Where settings come from, and the settings: those of a run, and the tables `train` and `options`."""
@@ -35,15 +31,15 @@ class RunConfig(Config):
     """The embedded model, a hub name, or a folder."""
     method: str = "keeplora"
     """Name of the method, or of a variant of one."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of every random draw."""
     output: Path = Path("runs/run")
     """The run directory; a run that is there is resumed after its last completed phase."""
     evaluation: Literal["test", "validation"] = "test"
     """The split to evaluate on; choose settings on validation."""
-    order: int = 0
+    order: Annotated[int, Field(ge=0, lt=100_000)] = 0  # Each needs all before it, to be another one.
     """Order of the tasks: 0 for the benchmark's own, k for the k-th random one, each another than those before."""
-    first_tasks: int | None = None
+    first_tasks: PositiveInt | None = None
     """Learn only this many tasks of the benchmark, the first ones of the stream."""
     more: tuple[str, ...] = ()
     """Benchmarks whose tasks follow, each in its own order; a task of the same name and data comes once."""
@@ -51,9 +47,9 @@ class RunConfig(Config):
     """Names of tasks to leave out."""
     save_model: bool = True
     """Write the merged model after each task; without it, it can be made again from the adapters."""
-    checkpoint_steps: int | None = None
+    checkpoint_steps: PositiveInt | None = None
     """Optimiser steps from one checkpoint of training to the next; one at the end of each epoch if not given."""
-    checkpoint_minutes: float = 5.0
+    checkpoint_minutes: Annotated[float, Field(gt=0)] = 5.0
     """The most minutes from one checkpoint of training to the next."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """How each task is optimised."""
@@ -73,14 +69,6 @@ class RunConfig(Config):
                 f"options of method {self.method!r} must be {kind.Config.__name__}, not {type(self.options).__name__}"
             )
         _require_variant(self.method, variant, dataclasses.asdict(self.options))
-        for name, most in (("seed", 2**31 - 1), ("order", MOST_ORDERS)):
-            if not 0 <= getattr(self, name) <= most:
-                raise ValueError(f"{name} = {getattr(self, name)} must be from 0 to {most}")
-        for name in ("first_tasks", "checkpoint_steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
-        if not self.checkpoint_minutes > 0:
-            raise ValueError(f"checkpoint_minutes = {self.checkpoint_minutes} must be above 0")
 
     @property
     def stream(self) -> tuple[TaskSpec, ...]:
@@ -98,21 +86,12 @@ class RunConfig(Config):
             for name, value in _by_name(self).items()
         }
 
-    @property
-    def all_sources(self) -> dict[str, str]:
-        """Where every setting came from, by its dotted name."""
-        return {name: source for name, (_, source) in self.settings.items()}
-
 
 def resolve(*given: Sourced) -> RunConfig:
-    """Return a run's settings: those that are given, before the benchmark's, before the method's, before the library's.
+    """Return a run's settings: those given, then the benchmark's, then the method's, then the library's.
 
-    Args:
-        given: Settings, those that go before others first: of the command line, say, then of a file.
-
-    Raises:
-        ValueError: If the benchmark or the method is unknown, a value is wrong, or settings contradict each other; the
-            message names where each came from.
+    Of those given, the first ones go before the others: those of the command line, say, before those of a file.
+    ValueError names what is unknown, wrong, or a contradiction, and where it came from.
     """
     names = {"benchmark": RunConfig.benchmark, "method": RunConfig.method}
     for source, table in reversed(given):
@@ -120,40 +99,43 @@ def resolve(*given: Sourced) -> RunConfig:
             if not isinstance(table[key], str):
                 raise ValueError(f"{source}: {key} = {table[key]!r} must be a name")
             names[key] = table[key]
-    return settle([*given, *_defaults_of(names["benchmark"], names["method"])])
+    benchmark, method = names["benchmark"], names["method"]
+    (_, variant), defaults = find_method(method), read_benchmark(benchmark).defaults
+    if unknown := sorted(set(defaults) - {"train", *known_methods()}):
+        raise ValueError(f"benchmark {benchmark!r}: [defaults.{unknown[0]}] is neither train nor a method")
+    tables = list(given)
+    for name in dict.fromkeys((method, method_behind(method))):
+        options = dict(defaults.get(name, {}))
+        train = options.pop("train", {})
+        if name != method:  # What makes the variant is not the other method's to set.
+            options = {key: value for key, value in options.items() if key not in variant}
+        tables.append((f"benchmark {benchmark!r} [defaults.{name}]", {"train": train, "options": options}))
+    return settle([*tables, (f"benchmark {benchmark!r} [defaults.train]", {"train": defaults.get("train", {})})])
 
 
-def settle(tables: Iterable[Sourced]) -> RunConfig:
+def settle(tables: list[Sourced]) -> RunConfig:
     """Make a run's settings of tables: of each setting, the first table that has it decides.
 
-    Raises:
-        ValueError: If a value is wrong, or contradicts what makes the method's variant; the message names its source.
+    ValueError names the source of a value that is wrong, or contradicts what makes the method's variant.
     """
-    values: dict[str, Any] = {"train": {}, "options": {}}
-    sources: dict[str, str] = {}
-    for source, table in tables:
-        for key, value in table.items():
-            if key not in ("train", "options"):
-                _take(values, key, value, key, sources, source)
-                continue
-            if not isinstance(value, Mapping):
-                raise ValueError(f"{source}: {key} = {value!r} must be a table, [{key}]")
-            for name, inner in value.items():
-                _take(values[key], name, inner, f"{key}.{name}", sources, source)
-    method = values.get("method", RunConfig.method)
+    method = next((table["method"] for _, table in tables if "method" in table), RunConfig.method)
     kind, variant = find_method(method)
+    values: dict[str, dict[str, Any]] = {"": {}, "train": {}, "options": {}}
+    sources: dict[str, str] = {}
+    for source, table in [*tables, (f"method {method}", {"options": variant})]:
+        top = {key: value for key, value in table.items() if key not in ("train", "options")}
+        for group, found in (("", top), ("train", table.get("train", {})), ("options", table.get("options", {}))):
+            if not isinstance(found, Mapping):
+                raise ValueError(f"{source}: {group} = {found!r} must be a table, [{group}]")
+            for name, value in found.items():
+                if name not in values[group]:
+                    values[group][name] = value
+                    sources[f"{group}.{name}".removeprefix(".")] = source
     _require_variant(method, variant, values["options"], sources)
-    for name, value in variant.items():
-        _take(values["options"], name, value, f"options.{name}", sources, f"method {method}")
     own = {key.removeprefix("options."): source for key, source in sources.items() if key.startswith("options.")}
-    values["options"] = parse(kind.Config, values["options"], source=f"method {method}", sources=own)
-    return parse(RunConfig, {**values, "sources": sources}, source="the run's settings", sources=sources)
-
-
-def _take(values: dict[str, Any], key: str, value: Any, name: str, sources: dict[str, str], source: str) -> None:
-    if key not in values:
-        values[key] = value
-        sources[name] = source
+    options = parse(kind.Config, values["options"], source=f"method {method}", sources=own)
+    whole = {**values[""], "train": values["train"], "options": options, "sources": sources}
+    return parse(RunConfig, whole, source="the run's settings", sources=sources)
 
 
 def _require_variant(
@@ -169,42 +151,23 @@ def _require_variant(
             )
 
 
-def _defaults_of(benchmark: str, method: str) -> list[Sourced]:
-    """Return what a benchmark sets for a method: for its variant, for the method behind it, for all methods."""
-    _, variant = find_method(method)
-    defaults = read_benchmark(benchmark).defaults
-    if unknown := sorted(set(defaults) - {"train", *known_methods()}):
-        raise ValueError(f"benchmark {benchmark!r}: [defaults.{unknown[0]}] is neither train nor a method")
-    tables: list[Sourced] = []
-    for name in dict.fromkeys((method, method_behind(method))):
-        table = defaults.get(name, {})
-        options = {key: value for key, value in table.items() if key != "train"}
-        if name != method:  # What makes the variant is not the other method's to set.
-            options = {key: value for key, value in options.items() if key not in variant}
-        source = f"benchmark {benchmark!r} [defaults.{name}]"
-        tables.append((source, {"train": table.get("train", {}), "options": options}))
-    return [*tables, (f"benchmark {benchmark!r} [defaults.train]", {"train": defaults.get("train", {})})]
-
-
 def plain_values(config: RunConfig) -> dict[str, Any]:
     """Return as JSON values what a run is, its tasks included; where and how often it is written is no part of it."""
     values = dataclasses.asdict(config)
-    for key in NOT_PART_OF_A_RUN:
+    for key in ("output", "checkpoint_steps", "checkpoint_minutes", "sources"):
         del values[key]
     values |= {"benchmark": absolute(config.benchmark), "more": [absolute(name) for name in config.more]}
     if Path(config.model).is_dir() and config.model not in EMBEDDED:
         values["model"] = str(Path(config.model).resolve())
     # As a number: a task that is added to the file later is another stream, which is to be asked for.
     values["first_tasks"] = len(stream_of(config.benchmark, order=config.order, first_tasks=config.first_tasks))
-    tasks = {spec.name: dataclasses.asdict(spec) for spec in config.stream}
-    for spec in tasks.values():
-        spec["path"] = spec["path"].name
+    tasks = {spec.name: {**dataclasses.asdict(spec), "path": spec.path.name} for spec in config.stream}
     return dict(json.loads(json.dumps({**values, "tasks": tasks})))
 
 
 def _by_name(config: RunConfig) -> dict[str, Any]:
     """Return every setting by its dotted name."""
     values = dataclasses.asdict(config)
-    train, options, _ = (values.pop(key) for key in ("train", "options", "sources"))
-    inner = {"train": train, "options": options}
+    inner = {key: values.pop(key) for key in ("train", "options")}
+    del values["sources"]
     return values | {f"{key}.{name}": value for key, table in inner.items() for name, value in table.items()}

@@ -1,22 +1,26 @@
 """The run directory: what was configured, what each task left behind, the scores, the merged model.
 
-Safetensors and JSON only. What belongs together is written together or not at all (see `store`), so that a reader never
-sees half a task, and every file's SHA-256 stands in `run.json`, so that a damaged one is noticed.
+Safetensors and JSON only. What belongs together is written together or not at all (see `atomic_store`).
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import FiniteFloat
 from safetensors import SafetensorError
 from safetensors.torch import load
+from torch import nn
 
+from keeplora.config import read_json, require
 from keeplora.evaluation.accuracy_matrix import Results
 from keeplora.layers.lora import CONFIG_FILE, WEIGHTS_FILE, SavedAdapter
 from keeplora.methods.base import TaskRecord
+from keeplora.models.registry import family_of, locate
 from keeplora.runs.atomic_store import Store
-from keeplora.runs.schemas import read_task, require_start
+from keeplora.runs.manifest import Form
 from keeplora.subspace.certificate import certificate_to_json
 from keeplora.training.profiling import Costs
 from keeplora.training.state_file import aligned
@@ -24,18 +28,45 @@ from keeplora.training.state_file import aligned
 UNFINISHED = "unfinished"
 """Folder of what the task that is being learned has finished so far."""
 
-Save = Callable[[Path], None]
-"""Writes the merged model to a folder."""
+
+class _Measured(Form):
+    seconds: FiniteFloat
+    peak_memory_mb: FiniteFloat
+
+
+class _UntouchedModel(Form):
+    zero_shot: list[FiniteFloat]
+    model_digest: str
+    start: dict[str, _Measured]
+
+
+class _FinishedTask(Form):
+    name: str
+    scores: list[FiniteFloat]
+    phases: dict[str, _Measured]
+    certificate: Any  # Checked by who reads it.
+    merged: bool = True
 
 
 class RunDirectory(Store):
-    """Reads and writes one run directory. Make one with `open_run`; one that only reads with the manifest."""
+    """Reads and writes one run directory; `open_run` and `read_run` make one. `tasks` are the `task.json` of each."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         super().__init__(folder, manifest)
+        self.tasks: list[dict[str, Any]] = []
         if self.num_finished or "zero_shot" in manifest:
-            require_start(manifest, folder / "run.json")
-        self.tasks = [self._task_json(index) for index in range(self.num_finished)]
+            self._require("run.json", _UntouchedModel, manifest, "zero_shot")
+        for index in range(self.num_finished):
+            name = f"{task_folder(index, manifest['tasks'])}/task.json"
+            self.tasks.append(read_json(self.read(name), folder / name))
+            self._require(name, _FinishedTask, self.tasks[-1], "scores")
+
+    def _require(self, name: str, form: type[Form], values: dict[str, Any], row: str) -> None:
+        """Check that a file has its form, and a score for each task."""
+        require(form, values, str(self.folder / name))
+        if (num_scores := len(values[row])) != (num_tasks := len(self.manifest["tasks"])):
+            place = f"{self.folder / name} is damaged or not of keeplora"
+            raise ValueError(f"{place}: it has {num_scores} scores for {num_tasks} tasks")
 
     @property
     def num_finished(self) -> int:
@@ -50,10 +81,10 @@ class RunDirectory(Store):
     def results(self) -> Results:
         """Return the scores so far, from the files."""
         config = self.manifest["config"]
-        phases = [self.manifest["start"], *(task["phases"] for task in self.tasks)]
+        measured = [*self.manifest["start"].items(), *(cost for task in self.tasks for cost in task["phases"].items())]
         seconds: dict[str, float] = {}
-        for name, measured in ((name, measured) for phase in phases for name, measured in phase.items()):
-            seconds[name] = seconds.get(name, 0.0) + measured["seconds"]
+        for name, cost in measured:
+            seconds[name] = seconds.get(name, 0.0) + cost["seconds"]
         return Results(
             method=config["method"],
             benchmark=" + ".join([config["benchmark"], *config["more"]]),
@@ -63,7 +94,7 @@ class RunDirectory(Store):
             zero_shot=self.manifest["zero_shot"],
             accuracy=[task["scores"] for task in self.tasks],
             seconds=seconds,
-            peak_memory_mb=max((m["peak_memory_mb"] for phase in phases for m in phase.values()), default=0.0),
+            peak_memory_mb=max((cost["peak_memory_mb"] for _, cost in measured), default=0.0),
         )
 
     def start(self, model_digest: str, zero_shot: list[float], phases: Costs) -> None:
@@ -71,75 +102,58 @@ class RunDirectory(Store):
         self.manifest |= {"model_digest": model_digest, "zero_shot": zero_shot, "start": phases}
         self.commit()
 
-    def add_task(self, record: TaskRecord, details: dict[str, Any], save_model: Save | None) -> None:
-        """Record the next task: its adapter, directions, head, certificate, scores and times; and the merged model.
+    def add_task(self, record: TaskRecord, details: dict[str, Any], model: nn.Module | None) -> None:
+        """Commit the next finished task: its adapter, directions, head and `task.json`, the merged model, the scores.
 
-        Args:
-            record: What the method left behind.
-            details: What else `task.json` holds: `scores`, `phases`, `losses`.
-            save_model: Writes the merged model to a folder; None if it is the one that is there.
+        `details` is what else `task.json` holds (`scores`, `phases`, `losses`), and its certificate if that is not the
+        record's. `model` is the merged model; None if it is the one that is there, or none is to be written.
         """
-        folder = self.task_folder(self.num_finished)
+        folder = task_folder(self.num_finished, self.manifest["tasks"])
         if record.adapter is not None:
             for name, content in record.adapter.files().items():
                 self.write(f"{folder}/adapter/{name}", content)
         for name, tensors in (("subspace", record.directions), ("head", record.head), ("state", record.state)):
             if tensors:
                 self.write_tensors(f"{folder}/{name}.safetensors", tensors)
-        certificate = {**certificate_to_json(record.certificate), "merge_error": record.merge_error}
-        if record.surviving_gradient:
-            certificate["surviving_gradient"] = record.surviving_gradient
-        self.finish_task({**details, "certificate": certificate, "merged": record.merged})
-        self.commit_tasks(save_model)
-
-    def copy_task(self, other: "RunDirectory", index: int, details: dict[str, Any]) -> None:
-        """Hand in as the next task what a finished one of another run left, with a `task.json` of its own."""
-        folder = other.task_folder(index)
-        for name in other.files:
-            if name.startswith(f"{folder}/") and not name.endswith("/task.json"):
-                self.write(self.task_folder(self.num_finished) + name.removeprefix(folder), other.read(name))
-        self.finish_task(details)
-
-    def finish_task(self, details: dict[str, Any]) -> None:
-        """Hand in `task.json` of the next task, and count it as finished with the next commit."""
-        self.write_json(f"{self.task_folder(self.num_finished)}/task.json", details)
+        if "certificate" not in details:
+            certificate = {**certificate_to_json(record.certificate), "merge_error": record.merge_error}
+            if record.surviving_gradient:
+                certificate["surviving_gradient"] = record.surviving_gradient
+            details = {**details, "certificate": certificate, "merged": record.merged}
         self.tasks.append(details)
         self.manifest["tasks_finished"] += 1
-
-    def commit_tasks(self, save_model: Save | None) -> None:
-        """Commit the finished tasks that were handed in, with the merged model and the scores."""
-        if save_model is not None:
-            self.write_folder("model", save_model)
+        if model is not None:
+            name = self.manifest["config"]["model"]
+            self.write_folder("model", partial(family_of(name).save, model, locate(name)))
         self.remove(f"{UNFINISHED}/")
         self.manifest.pop("now", None)
         self.manifest["phase"] = "complete" if self.is_complete else "running"
-        self.write_json("metrics.json", self.results().to_json())
-        self.commit()
+        self._commit_scores([self.num_finished - 1])
 
     def widen(self, config: dict[str, Any], tasks: list[str], columns: list[list[float]]) -> None:
         """Let the run have more tasks, and commit the scores on them of every state so far, the untouched one first."""
         self.manifest |= {"config": config, "tasks": tasks, "phase": "running"}
         self.manifest["zero_shot"] = self.manifest["zero_shot"] + columns[0]
-        for index, (details, scores) in enumerate(zip(self.tasks, columns[1:], strict=True)):
+        for details, scores in zip(self.tasks, columns[1:], strict=True):
             details["scores"] = details["scores"] + scores
-            self.write_json(f"{self.task_folder(index)}/task.json", details)
         self.remove("report.html")
-        self.write_json("metrics.json", self.results().to_json())
+        self._commit_scores(range(self.num_finished))
+
+    def _commit_scores(self, changed: Iterable[int]) -> None:
+        """Commit what was handed in, with `metrics.json` and the `task.json` of some tasks."""
+        folders = {index: task_folder(index, self.manifest["tasks"]) for index in changed}
+        files = {f"{folder}/task.json": self.tasks[index] for index, folder in folders.items()}
+        for name, value in (files | {"metrics.json": self.results().to_json()}).items():
+            self.write(name, (json.dumps(value, indent=1) + "\n").encode())
         self.commit()
 
     def record(self, index: int) -> tuple[TaskRecord, Path]:
-        """Read back what a finished task left, and the folder of its adapter.
-
-        Raises:
-            ValueError: If a file is missing or damaged; the message names it.
-        """
-        folder = self.task_folder(index)
-        adapter = self.folder / folder / "adapter"
-        saved = None
-        if f"{folder}/adapter/{WEIGHTS_FILE}" in self.files:
-            name = f"{folder}/adapter/{CONFIG_FILE}"
-            config = SavedAdapter.config_from(self.read(name), self.folder / name)
-            saved = SavedAdapter(config, self._tensors(f"{folder}/adapter/{WEIGHTS_FILE}"))
+        """Read back what a finished task left, and the folder of its adapter; ValueError names a damaged file."""
+        folder = task_folder(index, self.manifest["tasks"])
+        adapter, saved = self.folder / folder / "adapter", None
+        if (weights := f"{folder}/adapter/{WEIGHTS_FILE}") in self.files:
+            config = self.read(f"{folder}/adapter/{CONFIG_FILE}")
+            saved = SavedAdapter(SavedAdapter.config_from(config, adapter / CONFIG_FILE), self._tensors(weights))
         return TaskRecord(
             adapter=saved,
             directions=self._tensors(f"{folder}/subspace.safetensors"),
@@ -148,37 +162,11 @@ class RunDirectory(Store):
             merged=self.tasks[index].get("merged", True),
         ), adapter
 
-    def require_intact(self, prefix: str = "") -> None:
-        """Check the files whose path begins so against their hashes; tensors are checked only if a prefix is given.
-
-        They may be large, and are checked when they are read.
-
-        Raises:
-            ValueError: If one is missing or damaged; the message names it.
-        """
-        for name in self.files:
-            if name.startswith(prefix) and (prefix or not name.endswith(".safetensors")):
-                self.check(name)
-
-    def write_json(self, name: str, value: object) -> None:
-        """Hand in a value as JSON for the next commit."""
-        self.write(name, (json.dumps(value, indent=1) + "\n").encode())
-
-    def task_folder(self, index: int) -> str:
-        """Return the folder of a task."""
-        return task_folder(index, self.manifest["tasks"])
-
     def _tensors(self, name: str) -> dict[str, Any]:
-        if name not in self.files:
-            return {}
         try:
-            return aligned(load(self.read(name)))
+            return aligned(load(self.read(name))) if name in self.files else {}
         except SafetensorError as error:
             raise ValueError(f"{self.folder / name} is not a safetensors file: {error}") from None
-
-    def _task_json(self, index: int) -> dict[str, Any]:
-        name = f"{self.task_folder(index)}/task.json"
-        return read_task(self.read(name), self.manifest["tasks"], self.folder / name)
 
 
 def task_folder(index: int, tasks: list[str]) -> str:

@@ -1,31 +1,34 @@
-"""`run.json`: what a run is, how far it is, and the hash of every file; and how one is opened by one process alone."""
+"""`run.json`: what a run is, how far it is, and the hash of every file; and the lock that lets one process write."""
 
 import hashlib
 import json
 import os
 import platform
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from keeplora.config import Count
+from keeplora.config import Count, require
 from keeplora.errors import InUseError
 
 RUN_FORMAT = 3
 """Version of the layout of a run directory; a reader refuses any other."""
 
-VERSIONS_OF = ("keeplora", "torch", "transformers", "peft", "accelerate", "safetensors")
+Settings = Mapping[str, tuple[Any, str]]
+"""Every setting of a run by its dotted name, and where it came from."""
 
 
-class _Required(BaseModel, extra="allow", strict=True):
-    """The keys that every manifest has; more may stand beside them."""
+class Form(BaseModel, extra="allow", strict=True):
+    """What a JSON file of a run must hold: hashes tell one that changed, a form tells one that something else wrote."""
 
+
+class _Manifest(Form):
     format: int
     config: dict[str, Any]
     tasks: list[str]
@@ -33,15 +36,17 @@ class _Required(BaseModel, extra="allow", strict=True):
     phase: str
     files: dict[str, str]
     leaving: list[str] = []
+    checksum: str
 
 
-def new_manifest(config: dict[str, Any], tasks: list[str], sources: dict[str, str] | None = None) -> dict[str, Any]:
+def new_manifest(config: dict[str, Any], tasks: list[str], settings: Settings | None = None) -> dict[str, Any]:
     """Return the manifest of a run that has not begun, with its settings and the place each of them came from."""
+    libraries = ("keeplora", "torch", "transformers", "peft", "accelerate", "safetensors")
     return {
         "format": RUN_FORMAT,
-        "versions": {name: version(name) for name in VERSIONS_OF} | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in libraries} | {"python": platform.python_version()},
         "config": config,
-        "sources": sources or {},
+        "sources": {name: source for name, (_, source) in (settings or {}).items()},
         "tasks": tasks,
         "tasks_finished": 0,
         "phase": "running",
@@ -50,11 +55,7 @@ def new_manifest(config: dict[str, Any], tasks: list[str], sources: dict[str, st
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read `run.json`.
-
-    Raises:
-        ValueError: If the folder holds no run, or one of another format, or the file is damaged or was changed.
-    """
+    """Read `run.json`; ValueError says that there is none, it is of another format, or damaged, or was changed."""
     path = folder / "run.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no run: there is no {path}")
@@ -62,21 +63,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(content)
         found = manifest["format"]
-        is_other = type(found) is int and found != RUN_FORMAT
-        if not is_other:
-            del manifest["checksum"]
-            _Required.model_validate(manifest)
-            is_unchanged = manifest_bytes(manifest) == content
+        is_unchanged = manifest_bytes({key: manifest[key] for key in manifest if key != "checksum"}) == content
     except (KeyError, TypeError, RecursionError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or not of keeplora: {_first_line(error)}") from None
-    if is_other:
-        raise ValueError(_other_format(path, found))
+        raise ValueError(f"{path} is damaged or not of keeplora: {type(error).__name__}: {error}") from None
+    if type(found) is int and found != RUN_FORMAT:
+        newer = f"newer than {RUN_FORMAT}; update keeplora"
+        older = f"older than {RUN_FORMAT}; go on with the keeplora that wrote it, or run it again"
+        raise ValueError(f"{path} has format {found}, {newer if found > RUN_FORMAT else older}")
+    checked = require(_Manifest, manifest, str(path))
     if not is_unchanged:
         raise ValueError(f"{path} is not what the run wrote: it was changed or damaged")
-    names = [*manifest["files"], *manifest.get("leaving", [])]
+    names = [*checked.files, *checked.leaving]
     wrong = [name for name in names if PurePosixPath(name).is_absolute() or ".." in name.split("/")]
-    if wrong or manifest["tasks_finished"] > len(manifest["tasks"]):
+    if wrong or checked.tasks_finished > len(checked.tasks):
         raise ValueError(f"{path} is damaged or not of keeplora: {wrong or 'more tasks finished than there are'}")
+    del manifest["checksum"]
     return dict(manifest)
 
 
@@ -88,11 +89,7 @@ def manifest_bytes(manifest: dict[str, Any]) -> bytes:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep a second process out; the operating system drops the lock when its owner ends, however it ends.
-
-    Raises:
-        InUseError: If another process has the lock.
-    """
+    """Keep a second process out, by an `InUseError`; the operating system drops the lock when its owner ends."""
     path = folder / "lock"
     lock = FileLock(path, timeout=0)
     try:
@@ -108,16 +105,3 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)  # While it is ours: who waits for it takes a new one.
         lock.release()
-
-
-def _other_format(path: Path, found: int) -> str:
-    if found > RUN_FORMAT:
-        return f"{path} has format {found}, newer than {RUN_FORMAT}; update keeplora"
-    return f"{path} has format {found}, older than {RUN_FORMAT}; go on with the keeplora that wrote it, or run it again"
-
-
-def _first_line(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    return f"{type(error).__name__}: {error}".splitlines()[0]

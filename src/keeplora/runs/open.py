@@ -1,7 +1,7 @@
 """How a run directory is opened: put in order after a crash, checked, by one process, and only for its own run."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 from torch import nn
 
-from keeplora.config import differences, parse
+from keeplora.config import differences, parse, require
 from keeplora.data.benchmark import TaskSpec
 from keeplora.errors import InUseError
 from keeplora.layers.distributed import is_main_process
@@ -17,105 +17,72 @@ from keeplora.methods.registry import find_method
 from keeplora.models.interfaces import StreamTask
 from keeplora.models.registry import family_of, locate
 from keeplora.progress import Track, silent
-from keeplora.runs.atomic_store import STAGED, Store, require_no_links
+from keeplora.runs.atomic_store import CURE, STAGED, Store, require_no_links
 from keeplora.runs.config import RunConfig, Sourced, settle
-from keeplora.runs.directory import UNFINISHED, RunDirectory
-from keeplora.runs.manifest import locked, new_manifest, read_manifest
-from keeplora.runs.schemas import require_config
+from keeplora.runs.directory import RunDirectory
+from keeplora.runs.manifest import Form, Settings, locked, new_manifest, read_manifest
 from keeplora.training.trainer import TrainConfig, best_device
 
 
 @contextmanager
 def open_run(
-    folder: Path,
-    config: dict[str, Any],
-    tasks: list[str],
-    *,
-    sources: dict[str, str] | None = None,
-    extend: bool = False,
+    folder: Path, config: dict[str, Any], tasks: list[str], *, settings: Settings | None = None, extend: bool = False
 ) -> Iterator[RunDirectory]:
     """Open a run directory for writing: a new one, or one of the same configuration, to resume it.
 
-    Args:
-        folder: The run directory.
-        config: What is to be run, as plain values.
-        tasks: The names of the tasks.
-        sources: Where the settings came from, for a new run.
-        extend: Whether a finished run may be given more tasks than it had.
-
-    Raises:
-        ValueError: If the folder belongs to another run or is no run or is damaged, or another process is writing to
-            it.
+    `config` says what is to be run, as plain values; `settings`, where a new run's came from; `extend`, whether a
+    finished run may be given more tasks. Tensors may be large and are checked when they are read, other files here.
+    ValueError says that the folder is no run, or another one, or damaged, or another process writes to it.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give another --output")
-    ours = {"run.json", "run.json.part", "lock", STAGED}
-    if folder.exists() and not (folder / "run.json").exists() and {path.name for path in folder.iterdir()} - ours:
-        raise ValueError(f"{folder} is not empty and holds no run; give another --output, or empty it")
     folder.mkdir(parents=True, exist_ok=True)
+    found = {path.name for path in folder.iterdir()}
+    if "run.json" not in found and found - {"run.json.part", "lock", STAGED}:
+        raise ValueError(f"{folder} is not empty and holds no run; give another --output, or empty it")
     require_no_links(folder)
     with locked(folder) if is_main_process() else nullcontext():
-        manifest = _manifest(folder, config, tasks, sources or {}, extend)
-        Store(folder, manifest).recover(UNFINISHED)
+        has_begun = (folder / "run.json").exists()
+        manifest = read_manifest(folder) if has_begun else new_manifest(config, tasks, settings)
+        Store(folder, manifest).recover()
         if dist.is_initialized():
             dist.barrier()  # The first process has now put the folder in order.
+        before, known, now, wanted = manifest["config"], manifest["tasks"], config, tasks
+        if extend:  # What it has so far is compared: it may get more tasks.
+            tables = {name: table for name, table in config["tasks"].items() if name in known}
+            now = {**config, "tasks": tables} | {key: before.get(key) for key in ("more", "first_tasks")}
+            wanted = tasks[: len(known)]
+        different = differences(before, now) + ([] if known == wanted else [f"tasks were {known}, are {wanted}"])
+        if different and (manifest["tasks_finished"] or "now" in manifest):
+            raise ValueError(
+                f"{folder} holds another run ({'; '.join(different)}); give another --output. To start"
+                f" from the tasks that are finished here: --fork {folder} --output NEW"
+            )
+        if different:  # Nothing is lost by starting over, perhaps with what was mended.
+            manifest = new_manifest(config, tasks, settings)
         directory = RunDirectory(folder, manifest)
-        directory.require_intact()
-        if not (folder / "run.json").exists() or directory.num_finished == 0:
+        for name in directory.files:
+            if not name.endswith(".safetensors"):
+                directory.read(name)
+        if different or not has_begun:
             directory.commit()
         yield directory
 
 
 def read_run(folder: Path) -> RunDirectory:
-    """Open a run directory for reading; what a crash left half written is put in order first.
-
-    Raises:
-        ValueError: If the folder holds no run, or a symbolic link, or the tasks' files are damaged.
-    """
+    """Open a run directory for reading; `task.json` of each task is checked, other files when they are read."""
     return RunDirectory(folder, settled_manifest(folder))
 
 
 def settled_manifest(folder: Path) -> dict[str, Any]:
-    """Read `run.json`; what a crash left half written is put in order first.
-
-    Raises:
-        ValueError: If the folder holds no run, or a symbolic link, or `run.json` is damaged.
-    """
+    """Read `run.json`; what a crash left half written is put in order first."""
     require_no_links(folder)
     manifest = read_manifest(folder)
-    if not (folder / STAGED).exists():
-        return manifest
-    try:
-        with locked(folder):
-            manifest = read_manifest(folder)
-            Store(folder, manifest).recover(UNFINISHED)
-            return manifest
-    except InUseError:  # Its owner is at it, and puts it in order itself.
-        return read_manifest(folder)
-
-
-def _manifest(
-    folder: Path, config: dict[str, Any], tasks: list[str], sources: dict[str, str], extend: bool
-) -> dict[str, Any]:
-    """Return the manifest of the run that is there if it may be gone on with, or a new one."""
-    if not (folder / "run.json").exists():
-        return new_manifest(config, tasks, sources)
-    found = read_manifest(folder)
-    before, now = found["config"], config
-    if extend:
-        mine = {name: table for name, table in config["tasks"].items() if name in found["tasks"]}
-        now = {**config, "tasks": mine} | {key: before.get(key) for key in ("more", "first_tasks")}
-    different = differences(before, now)
-    if found["tasks"] != (tasks[: len(found["tasks"])] if extend else tasks):
-        different.append(f"tasks were {found['tasks']}, are {tasks}")
-    if not different:
-        return found
-    if found["tasks_finished"] == 0 and not any(name.startswith(f"{UNFINISHED}/") for name in found["files"]):
-        return new_manifest(config, tasks, sources)  # Nothing is lost by starting over, perhaps with what was mended.
-    raise ValueError(
-        f"{folder} holds another run ({'; '.join(different)}); give another --output. To start"
-        f" from the tasks that are finished here: --fork {folder} --output NEW"
-    )
+    if (folder / STAGED).exists():
+        with suppress(InUseError), locked(folder):  # If it is in use, its owner puts it in order.
+            Store(folder, read_manifest(folder)).recover()
+        manifest = read_manifest(folder)
+    return manifest
 
 
 def reopen(
@@ -123,20 +90,16 @@ def reopen(
 ) -> tuple[RunDirectory, nn.Module, list[StreamTask]]:
     """Load what a run left: its directory, its model after the last finished task, and its tasks in their order.
 
-    Args:
-        folder: The run directory.
-        split: The examples to evaluate on; the run's own if not given.
-        track: Shows progress over the images that are read.
-
-    Raises:
-        ValueError: If no task is finished, the model was not saved, or a file is missing or damaged.
+    Its tasks evaluate on `split`, or on the run's own if none is given. ValueError says that no task is finished, the
+    model was not saved, or a file is missing or damaged.
     """
     directory = read_run(folder)
     if directory.num_finished == 0:
         raise ValueError(f"{folder} has no model yet: no task is finished; go on with the run first")
-    if not any(name.startswith("model/") for name in directory.manifest["files"]):
+    if not (files := [name for name in directory.files if name.startswith("model/")]):
         raise ValueError(f"{folder} was run with save_model = False and has no model; run it again with save_model")
-    directory.require_intact("model/")
+    if flaws := directory.damaged(files):
+        raise ValueError(flaws[0] + CURE)
     config = config_of(directory)
     config = replace(config, model=str(folder / "model"), evaluation=split or config.evaluation)
     model, tasks = open_stream(config, track)
@@ -151,23 +114,31 @@ def reopen(
 
 
 def config_of(directory: RunDirectory) -> RunConfig:
-    """Return the configuration that a run was started with.
-
-    Raises:
-        ValueError: If `run.json` holds none, or one that is no longer possible; the message names the key.
-    """
+    """Return the configuration that a run was started with; ValueError names a key that is wrong, or wrong by now."""
     return settle([settings_of_run(directory)])
 
 
-def settings_of_run(directory: RunDirectory) -> Sourced:
-    """Return the settings that a run was started with, as a table, after the file that they are in.
+class _Config(Form):
+    benchmark: str
+    model: str
+    method: str
+    seed: int
+    evaluation: Literal["test", "validation"]
+    more: list[str]
+    tasks: dict[str, dict[str, Any]]
+    train: dict[str, Any]
+    options: dict[str, Any]
 
-    Raises:
-        ValueError: If `run.json` holds none; the message names the key.
-    """
-    path = directory.folder / "run.json"
-    require_config(directory.manifest["config"], directory.manifest["tasks"], path)
+
+def settings_of_run(directory: RunDirectory) -> Sourced:
+    """Return the file that a run's settings are in, and these as a table; ValueError names a key that is wrong."""
+    path, tasks = directory.folder / "run.json", directory.manifest["tasks"]
     values = dict(directory.manifest["config"])
+    tables = require(_Config, values, str(path)).tasks
+    if list(tables) != tasks:
+        raise ValueError(
+            f"{path} is damaged or not of keeplora: its tasks are {tasks}, its tables those of {list(tables)}"
+        )
     for name, table in values.pop("tasks").items():
         parse(TaskSpec, table, source=f"{path}: task {name!r}")
     return str(path), {**values, "output": directory.folder}
@@ -203,12 +174,6 @@ def load_stream(
 def open_stream(config: RunConfig, track: Track = silent) -> tuple[nn.Module, list[StreamTask]]:
     """Load the model of a run, in float32 on the best device, and its tasks in their order."""
     family, source = family_of(config.model), locate(config.model)
-    tasks = family.tasks(
-        source,
-        config.stream,
-        batch_size=config.train.batch_size,
-        evaluation=config.evaluation,
-        seed=config.seed,
-        track=track,
-    )
+    batch_size, evaluation, seed = config.train.batch_size, config.evaluation, config.seed
+    tasks = family.tasks(source, config.stream, batch_size=batch_size, evaluation=evaluation, seed=seed, track=track)
     return family.load(source).to(best_device()), tasks

@@ -1,6 +1,5 @@
 """The model card of an export: Hugging Face front matter, tasks and scores, settings, licences, how to load it."""
 
-import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,8 +9,6 @@ import jinja2
 
 from keeplora.evaluation.accuracy_matrix import METRIC_NAMES, Results
 from keeplora.subspace.low_rank_update import Cut
-
-TEMPLATE = "card.md.j2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,32 +42,14 @@ class Card:
         """Names to load the adapters under, and the folder of each; PEFT allows no dot in a name."""
         return {f"task{number}": folder for number, folder in enumerate(self.folders.values(), 1)}
 
-    @property
-    def is_on_hub(self) -> bool:
-        """Whether the base model is named by its place on the hub."""
-        return not Path(self.base).is_absolute()
-
 
 def render_card(card: Card) -> str:
     """Return the card as Markdown."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters |= {"cell": _cell, "literal": lambda value: json.dumps(value, ensure_ascii=False)}
-    summary = {name: card.results.summary()[key] for key, name in METRIC_NAMES.items()}
-    values = {item.name: getattr(card, item.name) for item in dataclasses.fields(card)}
-    return environment.get_template(TEMPLATE).render(
-        **values,
-        names=card.names,
-        is_on_hub=card.is_on_hub,
-        summary=", ".join(f"{name} {value:.1f}" for name, value in summary.items() if value is not None),
+    environment.filters["literal"] = lambda value: json.dumps(value, ensure_ascii=False)
+    template = environment.from_string(Path(__file__).with_name("card.md.j2").read_text(encoding="utf-8"))
+    return template.render(
+        **vars(card), names=card.names, is_on_hub=not Path(card.base).is_absolute(), metric_names=METRIC_NAMES
     )
-
-
-def _cell(value: object) -> str:
-    """Return a value as text that stays inside its cell of a table."""
-    return str(value).replace("|", "\\|").replace("\n", " ")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import PositiveInt
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -43,56 +44,60 @@ class ExportConfig(Config):
     """Folder to write; it must not exist, or be empty."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of the weights."""
-    rank: int | None = None
+    rank: PositiveInt | None = None
     """Format adapter: cut each layer's update to its best approximation of this rank; exact if not given."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rank is not None and self.format != "adapter":
             raise ValueError(f"rank = {self.rank} is for format 'adapter'; leave it out for format {self.format!r}")
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"rank = {self.rank} keeps nothing; set it to at least 1")
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A run that is read: its base model, its finished tasks, and what each left."""
+    """A run that is read, its base model, and by name what each finished task left and the folder of its adapter."""
 
     directory: RunDirectory
     config: RunConfig
     base: nn.Module
-    records: list[tuple[TaskRecord, Path]]
+    records: dict[str, tuple[TaskRecord, Path]]
     track: Track
-
-    def name(self, index: int) -> str:
-        return str(self.directory.manifest["tasks"][index])
-
-    def place(self, index: int) -> str:
-        return f"{index + 1:02d}-{self.name(index)}"
 
     @property
     def base_name(self) -> str:
         """The hub name of the base model, or its absolute folder."""
-        source = locate(self.config.model)
-        return str(Path(source).resolve()) if Path(source).is_dir() else source
+        name = locate(self.config.model)
+        return str(Path(name).resolve()) if Path(name).is_dir() else name
 
-    def adapters(self) -> dict[int, SavedAdapter]:
-        return {index: r.adapter for index, (r, _) in enumerate(self.records) if r.adapter is not None}
+    @property
+    def adapters(self) -> dict[str, SavedAdapter]:
+        return {name: record.adapter for name, (record, _) in self.records.items() if record.adapter is not None}
+
+    def place(self, name: str) -> str:
+        return self.records[name][1].parent.name
 
 
 def export_run(folder: Path, config: ExportConfig, *, track: Track = silent) -> Card:
     """Write the finished tasks of a run to `config.output`, with a model card, and return what the card says.
 
-    Args:
-        folder: The run directory.
-        config: The form of the export and its place.
-        track: Shows progress.
-
-    Raises:
-        ValueError: If no task is finished, a file of the run is missing or damaged, the run cannot have this form, the
-            output is not empty, or a weight is too large for the precision.
+    ValueError says that no task is finished, a file is missing or damaged, the run cannot have this form, the output is
+    not empty, or a weight is too large for the precision.
     """
-    source = _read(folder, config, track)
+    directory = read_run(folder)
+    if directory.num_finished == 0:
+        raise ValueError(f"{folder} has nothing to export: no task is finished; go on with the run first")
+    run = config_of(directory)
+    finished = directory.manifest["tasks"][: directory.num_finished]
+    records = {name: directory.record(index) for index, name in enumerate(finished)}
+    if not all(record.merged for record, _ in records.values()):
+        raise ValueError(
+            f"{folder} was learned by {run.method}, whose updates depend on the input and stay beside the weights: no"
+            " plain model or adapter computes the same. Load it with keeplora.runs.open.reopen, or run a method that"
+            " merges"
+        )
+    if config.format != "merged" and all(record.adapter is None for record, _ in records.values()):
+        raise ValueError(f"{folder} was learned by {run.method}, which leaves no adapter; use --format merged")
+    source = _Source(directory, run, family_of(run.model).load(locate(run.model)), records, track)
     with made_whole(config.output) as part:
         part.mkdir()
         found = WRITERS[config.format](source, config, part)
@@ -104,27 +109,11 @@ def export_run(folder: Path, config: ExportConfig, *, track: Track = silent) -> 
     return card
 
 
-def _read(folder: Path, config: ExportConfig, track: Track) -> _Source:
-    directory = read_run(folder)
-    if directory.num_finished == 0:
-        raise ValueError(f"{folder} has nothing to export: no task is finished; go on with the run first")
-    run = config_of(directory)
-    records = [directory.record(index) for index in range(directory.num_finished)]
-    if not all(record.merged for record, _ in records):
-        raise ValueError(
-            f"{folder} was learned by {run.method}, whose updates depend on the input and stay beside the weights: no"
-            " plain model or adapter computes the same. Load it with keeplora.reopen, or run a method that merges"
-        )
-    if config.format != "merged" and all(record.adapter is None for record, _ in records):
-        raise ValueError(f"{folder} was learned by {run.method}, which leaves no adapter; use --format merged")
-    return _Source(directory, run, family_of(run.model).load(locate(run.model)), records, track)
-
-
 def _write_merged(source: _Source, config: ExportConfig, part: Path) -> dict[str, Any]:
     """Write the base model with all updates merged."""
     run, model = source.config, source.base
-    for record, folder in source.track(source.records, "merging", len(source.records)):
-        model = model if record.adapter is None else lora.merge_from(model, folder)
+    for name in source.track(source.adapters, "merging", len(source.adapters)):
+        model = lora.merge_from(model, source.records[name][1])
     model = model.to(getattr(torch, config.dtype))
     _require_finite(model.state_dict(), config.dtype)
     family_of(run.model).save(model, locate(run.model), part)
@@ -133,8 +122,7 @@ def _write_merged(source: _Source, config: ExportConfig, part: Path) -> dict[str
 
 def _write_sum(source: _Source, config: ExportConfig, part: Path) -> dict[str, Any]:
     """Write the sum of all updates as one adapter, exact or cut to a rank."""
-    factors = summed([saved.factors() for saved in source.adapters().values()])
-    cut = None
+    factors, cut = summed([saved.factors() for saved in source.adapters.values()]), None
     if config.rank is not None:
         factors, cut = cut_to(factors, config.rank, track=source.track)
     ranks = {name: len(a) for name, (a, _) in factors.items()}
@@ -147,10 +135,9 @@ def _write_sum(source: _Source, config: ExportConfig, part: Path) -> dict[str, A
 
 def _write_each(source: _Source, config: ExportConfig, part: Path) -> dict[str, Any]:
     """Write the adapter of each task as it was recorded."""
-    adapters = source.adapters()
-    for index, saved in adapters.items():
-        _write_adapter(source, config, saved, part / source.place(index))
-    return {"folders": {source.name(index): source.place(index) for index in adapters}}
+    for name, saved in source.adapters.items():
+        _write_adapter(source, config, saved, part / source.place(name))
+    return {"folders": {name: source.place(name) for name in source.adapters}}
 
 
 WRITERS: dict[str, Callable[[_Source, ExportConfig, Path], dict[str, Any]]] = {
@@ -177,26 +164,24 @@ def _require_finite(weights: dict[str, Tensor], dtype: str) -> None:
 
 def _write_heads(source: _Source, part: Path) -> dict[str, str]:
     """Write the tasks' own classifiers, with their class names and prompts; return the task and file of each."""
-    heads = {index: record.head for index, (record, _) in enumerate(source.records) if record.head}
-    if not heads:
-        return {}
-    (part / "heads").mkdir()
-    specs = {spec.name: spec for spec in source.config.stream}
-    for index, head in heads.items():
-        name, place = source.name(index), part / "heads" / source.place(index)
+    heads = {name: record.head for name, (record, _) in source.records.items() if record.head}
+    files = {name: f"heads/{source.place(name)}" for name in heads}
+    specs = {spec.name: spec for spec in source.config.stream} if heads else {}
+    for name, head in heads.items():
         if name not in specs:
             raise ValueError(f"task {name!r} of the run is not in {source.config.benchmark} any more; put it back")
         classes = read_splits(specs[name], source.config.evaluation)[0].class_names
-        if len(classes) != len(head["weight"]):
+        if len(classes) != (num_classes := len(head["weight"])):
             raise ValueError(
-                f"task {name!r}: its data have {len(classes)} classes, its classifier {len(head['weight'])}; the data"
-                " were changed after the run, bring back those of the run"
+                f"task {name!r}: its data have {len(classes)} classes, its classifier {num_classes}; the data were"
+                " changed after the run, bring back those of the run"
             )
         prompts = [specs[name].template.replace("{}", label) for label in classes]
         values = {"task": name, "class_names": list(classes), "prompts": prompts}
-        place.with_name(place.name + ".json").write_text(json.dumps(values, indent=1) + "\n")
-        place.with_name(place.name + ".safetensors").write_bytes(save(head))
-    return {source.name(index): f"heads/{source.place(index)}" for index in heads}
+        (part / "heads").mkdir(exist_ok=True)
+        (part / f"{files[name]}.json").write_text(json.dumps(values, indent=1) + "\n")
+        (part / f"{files[name]}.safetensors").write_bytes(save(head))
+    return files
 
 
 def _card(source: _Source, config: ExportConfig, **found: Any) -> Card:
