@@ -25,13 +25,9 @@ class GradientSketch:
     """The sketch of one layer's gradient."""
 
     def __init__(self, d_out: int, basis: Tensor, rank: int, *, seed: int) -> None:
-        """Draw the random maps.
+        """Draw the random maps for a basis `[d_in, k]` to be projected out of the inputs, and so many directions.
 
-        Args:
-            d_out: The outputs of the layer.
-            basis: `[d_in, k]`, what will be projected out of the inputs.
-            rank: How many directions will be asked for.
-            seed: Of the random maps; processes that share a layer must use the same.
+        Processes that share a layer must use the same seed.
         """
         d_in = len(basis)
         generator = torch.Generator().manual_seed(seed)
@@ -62,13 +58,12 @@ class GradientSketch:
     @property
     def surviving_share(self) -> float:
         """An estimate of the share of that norm that projecting the basis out leaves."""
-        norm = float(self.corange.norm())
-        return float(linalg.project_out(self.corange, self.basis).norm()) / norm if norm > 0 else 0.0
+        return linalg.share_of_norm(linalg.project_out(self.corange, self.basis), self.corange)
 
     def top(self, rank: int) -> tuple[Tensor, Tensor]:
-        """Return the leading singular values `[n]` and right singular vectors `[n, d_in]` of the residual, `n <= rank`.
+        """Approximate the leading singular values `[n]` and right singular vectors `[n, d_in]` of the residual.
 
-        They are approximate, and the better the faster the singular values fall off.
+        `n <= rank`. The faster the singular values fall off, the better they are.
         """
         u, sizes, _ = torch.linalg.svd(self.range, full_matrices=False)
         q = u[:, sizes > NOISE * sizes.max()]  # What a gradient of lower rank leaves empty holds rounding alone.
