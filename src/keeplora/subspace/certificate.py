@@ -55,7 +55,7 @@ def require_no_leak(
 def certificates(
     before: dict[str, Tensor], after: dict[str, Tensor], updates: dict[str, tuple[Tensor, Tensor]]
 ) -> dict[str, LayerCertificate]:
-    """Check a task's updates, the factors `(a, b)` of adapted layers, by the bases before it and with its directions."""
+    """Check a task's updates, factors `(a, b)` of adapted layers, by the bases before it and with its directions."""
     certificate = {}
     for name, basis in before.items():
         d_in, k = after[name].shape

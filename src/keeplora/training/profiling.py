@@ -77,9 +77,7 @@ def _peak_memory_mb() -> float:
     """Return the peak since `_start_peak`; systems other than Linux know only that of the process's whole life."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    if STATUS.exists():
-        lines = [line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM")]
-        if lines:  # Some sandboxes' kernels leave it out.
-            return int(lines[0].split()[1]) / 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    lines = STATUS.read_text().splitlines() if STATUS.exists() else []
+    if found := [line for line in lines if line.startswith("VmHWM")]:  # Some sandboxes' kernels leave it out.
+        return int(found[0].split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -11,7 +11,7 @@ from keeplora.training.state_file import State
 
 
 def capture_random(generators: Iterable[torch.Generator] = ()) -> State:
-    """Return the state of every global random generator, on the current GPU if there is one, and of those given."""
+    """Return the state of every global random generator, the current GPU's included, and of those given."""
     return {
         "python": random.getstate(),
         "numpy": list(np.random.get_state()),

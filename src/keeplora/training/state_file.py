@@ -1,7 +1,6 @@
 """State as one safetensors file: tensors by number, everything around them as JSON in its metadata. No pickle.
 
-A state is nested dicts, lists, tuples, numbers, strings, None and tensors, as the `state_dict` of torch's optimisers
-and schedulers is. Random generators are captured and restored here too.
+A state is nested dicts, lists, tuples, numbers, strings, None and tensors, as the `state_dict` of torch's optimisers.
 """
 
 import json
@@ -19,8 +18,7 @@ State = Any
 def pack(state: State) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the metadata of a safetensors file that holds a state; the tensors are not copied."""
     tensors: dict[str, Tensor] = {}
-    skeleton = _strip(state, tensors)
-    return tensors, {"state": json.dumps(skeleton)}
+    return tensors, {"state": json.dumps(_strip(state, tensors))}
 
 
 def from_bytes(content: bytes) -> State:
@@ -50,16 +48,14 @@ def _strip(value: State, tensors: dict[str, Tensor]) -> State:
         return {"kind": "array", "items": _strip(whole, tensors), "dtype": str(value.dtype)}
     if isinstance(value, Tensor):
         number = str(len(tensors))
-        is_shared = any(
-            value.untyped_storage().data_ptr() == one.untyped_storage().data_ptr() for one in tensors.values()
-        )
+        is_shared = value.untyped_storage().data_ptr() in {x.untyped_storage().data_ptr() for x in tensors.values()}
         tensors[number] = value.detach().clone() if is_shared else value.detach()
         return {"kind": "tensor", "items": number}
     if isinstance(value, dict):
         return {"kind": "dict", "items": [[_strip(key, tensors), _strip(item, tensors)] for key, item in value.items()]}
     if isinstance(value, list | tuple):
-        kind = "tuple" if isinstance(value, tuple) else "list"
-        return {"kind": kind, "items": [_strip(item, tensors) for item in value]}
+        items = [_strip(item, tensors) for item in value]
+        return {"kind": "tuple" if isinstance(value, tuple) else "list", "items": items}
     assert value is None or isinstance(value, str | bool | int | float), f"{type(value)} cannot be kept"
     return value
 
