@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -27,18 +27,13 @@ MEMORY_LIMIT = 4 * 2**30
 READ_AT_ONCE = 64
 
 
-@dataclass(frozen=True)
+@dataclass
 class Shelf:
-    """Where pixels are kept, by processor and origin, and how many bytes of them may be in memory."""
+    """Where pixels are kept, by processor and origin."""
 
-    memory_limit: int = MEMORY_LIMIT
-    in_memory: dict[Any, Tensor] = field(default_factory=dict)
-    mapped: dict[Any, Tensor] = field(default_factory=dict)
-
-    @property
-    def left(self) -> int:
-        """The bytes that may still be put in memory."""
-        return self.memory_limit - sum(pixels.numel() for pixels in self.in_memory.values())
+    memory_left: int = MEMORY_LIMIT
+    """The bytes of further ones that may be in memory."""
+    pixels: dict[Any, Tensor] = field(default_factory=dict)
 
 
 _KEPT: list[Shelf] = []
@@ -81,8 +76,7 @@ class PixelStore:
     def __init__(self, processor: Any, memory_limit: int | None = None) -> None:
         self.processor = processor
         self.normalise = normaliser(processor)
-        shelf = _KEPT[-1] if _KEPT else Shelf()
-        self.shelf = shelf if memory_limit is None else replace(shelf, memory_limit=memory_limit)
+        self.shelf = Shelf(memory_limit) if memory_limit is not None else _KEPT[-1] if _KEPT else Shelf()
 
     def read(self, examples: Examples, track: Track, description: str) -> Pixels:
         """Decode and resize every image once, so that an unreadable one is found now.
@@ -92,23 +86,21 @@ class PixelStore:
                 neither memory nor the folder for temporary files has room for them.
         """
         key = (self.processor.to_json_string(), *(examples.origin(i) for i in range(len(examples))))
-        if key not in self.shelf.in_memory and key not in self.shelf.mapped:
-            self._keep(key, self._chunks(examples, track, description), len(examples))
-        kept_in = self.shelf.in_memory if key in self.shelf.in_memory else self.shelf.mapped
-        return Pixels(examples.labels, kept_in[key], self.normalise)
+        if key not in self.shelf.pixels:
+            self.shelf.pixels[key] = self._stored(self._chunks(examples, track, description), len(examples))
+        return Pixels(examples.labels, self.shelf.pixels[key], self.normalise)
 
-    def _keep(self, key: Any, chunks: Iterator[Tensor], num_images: int) -> None:
-        """Put the pixels in memory if they fit, otherwise in a file; nothing is kept of a split that fails."""
+    def _stored(self, chunks: Iterator[Tensor], num_images: int) -> Tensor:
+        """Put the pixels in memory if they fit, otherwise in a file."""
         first = next(chunks)
         shape = (num_images, *first.shape[1:])
-        if first[0].numel() * num_images > self.shelf.left:
-            self.shelf.mapped[key] = map_bytes(chain([first], chunks), shape)
-            return
-        pixels, start = first.new_empty(shape), 0
-        for chunk in chain([first], chunks):
-            pixels[start : start + len(chunk)] = chunk
-            start += len(chunk)
-        self.shelf.in_memory[key] = pixels
+        if (size := math.prod(shape)) > self.shelf.memory_left:
+            return map_bytes(chain([first], chunks), shape)
+        pixels = first.new_empty(shape)
+        for place, chunk in zip(pixels.split(len(first)), chain([first], chunks), strict=True):
+            place.copy_(chunk)
+        self.shelf.memory_left -= size
+        return pixels
 
     def _chunks(self, examples: Examples, track: Track, description: str) -> Iterator[Tensor]:
         """Decode and resize the images in their order, some at a time."""
@@ -134,13 +126,8 @@ def normaliser(processor: Any) -> Callable[[Tensor], Tensor]:
     """Return the last steps of an image processor, rescaling and normalisation, as a function on uint8 batches."""
     factor = processor.rescale_factor if processor.do_rescale else 1.0
     mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
-    shift = torch.tensor(mean).view(3, 1, 1)
-    scale = torch.tensor(std).view(3, 1, 1)
-
-    def normalise(pixels: Tensor) -> Tensor:
-        return (pixels.float() * factor - shift) / scale
-
-    return normalise
+    shift, scale = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+    return lambda pixels: (pixels.float() * factor - shift) / scale
 
 
 def map_bytes(chunks: Iterable[Tensor], shape: tuple[int, ...]) -> Tensor:
@@ -148,42 +135,33 @@ def map_bytes(chunks: Iterable[Tensor], shape: tuple[int, ...]) -> Tensor:
 
     On POSIX the file has no name once it is open: a process that is killed leaves nothing behind.
 
-    Args:
-        chunks: Together as many bytes as the shape has.
-        shape: Of the result.
-
     Raises:
-        ValueError: If the folder for temporary files has no room for so much, or cannot be written or mapped.
+        ValueError: If the folder for temporary files is too small, or cannot be written or mapped.
     """
     size = math.prod(shape)
-    with _naming("the folder for temporary files", size):
-        folder = tempfile.gettempdir()
-    with _naming(folder, size):
-        if (free := shutil.disk_usage(folder).free) < size:
+    with _refusals_named(size):
+        if (free := shutil.disk_usage(tempfile.gettempdir()).free) < size:
             raise OSError(errno.ENOSPC, f"{free:,} bytes are free")
-        file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (only what fails in the file is named)
+        # Without a buffer: what one could not write, it would try again when it is closed.
+        file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (only what fails in the file is named)
     with file:
         for chunk in chunks:
-            with _naming(folder, size):
-                _write(file.fileno(), chunk)
-        with _naming(folder, size):
+            left = np.ascontiguousarray(chunk.numpy()).reshape(-1).data
+            while left:
+                with _refusals_named(size):
+                    left = left[os.write(file.fileno(), left) :]
+        with _refusals_named(size):
             os.fsync(file.fileno())  # Some file systems tell only now that they are full.
             return torch.from_numpy(np.memmap(file, np.uint8, mode="r+", shape=shape))
 
 
-def _write(number: int, chunk: Tensor) -> None:
-    """Write all of a chunk past any buffer: what a buffer could not write, it would try again when it is closed."""
-    left = np.ascontiguousarray(chunk.numpy()).reshape(-1).data
-    while left:
-        left = left[os.write(number, left) :]
-
-
 @contextmanager
-def _naming(folder: str, size: int) -> Iterator[None]:
+def _refusals_named(size: int) -> Iterator[None]:
     """Name the folder, the bytes and the cure where the system refuses."""
     try:
         yield
     except OSError as error:
+        folder = tempfile.tempdir or "the folder for temporary files"
         raise ValueError(
             f"{size:,} bytes of images, more than is kept in memory, cannot be put in {folder} ({error}); set TMPDIR to"
             " a folder with so much space"
