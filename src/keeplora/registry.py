@@ -20,11 +20,7 @@ class Registry(dict[str, T]):
         self.kind = kind
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Return a decorator that adds what it decorates under a name.
-
-        Raises:
-            ValueError: If the name is taken.
-        """
+        """Return a decorator that adds what it decorates under a name, unless the name is taken."""
 
         def add(thing: T) -> T:
             if self.setdefault(name, thing) != thing:
@@ -34,11 +30,7 @@ class Registry(dict[str, T]):
         return add
 
     def find(self, name: str) -> T:
-        """Return what has a name; if nothing has, other packages are asked first.
-
-        Raises:
-            ValueError: If there is nothing of this name; the message lists the known ones.
-        """
+        """Return what has a name, here or in another package, or raise a `ValueError` that lists the known names."""
         if name not in self:
             load_extensions()
         if name not in self:

@@ -63,21 +63,17 @@ class Benchmark(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names = [task.name for task in self.tasks]
-        if not names:
+        if not self.tasks:
             raise ValueError("a benchmark needs at least one [[tasks]]")
+        names = [task.name for task in self.tasks]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"two tasks are named {min(twice)!r}; names must differ")
 
 
 def read_benchmark(name: str) -> Benchmark:
-    """Read a benchmark that comes with the package by its name, or any by the path of its TOML file.
-
-    Raises:
-        ValueError: If there is none, or the file is wrong; the message names the key or lists the known names.
-    """
-    path = Path(name) if name.endswith(".toml") else BENCHMARKS / f"{name}.toml"
-    if not name.endswith(".toml") and not path.is_file():
+    """Read a benchmark that comes with the package by its name, or any by the path of its TOML file."""
+    path = Path(name) if (is_path := name.endswith(".toml")) else BENCHMARKS / f"{name}.toml"
+    if not is_path and not path.is_file():
         known = ", ".join(sorted(file.stem for file in BENCHMARKS.glob("*.toml")))
         raise ValueError(f"unknown benchmark {name!r}; known: {known}, or give the path of a .toml file")
     benchmark = parse(Benchmark, {"name": path.stem} | read_toml(path), source=str(path))

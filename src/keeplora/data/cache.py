@@ -79,12 +79,7 @@ class PixelStore:
         self.shelf = Shelf(memory_limit) if memory_limit is not None else _KEPT[-1] if _KEPT else Shelf()
 
     def read(self, examples: Examples, track: Track, description: str) -> Pixels:
-        """Decode and resize every image once, so that an unreadable one is found now.
-
-        Raises:
-            ValueError: If an image cannot be read; the message names it. If images come out in different sizes. If
-                neither memory nor the folder for temporary files has room for them.
-        """
+        """Decode and resize every image once, so that an unreadable one is found now."""
         key = (self.processor.to_json_string(), *(examples.origin(i) for i in range(len(examples))))
         if key not in self.shelf.pixels:
             self.shelf.pixels[key] = self._stored(self._chunks(examples, track, description), len(examples))
@@ -134,9 +129,6 @@ def map_bytes(chunks: Iterable[Tensor], shape: tuple[int, ...]) -> Tensor:
     """Write chunks of uint8 one after the other to a temporary file and return them as one tensor that reads from it.
 
     On POSIX the file has no name once it is open: a process that is killed leaves nothing behind.
-
-    Raises:
-        ValueError: If the folder for temporary files is too small, or cannot be written or mapped.
     """
     size = math.prod(shape)
     with _refusals_named(size):

@@ -28,11 +28,7 @@ class Examples:
         return len(self.labels)
 
     def image(self, index: int) -> Image.Image:
-        """Decode image `index` as RGB: turned as its EXIF data say, transparent parts on white, 16 bits cut to 8.
-
-        Raises:
-            ValueError: If it cannot be read; the message names it.
-        """
+        """Decode image `index` as RGB: turned as its EXIF data say, transparent parts on white, 16 bits cut to 8."""
         try:
             with self.load(index) as image:
                 return _as_rgb(image)

@@ -1,5 +1,6 @@
 """The stream of tasks that benchmarks, an order, and a choice of tasks make."""
 
+import itertools
 import math
 import random
 from dataclasses import replace
@@ -20,11 +21,7 @@ def stream_of(
     """Return the tasks of a stream: those of a benchmark, given by name or path, then those of more benchmarks.
 
     Order 0 is the benchmark's own, k the k-th random one, each another than those before; of it come the first tasks. A
-    task of the same name and data comes once, and one that is named in `without` not at all.
-
-    Raises:
-        ValueError: If a benchmark is wrong, its tasks have fewer orders than the number of this one, two different
-            tasks have one name, or a task to leave out is not there.
+    task of the same name and data comes once, one that is named in `without` not at all.
     """
     specs = read_benchmark(benchmark).tasks
     if order >= (num_orders := math.factorial(len(specs))):
@@ -58,10 +55,9 @@ def absolute(benchmark: str) -> str:
 def _permutation(number: int, size: int) -> tuple[int, ...]:
     """Return 0 to size - 1 in the number-th distinct order; number 0 is the identity, the others are random."""
     found = {tuple(range(size)): None}
-    seed = 0
+    seeds = itertools.count(1)
     while len(found) <= number:
-        seed += 1
         places = list(range(size))
-        random.Random(seed).shuffle(places)
+        random.Random(next(seeds)).shuffle(places)
         found[tuple(places)] = None
     return list(found)[number]

@@ -1,7 +1,6 @@
 """Dual encoders of Hugging Face (CLIP, SigLIP): images and class prompts meet in one space.
 
-The classifier of a task is the text features of its class prompts. The loss is the cross-entropy over them at the
-model's own logit scale, so that both towers learn.
+The classifier of a task is the text features of its class prompts; the loss is the cross-entropy over them.
 """
 
 from collections.abc import Iterable, Iterator
@@ -59,7 +58,6 @@ class ClassificationTask(StreamTask):
         self._is_frozen = False
 
     def batches(self) -> Iterable[Batch]:
-        """Return the training batches, in a new order each time; the orders follow from the seed."""
         return self._train
 
     def test_batches(self) -> Iterable[Batch]:
@@ -139,12 +137,10 @@ class ClassificationTask(StreamTask):
             return self._text_features
         prompts = to_device(self.prompts, device_of(model))
         features = F.normalize(_pooled(cast(Any, model).get_text_features(**prompts)), dim=-1)
-        if not self._is_frozen:
-            return features
-        if features.requires_grad:
+        if self._is_frozen and features.requires_grad:
             self._deferred.append(DeferredGradient(features))
             features = self._deferred[-1].leaf
-        self._text_features = features
+        self._text_features = features if self._is_frozen else None
         return features
 
 
@@ -198,9 +194,6 @@ def tokenise(tokenizer: Any, texts: list[str], task: str) -> dict[str, Tensor]:
 
     A tokenizer that gives no attention mask (SigLIP's) belongs to a model that was trained on full-length prompts and
     reads its answer at the last position; there every row is real, and prompts are padded to the whole context.
-
-    Raises:
-        ValueError: If a prompt is longer than the model's context.
     """
     masked = "attention_mask" in tokenizer.model_input_names
     longest = max(len(ids) for ids in tokenizer(texts)["input_ids"])

@@ -20,11 +20,7 @@ def locate(model: str) -> str:
 
 
 def family_of(model: str) -> Family:
-    """Find the family of a model by its hub name or folder.
-
-    Raises:
-        ValueError: If the model cannot be found or is of no known family; the message lists the known ones.
-    """
+    """Find the family of a model by its hub name or folder, or raise a `ValueError` that lists the known ones."""
     load_extensions()  # They may teach transformers new types.
     try:
         if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).is_dir():

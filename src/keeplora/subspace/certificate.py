@@ -14,7 +14,7 @@ LEAK_ALLOWED = 1e-4
 
 @dataclass(frozen=True)
 class LayerCertificate:
-    """What was checked for one layer after one task."""
+    """What was checked of one layer after one task."""
 
     leak: float
     """`||dW basis||_F / ||dW||_F` against what was protected when the task began; 0 if the layer did not change."""
@@ -36,12 +36,7 @@ def leak(a: Tensor, b: Tensor, basis: Tensor) -> float:
 def require_no_leak(
     updates: dict[str, tuple[Tensor, Tensor]], bases: dict[str, Tensor], task: str, *, allowed: float = LEAK_ALLOWED
 ) -> None:
-    """Check that updates, given as their factors `(a, b)`, stay outside the protected subspaces.
-
-    Raises:
-        LearningError: If an update is not finite.
-        ValueError: If more than the allowed share of one lies in the protected subspace.
-    """
+    """Raise a `ValueError` if an update, given as factors `(a, b)`, is not finite or lies too far inside a basis."""
     for name, (a, b) in updates.items():
         if not torch.isfinite(b).all():
             raise LearningError(f"task {task!r}: the trained update of layer {name!r} is not finite")

@@ -1,10 +1,9 @@
 """A gradient that is never formed: a two-sided random sketch of the sum of outer products that it is.
 
-The gradient of a linear layer is `deltas.T @ inputs` over the rows of all batches, `[d_out, d_in]`. Two random maps,
-drawn once from a seed, shrink it from either side while the rows pass by; afterwards the two small pictures give its
-leading directions (the one-pass algorithm of Tropp, Yurtsever, Udell and Cevher, "Practical sketching algorithms for
-low-rank matrix approximation", SIAM J. Matrix Anal. Appl. 2017). Memory is `(d_out + d_in) * (k + l)` numbers a layer
-in place of `d_out * d_in`. Sketches are linear: those of several processes add up to the sketch of all.
+Two random maps, drawn once from a seed, shrink the gradient `deltas.T @ inputs` of a linear layer from either side
+while the rows pass by; afterwards the two small pictures give its leading directions (the one-pass algorithm of Tropp,
+Yurtsever, Udell and Cevher, "Practical sketching algorithms for low-rank matrix approximation", SIAM J. Matrix Anal.
+Appl. 2017). Sketches are linear: those of several processes add up to the sketch of all.
 """
 
 import math
@@ -25,12 +24,8 @@ class GradientSketch:
     """The sketch of one layer's gradient."""
 
     def __init__(self, d_out: int, basis: Tensor, rank: int, *, seed: int) -> None:
-        """Draw the random maps for a basis `[d_in, k]` to be projected out of the inputs, and so many directions.
-
-        Processes that share a layer must use the same seed.
-        """
-        d_in = len(basis)
-        generator = torch.Generator().manual_seed(seed)
+        """Draw the maps, by one seed in all processes; `basis` is projected out, and `rank` directions are wanted."""
+        generator, d_in = torch.Generator().manual_seed(seed), len(basis)
         k, m = (min(width * rank, d_out, d_in) for width in (RANGE, CORANGE))
         self.basis = basis
         right = torch.randn(k, d_in, generator=generator).to(basis)
@@ -61,10 +56,7 @@ class GradientSketch:
         return linalg.share_of_norm(linalg.project_out(self.corange, self.basis), self.corange)
 
     def top(self, rank: int) -> tuple[Tensor, Tensor]:
-        """Approximate the leading singular values `[n]` and right singular vectors `[n, d_in]` of the residual.
-
-        `n <= rank`. The faster the singular values fall off, the better they are.
-        """
+        """Approximate the leading singular values `[n]` and right singular vectors `[n, d_in]` left, `n <= rank`."""
         u, sizes, _ = torch.linalg.svd(self.range, full_matrices=False)
         q = u[:, sizes > NOISE * sizes.max()]  # What a gradient of lower rank leaves empty holds rounding alone.
         if q.shape[1] == 0:

@@ -1,4 +1,4 @@
-"""Linear algebra of protected subspaces: pure functions on tensors, no model, no configuration, no file.
+"""Linear algebra of protected subspaces, in float32 or float64, whichever the caller hands in.
 
 Shapes, everywhere in this project (weights are stored as `nn.Linear` stores them):
 
@@ -8,8 +8,6 @@ Shapes, everywhere in this project (weights are stored as `nn.Linear` stores the
     rows              [n, d_in]      any stack of vectors on the input side
     gram              [d_in, d_in]   sum of outer products of input rows
     a, b              [r, d_in], [d_out, r]   LoRA factors; the update is `scaling * b @ a`
-
-All computations are in float32 or float64, whichever the caller hands in; half precision is refused.
 """
 
 from typing import cast
@@ -39,8 +37,7 @@ EXACT_BELOW = 256
 def energy_rank(energies: Tensor, share: float, *, covered: float = 0.0, total: float | None = None) -> int:
     """Return the smallest `n` with `covered + energies[:n].sum() >= share * total`, at most `len(energies)`.
 
-    The energies `[n]` are squared singular values, or eigenvalues of a gram, largest first. Directions outside them
-    already cover some; without a total the share is of `covered + energies.sum()`.
+    The energies are squared singular values or eigenvalues, largest first; the total is theirs and what is covered.
     """
     reached = covered + energies.cpu().double().clamp_min(0).cumsum(0)
     total = float(reached[-1]) if total is None else total
@@ -87,8 +84,8 @@ def residual_directions(gram: Tensor, basis: Tensor, share: float) -> Tensor:
 def spectrum(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Return the eigenvalues `[d_in]` of a gram, largest first, and its eigenvectors `[d_in, d_in]` in that order.
 
-    With `gram = weight.T @ weight` these are the squared singular values and the right singular vectors of the weight.
-    A gram is symmetric: its lower half is read.
+    For `weight.T @ weight` these are the squared singular values and the right singular vectors of the weight. Of a
+    gram, which is symmetric, the lower half is read.
     """
     _require_full_precision(gram)
     eigenvalues, eigenvectors = torch.linalg.eigh(gram)
@@ -145,17 +142,13 @@ def extend(basis: Tensor, directions: Tensor) -> Tensor:
     """
     if directions.shape[1] == 0 or basis.shape[0] == basis.shape[1]:
         return basis
-    added = orthonormal_rows(directions.T, basis).T
-    return torch.cat([basis, added], dim=1)
+    return torch.cat([basis, orthonormal_rows(directions.T, basis).T], dim=1)
 
 
 def low_rank(matrix: Tensor, r: int, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Return the best rank-r factors `(u [m, r], s [r], vh [r, n])`, so that `u * s @ vh` is close to `matrix`.
 
     Small matrices take the exact SVD; large ones the seeded randomised SVD of Halko, Martinsson and Tropp (2011).
-
-    Raises:
-        ValueError: If `r` is not between 1 and the smaller side of the matrix.
     """
     _require_full_precision(matrix)
     smaller = min(matrix.shape)
@@ -165,27 +158,20 @@ def low_rank(matrix: Tensor, r: int, *, seed: int = 0) -> tuple[Tensor, Tensor, 
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     else:
         with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
-            _seed(matrix.device, seed)
+            if matrix.is_cuda:  # Only what draws is seeded, and restored.
+                torch.cuda.default_generators[matrix.device.index].manual_seed(seed)
+            else:
+                (torch.default_generator if matrix.is_cpu else torch).manual_seed(seed)
             u, s, v = torch.svd_lowrank(matrix, q=OVERSAMPLING * r, niter=POWER_ITERATIONS)
         vh = v.T
     return u[:, :r].contiguous(), s[:r].contiguous(), vh[:r].contiguous()
 
 
-def _seed(device: torch.device, seed: int) -> None:
-    """Seed the generator that draws on a device, and on a CPU or a CUDA device no other."""
-    if device.type == "cpu":
-        torch.default_generator.manual_seed(seed)
-    elif device.type == "cuda":
-        torch.cuda.default_generators[device.index].manual_seed(seed)
-    else:
-        torch.manual_seed(seed)
-
-
 def truncated(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the best rank-r factors `a [m, d_in]` and `b [d_out, m]` of a product `b @ a`, and its singular values.
 
-    The factors share the singular values evenly, `m <= r`; values from `m` on are lost. The product is never formed: QR
-    of both factors leaves a core no larger than their rank, whose SVD is that of the product.
+    The factors share the values evenly; those from `m <= r` on are lost. The product is never formed: QR of both
+    factors leaves a core no larger than their rank, whose SVD is that of the product.
     """
     _require_full_precision(a)
     q_in, core_in = torch.linalg.qr(a.T)

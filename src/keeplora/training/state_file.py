@@ -22,11 +22,7 @@ def pack(state: State) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def from_bytes(content: bytes) -> State:
-    """Return the state of a file that `pack` was written to; its tensors are on the CPU.
-
-    Raises:
-        ValueError: If the bytes are no such state.
-    """
+    """Return the state of a file that `pack` was written to, its tensors on the CPU, or raise a `ValueError`."""
     try:
         tensors = aligned(load(content))
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
