@@ -72,8 +72,8 @@ class Benchmark(Config):
 
 def read_benchmark(name: str) -> Benchmark:
     """Read a benchmark that comes with the package by its name, or any by the path of its TOML file."""
-    path = Path(name) if (is_path := name.endswith(".toml")) else BENCHMARKS / f"{name}.toml"
-    if not is_path and not path.is_file():
+    path = Path(name) if name.endswith(".toml") else BENCHMARKS / f"{name}.toml"
+    if not name.endswith(".toml") and not path.is_file():
         known = ", ".join(sorted(file.stem for file in BENCHMARKS.glob("*.toml")))
         raise ValueError(f"unknown benchmark {name!r}; known: {known}, or give the path of a .toml file")
     benchmark = parse(Benchmark, {"name": path.stem} | read_toml(path), source=str(path))

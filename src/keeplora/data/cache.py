@@ -50,13 +50,13 @@ def kept(memory_limit: int = MEMORY_LIMIT) -> Iterator[None]:
         _KEPT.pop()
 
 
+@dataclass(frozen=True, eq=False)
 class Pixels(Dataset[Item]):
     """A split as uint8 images `[n, 3, height, width]` and labels."""
 
-    def __init__(self, labels: tuple[int, ...], pixels: Tensor, normalise: Callable[[Tensor], Tensor]) -> None:
-        self.labels = labels
-        self.pixels = pixels
-        self.normalise = normalise
+    labels: tuple[int, ...]
+    pixels: Tensor
+    normalise: Callable[[Tensor], Tensor]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -66,8 +66,8 @@ class Pixels(Dataset[Item]):
 
     def collate(self, items: list[Item]) -> dict[str, Tensor]:
         """Stack items to `pixel_values [n, 3, height, width]`, float and normalised, and `labels [n]`."""
-        pixels = torch.stack([item[0] for item in items])
-        return {"pixel_values": self.normalise(pixels), "labels": torch.tensor([item[1] for item in items])}
+        pixels, labels = zip(*items, strict=True)
+        return {"pixel_values": self.normalise(torch.stack(pixels)), "labels": torch.tensor(labels)}
 
 
 class PixelStore:
@@ -75,7 +75,10 @@ class PixelStore:
 
     def __init__(self, processor: Any, memory_limit: int | None = None) -> None:
         self.processor = processor
-        self.normalise = normaliser(processor)
+        factor = processor.rescale_factor if processor.do_rescale else 1.0
+        mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
+        shift, scale = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+        self.normalise = lambda pixels: (pixels.float() * factor - shift) / scale
         self.shelf = Shelf(memory_limit) if memory_limit is not None else _KEPT[-1] if _KEPT else Shelf()
 
     def read(self, examples: Examples, track: Track, description: str) -> Pixels:
@@ -115,14 +118,6 @@ class PixelStore:
     def _resized(self, images: list[Any]) -> list[np.ndarray[Any, Any]]:
         values = self.processor(images, do_rescale=False, do_normalize=False)["pixel_values"]
         return [np.asarray(value) for value in values]
-
-
-def normaliser(processor: Any) -> Callable[[Tensor], Tensor]:
-    """Return the last steps of an image processor, rescaling and normalisation, as a function on uint8 batches."""
-    factor = processor.rescale_factor if processor.do_rescale else 1.0
-    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
-    shift, scale = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
-    return lambda pixels: (pixels.float() * factor - shift) / scale
 
 
 def map_bytes(chunks: Iterable[Tensor], shape: tuple[int, ...]) -> Tensor:

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import datasets as hf_datasets
+import datasets as hf
 import torch
 from PIL import Image
 
@@ -112,12 +112,10 @@ def _archive(path: Path, process: int) -> zipfile.ZipFile:
 def _read_dataset(spec: TaskSpec) -> dict[str, Examples]:
     """Read a Hugging Face `DatasetDict` saved to disk, or one of the hub by name."""
     try:
-        loaded = (
-            hf_datasets.load_from_disk(str(spec.path)) if spec.path.is_dir() else hf_datasets.load_dataset(spec.hub)
-        )
-    except (FileNotFoundError, ConnectionError, hf_datasets.exceptions.DatasetNotFoundError) as error:
+        loaded = hf.load_from_disk(str(spec.path)) if spec.path.is_dir() else hf.load_dataset(spec.hub)
+    except (FileNotFoundError, ConnectionError) as error:
         raise ValueError(f"{spec.path} is no dataset on disk, nor can the hub be asked: {error}") from None
-    if not isinstance(loaded, hf_datasets.DatasetDict):
+    if not isinstance(loaded, hf.DatasetDict):
         raise ValueError(f"{spec.path} is one split; save a DatasetDict with train and test")
     return {split: _dataset_split(spec, split, rows) for split, rows in loaded.items()}
 
@@ -127,9 +125,8 @@ def _dataset_split(spec: TaskSpec, split: str, rows: Any) -> Examples:
         if column not in rows.column_names:
             there = ", ".join(rows.column_names)
             raise ValueError(f"{split} has no column {column!r}; it has {there}. Set image_column and label_column")
-    feature = rows.features[spec.label_column]
-    labels = rows[spec.label_column]
-    if isinstance(feature, hf_datasets.ClassLabel):
+    feature, labels = rows.features[spec.label_column], rows[spec.label_column]
+    if isinstance(feature, hf.ClassLabel):
         class_names = tuple(feature.names)
     else:
         class_names = tuple(sorted({str(label) for label in labels if label is not None}))
@@ -137,7 +134,7 @@ def _dataset_split(spec: TaskSpec, split: str, rows: Any) -> Examples:
     for i, label in enumerate(labels):
         if label is None or not 0 <= label < len(class_names):
             raise ValueError(f"{split} row {i} has label {label}, out of range for {len(class_names)} classes")
-    images = rows.cast_column(spec.image_column, hf_datasets.Image(decode=False))
+    images = rows.cast_column(spec.image_column, hf.Image(decode=False))
 
     def load(i: int) -> Image.Image:
         stored = images[i][spec.image_column]
@@ -154,15 +151,13 @@ READERS: Registry[Reader] = Registry("reader", {"folder": _read_folder, "dataset
 def _hold_out(train: Examples) -> tuple[Examples, Examples]:
     """Split every class, so that none loses all its images to one side."""
     generator = torch.Generator().manual_seed(HOLD_OUT_SEED)
-    kept: list[int] = []
-    held: list[int] = []
+    held: set[int] = set()
     for label in range(len(train.class_names)):
         members = [i for i, other in enumerate(train.labels) if other == label]
-        order = [members[i] for i in torch.randperm(len(members), generator=generator)]
-        cut = max(1, round(HELD_OUT * len(order)))
-        held += order[:cut]
-        kept += order[cut:]
-    return train.subset(sorted(kept)), train.subset(sorted(held))
+        order = torch.randperm(len(members), generator=generator)
+        held |= {members[i] for i in order[: max(1, round(HELD_OUT * len(members)))]}
+    kept = [i for i in range(len(train)) if i not in held]
+    return train.subset(kept), train.subset(sorted(held))
 
 
 def _with_labels_of(train: Examples, other: Examples, spec: TaskSpec, split: str) -> Examples:

@@ -54,7 +54,10 @@ class Clock:
 
     def _start(self) -> None:
         self._since = time.perf_counter()
-        _start_peak()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        elif CLEAR.exists():
+            CLEAR.write_text("5")
 
 
 @contextmanager
@@ -66,15 +69,8 @@ def measured(phases: Costs, name: str) -> Iterator[None]:
     phases |= clock.read()
 
 
-def _start_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    elif CLEAR.exists():
-        CLEAR.write_text("5")
-
-
 def _peak_memory_mb() -> float:
-    """Return the peak since `_start_peak`; systems other than Linux know only that of the process's whole life."""
+    """Return the peak since `Clock._start`; systems other than Linux know only that of the process's whole life."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     lines = STATUS.read_text().splitlines() if STATUS.exists() else []
