@@ -85,20 +85,17 @@ class PixelStore:
         """Decode and resize every image once, so that an unreadable one is found now."""
         key = (self.processor.to_json_string(), *(examples.origin(i) for i in range(len(examples))))
         if key not in self.shelf.pixels:
-            self.shelf.pixels[key] = self._stored(self._chunks(examples, track, description), len(examples))
+            first = next(rest := self._chunks(examples, track, description))
+            chunks, shape = chain([first], rest), (len(examples), *first.shape[1:])
+            if math.prod(shape) > self.shelf.memory_left:
+                pixels = map_bytes(chunks, shape)
+            else:
+                pixels = first.new_empty(shape)
+                for place, chunk in zip(pixels.split(len(first)), chunks, strict=True):
+                    place.copy_(chunk)
+                self.shelf.memory_left -= pixels.numel()
+            self.shelf.pixels[key] = pixels
         return Pixels(examples.labels, self.shelf.pixels[key], self.normalise)
-
-    def _stored(self, chunks: Iterator[Tensor], num_images: int) -> Tensor:
-        """Put the pixels in memory if they fit, otherwise in a file."""
-        first = next(chunks)
-        shape = (num_images, *first.shape[1:])
-        if (size := math.prod(shape)) > self.shelf.memory_left:
-            return map_bytes(chain([first], chunks), shape)
-        pixels = first.new_empty(shape)
-        for place, chunk in zip(pixels.split(len(first)), chain([first], chunks), strict=True):
-            place.copy_(chunk)
-        self.shelf.memory_left -= size
-        return pixels
 
     def _chunks(self, examples: Examples, track: Track, description: str) -> Iterator[Tensor]:
         """Decode and resize the images in their order, some at a time."""

@@ -93,8 +93,13 @@ def fit(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         return []
-    accelerator = _accelerator(config.mixed_precision)
-    batches = _prepared_batches(accelerator, task)
+    accelerator: Any = _accelerator(config.mixed_precision)
+    batches = task.batches()
+    if not isinstance(batches, Sized):
+        raise ValueError(f"task {task.name!r}: training needs the number of batches; let batches() return a DataLoader")
+    if len(batches) == 0:
+        raise ValueError(f"task {task.name!r} has no training batch")
+    batches = accelerator.prepare(batches) if isinstance(batches, DataLoader) else batches
     steps = config.epochs * math.ceil(len(batches) / config.accumulation)
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     optimizer.zero_grad()  # A training that was cut off may have left something.
@@ -134,14 +139,23 @@ class _Step:
                 with nullcontext() if number == done + len(group) else self.accelerator.no_sync(self.model):
                     state.add(self._backward(batch, where, share), weight)
             done += len(group)
-            self._update(where)
+            if self.accelerator.scaler is None:  # A scaler expects overflow: it skips the step and lowers the scale.
+                norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+                if not torch.isfinite(norm):
+                    raise LearningError(
+                        f"{where}: the gradient is not finite. Lower learning_rate; finished tasks are kept"
+                    )
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            if not self.accelerator.optimizer_step_was_skipped:
+                self.scheduler.step()
             state.after_step(is_last=done == total)
 
     def _shares(self, group: list[Any]) -> list[tuple[Any, float, float]]:
         """Return each batch of a step, its weight, and its share of the loss: by the mean over processes of all."""
         weights = [float(self.task.weight(batch)) for batch in group]
-        num_processes = self.accelerator.num_processes  # Gradients of processes are averaged, not added up.
-        total = total_of(sum(weights), self.accelerator.device) / num_processes
+        # Gradients of processes are averaged, not added up.
+        total = total_of(sum(weights), self.accelerator.device) / self.accelerator.num_processes
         if total <= 0:
             raise ValueError(f"task {self.task.name!r}: the batches of a step have no weight; leave out what is empty")
         return [(batch, weight, weight / total) for batch, weight in zip(group, weights, strict=True)]
@@ -188,18 +202,6 @@ class _Step:
         self.accelerator.backward(loss if share == 1 else loss * share)
         return value
 
-    def _update(self, where: str) -> None:
-        if self.accelerator.scaler is None:  # A scaler expects overflow: it skips the step and lowers the scale.
-            norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-            if not torch.isfinite(norm):
-                raise LearningError(
-                    f"{where}: the gradient is not finite. Lower learning_rate; finished tasks are kept"
-                )
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if not self.accelerator.optimizer_step_was_skipped:
-            self.scheduler.step()
-
 
 def _accelerator(precision: str) -> Accelerator:
     """Make an accelerator; accelerate keeps the precision of a process's first one until its state is reset."""
@@ -219,15 +221,6 @@ def _prepared(accelerator: Any, model: nn.Module) -> Iterator[nn.Module]:
         accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
         for module, training in modes.items():
             module.training = training
-
-
-def _prepared_batches(accelerator: Any, task: Task) -> Any:
-    batches = task.batches()
-    if not isinstance(batches, Sized):
-        raise ValueError(f"task {task.name!r}: training needs the number of batches; let batches() return a DataLoader")
-    if len(batches) == 0:
-        raise ValueError(f"task {task.name!r} has no training batch")
-    return accelerator.prepare(batches) if isinstance(batches, DataLoader) else batches
 
 
 def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> LRScheduler:
