@@ -7,11 +7,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageOps
 
-UNREADABLE_IMAGE = (
-    OSError, SyntaxError, ValueError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error,
-    Image.DecompressionBombError,
-)  # fmt: skip
-"""What Pillow and zipfile raise for a damaged, encrypted, missing or far too large image."""
+UNREADABLE_IMAGE = (OSError, SyntaxError, ValueError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""What Pillow and zipfile raise for a damaged, encrypted or missing image."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class Examples:
         try:
             with self.load(index) as image:
                 return _as_rgb(image)
-        except UNREADABLE_IMAGE as error:
+        except (*UNREADABLE_IMAGE, Image.DecompressionBombError) as error:
             raise ValueError(f"{self.origin(index)} is not a readable image ({error}); replace or remove it") from None
 
     def subset(self, indices: list[int]) -> "Examples":

@@ -48,9 +48,10 @@ class TrainingState:
         self.model = model
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.epochs = epochs
-        self.epoch = self.batch = 0
         self.losses: list[float] = []
-        self._of_epoch: list[tuple[float, float]] = []
+        """Of the epochs that are done."""
+        self.of_epoch: list[tuple[float, float]] = []
+        """Losses and weights of the batches that are done of the epoch after them."""
         self._order = capture_random(checkpoints.generators)
         self._random: State | None = None
         self._steps, self._since = 0, time.monotonic()
@@ -64,28 +65,24 @@ class TrainingState:
             yield from batches
             return
         restore_random(self._order, self.checkpoints.generators)
-        rest = skip(self.batch) if isinstance(batches, DataLoader) else itertools.islice(batches, self.batch, None)
+        done = len(self.of_epoch)
+        rest = skip(done) if isinstance(batches, DataLoader) else itertools.islice(batches, done, None)
         for batch in rest:
             if self._random is not None:
                 # Skipping has drawn numbers: all but the order of the batches is drawn as from the checkpoint on.
-                restore_random({**self._random, "generators": ()})
+                restore_random(self._random)
                 self._random = None
             yield batch
-
-    def add(self, loss: float, weight: float) -> None:
-        """Count a batch, its loss and its weight."""
-        self.batch += 1
-        self._of_epoch.append((loss, weight))
 
     def after_step(self, *, is_last: bool) -> None:
         """Count an optimiser step, the last one of an epoch or not, and put a checkpoint away if one is due."""
         self._steps += 1
         if is_last:
-            total = sum(weight for _, weight in self._of_epoch)
-            self.losses.append(sum(loss * weight for loss, weight in self._of_epoch) / total)
-            self.epoch, self.batch, self._of_epoch = self.epoch + 1, 0, []
+            total = sum(weight for _, weight in self.of_epoch)
+            self.losses.append(sum(loss * weight for loss, weight in self.of_epoch) / total)
+            self.of_epoch = []
         every, keep = self.checkpoints.steps, self.checkpoints.keep
-        is_due = (self._steps >= every if every else is_last) or self.epoch == self.epochs
+        is_due = (self._steps >= every if every else is_last) or len(self.losses) == self.epochs
         if keep and (is_due or self._is_late()):
             keep(self._state())
             self._steps, self._since = 0, time.monotonic()
@@ -102,10 +99,10 @@ class TrainingState:
     def _state(self) -> State:
         extra = {name: value for name, value in self.model.state_dict().items() if name.endswith(EXTRA)}
         return {
-            "epoch": self.epoch,
-            "batch": self.batch,
+            "epoch": len(self.losses),
+            "batch": len(self.of_epoch),
             "losses": self.losses,
-            "of_epoch": self._of_epoch,
+            "of_epoch": self.of_epoch,
             "order": self._order,
             "random": capture_random(self.checkpoints.generators),
             "trained": dict(self._trained()),
@@ -114,8 +111,7 @@ class TrainingState:
         }
 
     def _resume(self, state: State) -> None:
-        self.epoch, self.batch = state["epoch"], state["batch"]
-        self.losses, self._of_epoch = state["losses"], state["of_epoch"]
+        self.losses, self.of_epoch = state["losses"], state["of_epoch"]
         self._order, self._random = state["order"], state["random"]
         with torch.no_grad():
             for name, parameter in self._trained():
@@ -128,7 +124,7 @@ class TrainingState:
         self.model.load_state_dict(state["extra"][dist.get_rank() if dist.is_initialized() else 0], strict=False)
         for name, part in self.parts.items():
             part.load_state_dict(state["parts"][name])
-        if self.batch == 0:  # Between two epochs there is no order to follow.
+        if not self.of_epoch:  # Between two epochs there is no order to follow.
             restore_random(self._random, self.checkpoints.generators)
             self._random = None
 

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from keeplora.training.state_file import State
 
@@ -17,26 +16,17 @@ def capture_random(generators: Iterable[torch.Generator] = ()) -> State:
         "numpy": list(np.random.get_state()),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "generators": capture_order(generators),
+        "generators": [generator.get_state() for generator in generators],
     }
 
 
-def restore_random(state: State, generators: Iterable[torch.Generator] = ()) -> None:
-    """Give every random generator the state that `capture_random` found."""
+def restore_random(state: State, generators: Iterable[torch.Generator] | None = None) -> None:
+    """Give random generators the state that `capture_random` found: the global ones, and all of those given, if any."""
     random.setstate(state["python"])
     np.random.set_state(tuple(state["numpy"]))
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-    restore_order(state["generators"], generators)
-
-
-def capture_order(generators: Iterable[torch.Generator]) -> list[Tensor]:
-    """Return the states of generators."""
-    return [generator.get_state() for generator in generators]
-
-
-def restore_order(states: list[Tensor], generators: Iterable[torch.Generator]) -> None:
-    """Give generators their states back."""
-    for generator, state in zip(generators, states, strict=True):
-        generator.set_state(state)
+    if generators is not None:
+        for generator, captured in zip(generators, state["generators"], strict=True):
+            generator.set_state(captured)

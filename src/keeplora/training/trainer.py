@@ -109,7 +109,7 @@ def fit(
         parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": accelerator.scaler}
         state = TrainingState(checkpoints or Checkpoints(), model, parts, config.epochs)
         step = _Step(accelerator, prepared, optimizer, scheduler, task, penalty, config.accumulation)
-        for epoch in range(state.epoch, config.epochs):
+        for epoch in range(len(state.losses), config.epochs):
             rest = state.rest_of_epoch(batches, lambda n: accelerator.skip_first_batches(batches, n))
             step.epoch(rest, len(batches), state, track, f"{task.name}: epoch {epoch + 1}/{config.epochs}")
         return state.losses
@@ -129,7 +129,7 @@ class _Step:
 
     def epoch(self, rest: Iterable[Any], total: int, state: TrainingState, track: Track, description: str) -> None:
         """Go through what is left of an epoch of so many batches, a group of them for each step."""
-        done = state.batch
+        done = len(state.of_epoch)
         batches = iter(track(rest, description, total - done))
         while done < total:
             group = list(itertools.islice(batches, min(self.accumulation, total - done)))  # The last may be smaller.
@@ -137,7 +137,7 @@ class _Step:
             for number, (batch, weight, share) in enumerate(shares, done + 1):
                 where = f"{description}, batch {number}"
                 with nullcontext() if number == done + len(group) else self.accelerator.no_sync(self.model):
-                    state.add(self._backward(batch, where, share), weight)
+                    state.of_epoch.append((self._backward(batch, where, share), weight))
             done += len(group)
             if self.accelerator.scaler is None:  # A scaler expects overflow: it skips the step and lowers the scale.
                 norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
