@@ -35,8 +35,7 @@ class Config:
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file, or raise a `ValueError` that names the file, and the line where it is not TOML."""
     try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
+        return tomllib.loads(path.read_bytes().decode())
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}") from None
     except IsADirectoryError:
@@ -48,10 +47,8 @@ def read_toml(path: Path) -> dict[str, Any]:
 def parse(kind: type[C], values: Mapping[str, Any], *, source: str, sources: Mapping[str, str] | None = None) -> C:
     """Make a configuration of `kind` from plain values, such as a parsed TOML table; inner tables become inner ones.
 
-    Where single values do not come from `source`, `sources` says where from, by their dotted key.
-
-    Raises:
-        ValueError: If a key is unknown, missing, or has a wrong value; the message names every one, and its source.
+    A `ValueError` names every key that is unknown or missing or has a wrong value, and where it is from: `sources` says
+    so by its dotted key, where it is not `source`.
     """
     problems: list[tuple[str, str]] = []
     made = _made(kind, values, "", problems)

@@ -6,9 +6,6 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-GROUP = "keeplora"
-"""Entry points of this group, in any package that is installed, are loaded: what they import may register itself."""
-
 _LOADED: dict[str, None] = {}
 
 
@@ -44,8 +41,8 @@ class Registry(dict[str, T]):
 
 
 def load_extensions() -> None:
-    """Load what other packages bring, once each."""
-    for point in entry_points(group=GROUP):
+    """Load the entry points of the group `keeplora` of all packages, once each: what they import may register itself."""
+    for point in entry_points(group="keeplora"):
         if point.value not in _LOADED:
             _LOADED[point.value] = None
             point.load()

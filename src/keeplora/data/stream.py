@@ -1,6 +1,5 @@
 """The stream of tasks that benchmarks, an order, and a choice of tasks make."""
 
-import itertools
 import math
 import random
 from dataclasses import replace
@@ -9,14 +8,11 @@ from pathlib import Path
 
 from keeplora.data.benchmark import TaskSpec, read_benchmark
 
+Names = tuple[str, ...]
+
 
 def stream_of(
-    benchmark: str,
-    *,
-    order: int = 0,
-    first_tasks: int | None = None,
-    more: tuple[str, ...] = (),
-    without: tuple[str, ...] = (),
+    benchmark: str, *, order: int = 0, first_tasks: int | None = None, more: Names = (), without: Names = ()
 ) -> tuple[TaskSpec, ...]:
     """Return the tasks of a stream: those of a benchmark, given by name or path, then those of more benchmarks.
 
@@ -26,8 +22,7 @@ def stream_of(
     specs = read_benchmark(benchmark).tasks
     if order >= (num_orders := math.factorial(len(specs))):
         raise ValueError(f"order = {order}: {len(specs)} tasks have only the orders 0 to {num_orders - 1}")
-    first = [specs[place] for place in _permutation(order, len(specs))][:first_tasks]
-    stream = {spec.name: spec for spec in first}
+    stream = {specs[i].name: specs[i] for i in _permutation(order, len(specs))[:first_tasks]}
     for another in more:
         for spec in read_benchmark(another).tasks:
             if resolved(stream.setdefault(spec.name, spec)) != resolved(spec):
@@ -55,9 +50,10 @@ def absolute(benchmark: str) -> str:
 def _permutation(number: int, size: int) -> tuple[int, ...]:
     """Return 0 to size - 1 in the number-th distinct order; number 0 is the identity, the others are random."""
     found = {tuple(range(size)): None}
-    seeds = itertools.count(1)
+    seed = 0
     while len(found) <= number:
+        seed += 1
         places = list(range(size))
-        random.Random(next(seeds)).shuffle(places)
+        random.Random(seed).shuffle(places)
         found[tuple(places)] = None
     return list(found)[number]

@@ -40,9 +40,7 @@ def _last_layers(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the last vision layer of every CLIP inside a model that is as transformers made it."""
     if any(map(is_compiled, model.modules())):
         return
-    for clip in model.modules():
-        if type(clip) is not CLIPModel:
-            continue
+    for clip in (module for module in model.modules() if type(module) is CLIPModel):
         tower: Any = clip.vision_model
         encoder: Any = getattr(tower, "encoder", None)
         is_stock = type(tower) is CLIPVisionModel and type(encoder) is CLIPEncoder

@@ -40,11 +40,7 @@ class Family(Protocol):
     def tasks(
         self, name: str, specs: tuple[TaskSpec, ...], *, batch_size: int, evaluation: str, seed: int, track: Track
     ) -> list[StreamTask]:
-        """Read, check and prepare the data of every task for the model called `name`.
-
-        Raises:
-            ValueError: If data is missing, inconsistent, or unreadable, or a prompt is longer than the context.
-        """
+        """Read, check and prepare the data of every task for the model `name`; a `ValueError` says what is wrong."""
 
     def save(self, model: nn.Module, name: str, folder: Path) -> None:
         """Write the model, and what is needed to use it, so that `from_pretrained` loads the folder."""

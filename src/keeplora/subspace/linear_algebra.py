@@ -84,11 +84,10 @@ def residual_directions(gram: Tensor, basis: Tensor, share: float) -> Tensor:
 def spectrum(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Return the eigenvalues `[d_in]` of a gram, largest first, and its eigenvectors `[d_in, d_in]` in that order.
 
-    For `weight.T @ weight` these are the squared singular values and the right singular vectors of the weight. Of a
-    gram, which is symmetric, the lower half is read.
+    For `weight.T @ weight` these are a weight's squared singular values and right singular vectors.
     """
     _require_full_precision(gram)
-    eigenvalues, eigenvectors = torch.linalg.eigh(gram)
+    eigenvalues, eigenvectors = torch.linalg.eigh(gram)  # Reads the lower half: a gram is symmetric.
     return eigenvalues.flip(0), eigenvectors.flip(1)
 
 

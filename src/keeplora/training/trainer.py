@@ -135,16 +135,14 @@ class _Step:
             group = list(itertools.islice(batches, min(self.accumulation, total - done)))  # The last may be smaller.
             shares = self._shares([to_device(batch, self.accelerator.device) for batch in group])
             for number, (batch, weight, share) in enumerate(shares, done + 1):
-                where = f"{description}, batch {number}"
+                name = f"{description}, batch {number}"
                 with nullcontext() if number == done + len(group) else self.accelerator.no_sync(self.model):
-                    state.of_epoch.append((self._backward(batch, where, share), weight))
+                    state.of_epoch.append((self._backward(batch, name, share), weight))
             done += len(group)
-            if self.accelerator.scaler is None:  # A scaler expects overflow: it skips the step and lowers the scale.
-                norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-                if not torch.isfinite(norm):
-                    raise LearningError(
-                        f"{where}: the gradient is not finite. Lower learning_rate; finished tasks are kept"
-                    )
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            # A scaler expects overflow: it skips the step and lowers the scale.
+            if self.accelerator.scaler is None and not torch.isfinite(nn.utils.get_total_norm(gradients)):
+                raise LearningError(f"{name}: the gradient is not finite. Lower learning_rate; finished tasks are kept")
             self.optimizer.step()
             self.optimizer.zero_grad()
             if not self.accelerator.optimizer_step_was_skipped:
@@ -160,18 +158,18 @@ class _Step:
             raise ValueError(f"task {self.task.name!r}: the batches of a step have no weight; leave out what is empty")
         return [(batch, weight, weight / total) for batch, weight in zip(group, weights, strict=True)]
 
-    def _backward(self, batch: Any, where: str, share: float) -> float:
+    def _backward(self, batch: Any, name: str, share: float) -> float:
         """Add a batch's share of the gradient of its step; return the batch's loss."""
         # What stands around a model wants to be called once for a batch.
         is_bare = self.accelerator.distributed_type == DistributedType.NO and not is_wrapped(self.model)
         if is_bare and len(micro_batches := list(self.task.micro_batches(batch))) > 1:
-            return self._backward_by_micro_batches(micro_batches, where, share)
+            return self._backward_by_micro_batches(micro_batches, name, share)
         with self.accelerator.autocast():
             loss = self.task.loss(self.model, batch)
             extra = self.penalty(self.model)
-        return self._add(loss if extra is None else loss + extra, where, share)
+        return self._add(loss if extra is None else loss + extra, name, share)
 
-    def _backward_by_micro_batches(self, micro_batches: list[Any], where: str, share: float) -> float:
+    def _backward_by_micro_batches(self, micro_batches: list[Any], name: str, share: float) -> float:
         """Do the same for one micro-batch after the other: what the backward pass needs is kept of a single one."""
         weights = [float(self.task.weight(one)) for one in micro_batches]
         value = 0.0
@@ -180,7 +178,7 @@ class _Step:
                 with self.accelerator.autocast():
                     loss = self.task.loss(self.model, micro_batch)
                 if weight:
-                    value += weight / sum(weights) * self._add(loss, where, share * weight / sum(weights))
+                    value += weight / sum(weights) * self._add(loss, name, share * weight / sum(weights))
                 for deferred in deferred_gradients:
                     deferred.take()  # With the loss's weight, and the scaler's scale, in it.
             for deferred in deferred_gradients:
@@ -189,14 +187,14 @@ class _Step:
             extra = self.penalty(self.model)
         if extra is None:
             return value
-        return value + (self._add(extra, where, share) if extra.requires_grad else float(extra))
+        return value + (self._add(extra, name, share) if extra.requires_grad else float(extra))
 
-    def _add(self, loss: Tensor, where: str, share: float) -> float:
+    def _add(self, loss: Tensor, name: str, share: float) -> float:
         """Add a share of the gradient of a loss; return the loss."""
         value = float(loss.detach())
         if not math.isfinite(value):
             raise LearningError(
-                f"{where}: the loss is {value}. Lower learning_rate, or set mixed_precision to no;"
+                f"{name}: the loss is {value}. Lower learning_rate, or set mixed_precision to no;"
                 " finished tasks are kept"
             )
         self.accelerator.backward(loss if share == 1 else loss * share)
