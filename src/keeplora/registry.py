@@ -41,7 +41,7 @@ class Registry(dict[str, T]):
 
 
 def load_extensions() -> None:
-    """Load the entry points of the group `keeplora` of all packages, once each: what they import may register itself."""
+    """Load all packages' entry points of the group `keeplora`, once each: what they import may register itself."""
     for point in entry_points(group="keeplora"):
         if point.value not in _LOADED:
             _LOADED[point.value] = None
