@@ -47,8 +47,8 @@ def read_toml(path: Path) -> dict[str, Any]:
 def parse(kind: type[C], values: Mapping[str, Any], *, source: str, sources: Mapping[str, str] | None = None) -> C:
     """Make a configuration of `kind` from plain values, such as a parsed TOML table; inner tables become inner ones.
 
-    A `ValueError` names every key that is unknown or missing or has a wrong value, and where it is from: `sources` says
-    so by its dotted key, where it is not `source`.
+    Raises a `ValueError` that names every unknown or missing key and every wrong value, each with its source: that of its
+    dotted key in `sources`, or else `source`.
     """
     problems: list[tuple[str, str]] = []
     made = _made(kind, values, "", problems)

@@ -1,7 +1,7 @@
 """The last layer of a CLIP vision tower, computed for the one row that its features are read from.
 
-The tower's answer is the first row of the last layer's output. That layer's keys and values need all rows, the rest of
-it the first alone: about five sixths of its work are left out. Features, gradients and other layers are the same.
+The tower's answer is the first row of the last layer's output. Only that layer's keys and values need the other rows:
+about five sixths of its work, in both directions, are left out. Features and gradients are the same.
 """
 
 from collections.abc import Iterator
