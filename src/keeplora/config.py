@@ -47,7 +47,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 def parse(kind: type[C], values: Mapping[str, Any], *, source: str, sources: Mapping[str, str] | None = None) -> C:
     """Make a configuration of `kind` from plain values, such as a parsed TOML table; inner tables become inner ones.
 
-    Raises a `ValueError` that names every unknown or missing key and every wrong value, each with its source: that of its
+    Raises a `ValueError` that names every unknown or missing key and every wrong value with its source: that of its
     dotted key in `sources`, or else `source`.
     """
     problems: list[tuple[str, str]] = []
