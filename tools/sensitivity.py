@@ -51,8 +51,7 @@ def main() -> None:
         for option in points.values()
         for config in configs_of(chosen, option, arguments)
     }
-    display = Display(Console())
-    with display.shown(), Workers(arguments.jobs) as workers:
+    with Display(Console()) as display, Workers(arguments.jobs) as workers:
         outcomes = dict(zip(configs, workers.run_all(list(configs.values()), display.track, "runs"), strict=True))
     curves = {
         panel: {

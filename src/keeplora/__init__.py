@@ -7,53 +7,41 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from keeplora.evaluation.evaluate import evaluate
-    from keeplora.layers.fused_forward import fused_layers
-    from keeplora.methods.base import Method, MethodConfig
-    from keeplora.methods.baselines import LoRAFT, ZeroShot
-    from keeplora.methods.keeplora import KeepLoRA, KeepLoRAConfig
-    from keeplora.methods.registry import METHODS
-    from keeplora.runs.config import RunConfig
-    from keeplora.runs.loop import run
-    from keeplora.runs.open import load_stream
-    from keeplora.task import Task
-    from keeplora.training.trainer import TrainConfig, fit
+    from keeplora.evaluation.evaluate import evaluate as evaluate
+    from keeplora.layers.fused_forward import fused_layers as fused_layers
+    from keeplora.methods.base import Method as Method
+    from keeplora.methods.base import MethodConfig as MethodConfig
+    from keeplora.methods.baselines import LoRAFT as LoRAFT
+    from keeplora.methods.baselines import ZeroShot as ZeroShot
+    from keeplora.methods.keeplora import KeepLoRA as KeepLoRA
+    from keeplora.methods.keeplora import KeepLoRAConfig as KeepLoRAConfig
+    from keeplora.methods.registry import METHODS as METHODS
+    from keeplora.runs.config import RunConfig as RunConfig
+    from keeplora.runs.loop import run as run
+    from keeplora.runs.open import load_stream as load_stream
+    from keeplora.task import Task as Task
+    from keeplora.training.trainer import TrainConfig as TrainConfig
+    from keeplora.training.trainer import fit as fit
 
 _HOMES = {
-    "METHODS": "methods.registry",
-    "KeepLoRA": "methods.keeplora",
-    "KeepLoRAConfig": "methods.keeplora",
-    "LoRAFT": "methods.baselines",
+    "evaluate": "evaluation.evaluate",
+    "fused_layers": "layers.fused_forward",
     "Method": "methods.base",
     "MethodConfig": "methods.base",
+    "LoRAFT": "methods.baselines",
+    "ZeroShot": "methods.baselines",
+    "KeepLoRA": "methods.keeplora",
+    "KeepLoRAConfig": "methods.keeplora",
+    "METHODS": "methods.registry",
     "RunConfig": "runs.config",
+    "run": "runs.loop",
+    "load_stream": "runs.open",
     "Task": "task",
     "TrainConfig": "training.trainer",
-    "ZeroShot": "methods.baselines",
-    "evaluate": "evaluation.evaluate",
     "fit": "training.trainer",
-    "fused_layers": "layers.fused_forward",
-    "load_stream": "runs.open",
-    "run": "runs.loop",
 }
 
-__all__ = [
-    "METHODS",
-    "KeepLoRA",
-    "KeepLoRAConfig",
-    "LoRAFT",
-    "Method",
-    "MethodConfig",
-    "RunConfig",
-    "Task",
-    "TrainConfig",
-    "ZeroShot",
-    "evaluate",
-    "fit",
-    "fused_layers",
-    "load_stream",
-    "run",
-]
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,6 @@
-"""What can go wrong that is nobody's mistake in the code."""
+"""What can go wrong that is nobody's mistake in the code, and how a message names many things."""
+
+from collections.abc import Sequence
 
 
 class LearningError(ValueError):
@@ -7,3 +9,14 @@ class LearningError(ValueError):
 
 class InUseError(ValueError):
     """Another process writes to the folder."""
+
+
+def listed(names: Sequence[str], most: int = 20, *, separator: str = ", ") -> str:
+    """Return names in one line, the first ones and how many there are more."""
+    shown = separator.join(names[:most])
+    return f"{shown}{separator}and {len(names) - most} more" if len(names) > most else shown
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun: 1 image, 2 images."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

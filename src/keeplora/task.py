@@ -3,7 +3,7 @@
 Subclass `Task`, or hand any object with `name`, `batches` and `loss`: nothing in it is about images or text.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,16 +53,12 @@ class Task:
 
     @staticmethod
     def of(task: Any) -> "Task":
-        """Return a task as it is, or one that takes what a plain object has, and the defaults for the rest.
-
-        Raises:
-            ValueError: If the object lacks a name, `batches` or `loss`.
-        """
+        """Return a task as it is, or one that takes what a plain object has: a name, `batches`, `loss` at least."""
         if isinstance(task, Task):
             return task
         if missing := [name for name in ("name", "batches", "loss") if not hasattr(task, name)]:
             raise ValueError(f"{task!r} is no task: it has no {missing[0]}; a task has name, batches() and loss(...)")
-        return _PlainTask(task)
+        return TaskLike(task)
 
     def batches(self) -> Iterable[Batch]:
         """Return the training batches, in an order of your choice; a sized iterable if a share of them is asked for."""
@@ -87,16 +83,12 @@ class Task:
         """
         return batch.get("attention_mask") if isinstance(batch, Mapping) else None
 
-    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return what the merge check compares, logits for instance; the loss unless overridden."""
-        return self.loss(model, batch)
-
     def start_head(self, model: nn.Module) -> nn.Module:
         """Make the task's own classifier for KeepLoRA+, and use it in `loss` from now on."""
         raise ValueError(f"task {self.name!r} has no classes to build a classifier from; set classifier='none'")
 
     def load_head(self, weights: dict[str, Tensor]) -> nn.Module:
-        """Make the task's own classifier from saved weights, and use it in `loss` and `outputs` from now on."""
+        """Make the task's own classifier from saved weights, and use it in `loss` from now on."""
         raise ValueError(f"task {self.name!r} has a classifier, but no load_head(weights) to take it up again")
 
     def generators(self) -> tuple[torch.Generator, ...]:
@@ -123,22 +115,20 @@ class Task:
         yield ()
 
 
-class _PlainTask(Task):
-    """A task made of an object that is none by class: what the object has goes before the defaults."""
+class TaskLike(Task):
+    """A task that takes what it does not define itself from another object, and the defaults for the rest."""
 
     def __init__(self, task: Any) -> None:
-        for name in dir(Task):
-            if not name.startswith("_") and name != "of" and hasattr(task, name):
-                setattr(self, name, getattr(task, name))
+        self.task = task
         self.name = task.name
+        for name in dir(Task):
+            is_own = getattr(type(self), name) is not getattr(Task, name)
+            if not (name.startswith("_") or is_own) and name != "of" and hasattr(task, name):
+                setattr(self, name, getattr(task, name))
 
 
 def length_of(batch: Batch, task: Task) -> int:
-    """Return how many examples a batch holds: the length of the first tensor in it.
-
-    Raises:
-        ValueError: If there is none; the message names the task.
-    """
+    """Return how many examples a batch holds: the length of the first tensor in it; there must be one."""
     for value in _leaves(batch):
         if isinstance(value, Tensor) and value.dim() > 0:
             return len(value)
@@ -146,14 +136,19 @@ def length_of(batch: Batch, task: Task) -> int:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move every tensor of a batch (nested in dicts, lists or tuples) to a device."""
+    """Move every tensor of a batch to a device."""
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
+
+
+def map_tensors(change: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
+    """Change every tensor of a batch, nested in mappings, lists or tuples."""
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+        return change(batch)
     if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
+        return {key: map_tensors(change, value) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
-        moved = [to_device(value, device) for value in batch]
-        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
+        changed = [map_tensors(change, value) for value in batch]
+        return type(batch)(*changed) if hasattr(batch, "_fields") else type(batch)(changed)
     return batch
 
 

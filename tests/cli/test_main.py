@@ -142,7 +142,7 @@ def test_a_class_without_images_is_named(capsys, tmp_path):
     folder = tiny.write_images(tmp_path / "data", per_class=1)
     (folder / "train" / "red" / "0.png").unlink()
     message = refused(capsys, "run", "--benchmark", benchmark_of(tmp_path, "data"))
-    assert "the class 'red' has no image in train" in message
+    assert "1 class has no image in train: red" in message
 
 
 def test_a_label_out_of_range_is_named(capsys, tmp_path):

@@ -14,9 +14,9 @@ import tiny
 from keeplora.cli import main as cli
 from keeplora.layers import lora
 from keeplora.layers.lora import SavedAdapter
+from keeplora.methods.base import TaskRecord
 from keeplora.methods.cl_moe import CLMoE, CLMoEConfig, kept_shares
 from keeplora.methods.cl_moe_router import Router
-from keeplora.methods.task_record import TaskRecord
 from keeplora.runs.config import RunConfig
 from keeplora.runs.loop import run
 from keeplora.training.trainer import TrainConfig
@@ -316,10 +316,10 @@ def test_an_expert_that_is_not_finite_is_an_error_that_names_the_layer():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_experts": 0}, r"top_experts = 2 must be from 1 to num_experts = 0"),
+        ({"num_experts": 0}, r"num_experts = 0: Input should be greater than 0"),
         ({"top_experts": 9}, r"top_experts = 9 must be from 1 to num_experts = 8"),
-        ({"instance_share": 1.5}, r"instance_share = 1.5 is a share; give a number from 0 to 1"),
-        ({"momentum": -0.1}, r"momentum = -0.1 is a share; give a number from 0 to 1"),
+        ({"instance_share": 1.5}, r"instance_share = 1.5: Input should be less than or equal to 1"),
+        ({"momentum": -0.1}, r"momentum = -0.1: Input should be greater than or equal to 0"),
         ({"rank": 0}, r"rank = 0"),
     ],
 )

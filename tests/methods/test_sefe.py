@@ -92,11 +92,11 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path):
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.1, 2.0, float("nan")])
 def test_a_bad_share_is_an_error(share):
-    with pytest.raises(ValueError, match=r"key_share = .*0.02 for 2 %"):
+    with pytest.raises(ValueError, match=r"key_share = .*: Input should be"):
         SEFEConfig(key_share=share)
 
 
 @pytest.mark.parametrize("strength", [-1.0, float("inf"), float("nan")])
 def test_a_bad_strength_is_an_error(strength):
-    with pytest.raises(ValueError, match=r"strength = .*at least 0"):
+    with pytest.raises(ValueError, match=r"strength = .*: Input should be"):
         SEFEConfig(strength=strength)

@@ -111,7 +111,7 @@ def test_names_that_matplotlib_would_read_as_formulas_are_drawn(tmp_path):
     assert picture_of(parsed).width > 0
 
 
-def room():
+def remaining():
     """Two layers after two tasks, one of them with a name that is no HTML."""
     layers = [
         {name: {"residual_dims": dims, "protected_dims": 20 - dims, "rank": 2} for name, dims in free.items()}
@@ -120,24 +120,24 @@ def room():
     return capacity_of([{"name": f"task{i}", "certificate": {"layers": named}} for i, named in enumerate(layers)])
 
 
-def test_the_page_of_a_run_shows_the_room_that_is_left_with_the_forecast():
-    text = page([results()], room())
+def test_the_page_of_a_run_shows_the_remaining_capacity_with_the_forecast():
+    text = page([results()], remaining())
     parsed = Reader(text)
     pictures = [attributes for tag, attributes in parsed.tags if tag == "img"]
     assert len(pictures) == 2
     assert "free" in pictures[1]["alt"]
-    assert base64.b64decode(pictures[1]["src"].split(",")[1]) == capacity_map(room())
-    assert forecast(room()) in " ".join(parsed.text)
+    assert base64.b64decode(pictures[1]["src"].split(",")[1]) == capacity_map(remaining())
+    assert forecast(remaining()) in " ".join(parsed.text)
     assert "<b>.q" not in text
-    assert "Room that is left" in parsed.text
+    assert "Remaining capacity" in parsed.text
 
 
-def test_the_page_of_a_method_that_protects_nothing_has_no_room_to_show():
-    assert "Room that is left" not in page([results()])
+def test_the_page_of_a_method_that_protects_nothing_has_no_capacity_to_show():
+    assert "Remaining capacity" not in page([results()])
 
 
 @pytest.mark.slow
-def test_the_picture_of_the_room_grows_with_the_layers_and_stays_bounded():
+def test_the_picture_of_the_capacity_grows_with_the_layers_and_stays_bounded():
     def height(count):
         layers = {f"layer{i}": {"residual_dims": 5, "protected_dims": 5, "rank": 2} for i in range(count)}
         capacity = capacity_of([{"name": "a", "certificate": {"layers": layers}}])

@@ -464,7 +464,7 @@ def shown(capsys, *arguments):
     return code, " ".join(capsys.readouterr().out.split())
 
 
-def test_the_command_shows_the_worst_layer_of_each_task_and_the_room(original, capsys, monkeypatch, tmp_path):
+def test_the_command_shows_the_worst_layer_of_each_task_and_the_capacity(original, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "160")
     code, text = shown(capsys, original, "--json", tmp_path / "proof.json")
     assert code == 0
@@ -475,7 +475,7 @@ def test_the_command_shows_the_worst_layer_of_each_task_and_the_room(original, c
         assert f"{task['name']} {name} {layer['leak']:.1e}" in text
         assert task["worst"]["leak"] == layer["leak"]
     assert "Merged model: is, bit by bit, the base model with all updates" in text
-    assert "Room left after 3 tasks" in text
+    assert "Remaining capacity after 3 tasks" in text
     assert "certified: no breach was found" in text
 
 
@@ -507,14 +507,14 @@ def test_the_command_says_that_a_method_protects_nothing(place, capsys, monkeypa
     code, text = shown(capsys, tmp_path / "run")
     assert code == 0
     assert "lora_ft protects nothing: there is no leak to measure" in text
-    assert "Room left" not in text
+    assert "Remaining capacity" not in text
 
 
 @pytest.mark.slow
-def test_a_run_prints_the_room_that_is_left(place, capsys, monkeypatch, tmp_path):
+def test_a_run_prints_the_remaining_capacity(place, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "160")
     cli.main(["run", "--benchmark", str(place / "colors.toml"), "--model", str(place / "model"), "--epochs", "1",
               "--batch-size", "6", "--rank", "2", "--output", str(tmp_path / "run")])  # fmt: skip
     text = " ".join(capsys.readouterr().out.split())
-    assert "Room left after 3 tasks" in text
+    assert "Remaining capacity after 3 tasks" in text
     assert forecast(certify(tmp_path / "run").capacity) in text

@@ -11,13 +11,14 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from keeplora.cli import main as cli
+from keeplora.errors import listed
 from keeplora.methods.registry import METHODS
 from keeplora.models.registry import family_of
 from keeplora.runs.manifest import manifest_bytes, new_manifest
 from keeplora.studies.doctor import diagnose as doctor
 from keeplora.studies.doctor import dry_run, output_directory
 from keeplora.studies.doctor.diagnose import diagnose
-from keeplora.studies.doctor.findings import Finding, listed, merged
+from keeplora.studies.doctor.findings import Finding, merged
 
 SETTINGS = {"train": {"batch_size": 6, "epochs": 2}, "options": {"rank": 2}}
 
@@ -54,9 +55,9 @@ def test_a_clean_stream_can_start(stream, model):
     found = examine(stream, model)
     assert texts(found, "problem") == texts(found, "warning") == []
     assert found.exit_code() == found.exit_code(strict=True) == 0
-    assert found.tried == 2
-    assert found.forecast.total > 0
-    assert set(found.peak_memory_mb) == {"gradient", "train", "merge", "evaluate"}
+    assert len(found.dry_run.paces) == 2
+    assert sum(found.estimate.values()) > 0
+    assert set(found.dry_run.peak_memory_mb) == {"gradient", "train", "merge", "evaluate"}
     assert found.disk.total > 2 * found.subject.weight_bytes
 
 
@@ -71,11 +72,11 @@ def test_nothing_is_written_and_no_weight_changes(stream, model, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.slow
-def test_every_method_can_be_rehearsed(stream, model, method):
+def test_every_method_can_make_a_dry_run(stream, model, method):
     found = examine(stream, model, method, options={"rank": 2} if METHODS[method].has_settings else {})
     assert texts(found, "problem") == []
-    assert found.forecast.seconds["evaluate"] > 0
-    assert (found.forecast.seconds["train"] > 0.001) == METHODS[method].has_settings
+    assert found.estimate["evaluate"] > 0
+    assert (found.estimate["train"] > 0.02) == METHODS[method].has_settings
 
 
 def test_all_defects_are_named_at_once(stream, model):
@@ -109,8 +110,8 @@ def test_a_missing_folder_is_a_problem_and_the_other_task_is_still_examined(stre
     shutil.rmtree(stream.parent / "data0")
     found = examine(stream, model)
     assert "data0 is neither a folder nor a zip archive" in only(found, "problem")
-    assert found.tried == 1
-    assert found.forecast is not None
+    assert len(found.dry_run.paces) == 1
+    assert found.estimate
 
 
 def test_a_class_that_only_the_held_out_split_has_is_a_problem(stream, model):
@@ -226,7 +227,7 @@ def test_targets_that_match_no_layer_are_a_problem(stream, model):
     assert "no linear layer is named nothing" in only(found, "problem")
 
 
-def test_layers_without_room_for_the_rank_are_named(stream, model):
+def test_layers_without_capacity_for_the_rank_are_named(stream, model):
     found = examine(stream, model, options={"rank": 8, "weight_energy": 0.97})
     text = "\n".join(texts(found, "warning"))
     assert "layers have fewer free directions than the rank 8" in text
@@ -262,11 +263,11 @@ def test_a_failing_step_is_a_problem(stream, model, monkeypatch):
 
 
 @pytest.mark.slow
-def test_only_some_tasks_are_read_where_time_is_short_and_all_are_forecast(stream, model, monkeypatch):
+def test_only_some_tasks_are_read_where_time_is_short_and_all_are_estimated(stream, model, monkeypatch):
     whole = examine(stream, model).pixels_mb
     monkeypatch.setattr(doctor, "READING_SECONDS", 0.0)
     found = examine(stream, model)
-    assert found.tried == 1
+    assert len(found.dry_run.paces) == 1
     assert found.pixels_mb == pytest.approx(whole)
     assert found.pixels_mb == pytest.approx(2 * 36 * 3 * 16 * 16 / 2**20)
 
@@ -302,7 +303,7 @@ def test_spread_takes_the_ends_first_and_everything_once(count):
     assert order[:2] == [0, count - 1][:count]
 
 
-def test_a_disk_without_room_is_a_problem(stream, model, monkeypatch):
+def test_a_disk_without_space_is_a_problem(stream, model, monkeypatch):
     monkeypatch.setattr(output_directory.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 9, 1))
     assert "MB free" in only(examine(stream, model), "problem")
 
@@ -315,11 +316,11 @@ def test_an_output_that_cannot_be_used_is_a_problem(stream, model, tmp_path):
     assert "is a file" in only(examine(stream, model, output=tmp_path / "file"), "problem")
     found = examine(stream, model, output=tmp_path / "full")
     assert "is not empty and holds no run" in only(found, "problem")
-    assert found.forecast is not None, "the rest is examined all the same"
+    assert found.estimate, "the rest is examined all the same"
     assert examine(stream, model, output=tmp_path / "deep" / "er" / "run").exit_code() == 0
 
 
-def test_a_place_that_cannot_be_written_is_a_problem(stream, model, monkeypatch):
+def test_an_output_directory_that_cannot_be_written_is_a_problem(stream, model, monkeypatch):
     def refuse(dir):
         raise OSError(30, "Read-only file system")
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from keeplora.studies.doctor.resource_estimate import Load, Pace, Paces, Stored, forecast_disk, forecast_time, pace_of
+from keeplora.studies.doctor.resource_estimate import Load, Pace, Paces, estimate_disk, estimate_seconds, pace_of
 
 PACES = Paces(gradient=Pace(1.0, 0.5), train=Pace(0.5, 2.0), merge=Pace(3.0, 0.25), evaluate=Pace(0.25, 0.125))
 FIRST = Load("first", classes=10, images=100, batches=10, held_out_batches=4, epochs=3)
@@ -28,8 +28,8 @@ def test_a_phase_without_batches_is_all_fixed():
 def test_known_paces_give_the_hand_computed_seconds():
     second = Load("second", classes=20, images=50, batches=5, held_out_batches=2, epochs=1)
     paces = {"first": PACES, "second": Paces(train=Pace(0.0, 4.0), evaluate=Pace(1.0, 0.0))}
-    found = forecast_time([FIRST, second], paces, start=7.0, per_image=0.01)
-    assert found.seconds == pytest.approx(
+    found = estimate_seconds([FIRST, second], paces, start=7.0, per_image=0.01)
+    assert found == pytest.approx(
         {
             "read": 1.5,
             "start": 7.0,
@@ -39,33 +39,31 @@ def test_known_paces_give_the_hand_computed_seconds():
             "evaluate": 3 * (0.25 + 4 * 0.125) + 3 * 1.0,  # before the first task, and after each of two
         }
     )
-    assert found.total == pytest.approx(sum(found.seconds.values()))
 
 
 def test_a_share_of_the_batches_shortens_the_gradient_alone():
-    whole = forecast_time([FIRST], {"first": PACES})
-    share = forecast_time([FIRST], {"first": PACES}, gradient_share=0.25)
-    assert share.seconds["gradient"] == pytest.approx(1 + 3 * 0.5)
-    assert share.total - share.seconds["gradient"] == pytest.approx(whole.total - whole.seconds["gradient"])
+    whole = estimate_seconds([FIRST], {"first": PACES})
+    share = estimate_seconds([FIRST], {"first": PACES}, gradient_share=0.25)
+    assert share["gradient"] == pytest.approx(1 + 3 * 0.5)
+    assert share | {"gradient": 0.0} == whole | {"gradient": 0.0}
 
 
 def test_a_model_that_never_changes_is_evaluated_once():
-    found = forecast_time([FIRST], {"first": PACES}, evaluations=1)
-    assert found.seconds["evaluate"] == pytest.approx(0.75)
+    found = estimate_seconds([FIRST], {"first": PACES}, evaluations=1)
+    assert found["evaluate"] == pytest.approx(0.75)
 
 
 def test_a_task_that_was_not_tried_lies_between_its_neighbours_in_number_of_classes():
     loads = [Load(name, classes, 0, 1, 0, 1) for name, classes in (("few", 10), ("some", 20), ("many", 50))]
     paces = {"few": Paces(train=Pace(0, 1.0)), "many": Paces(train=Pace(0, 5.0))}
-    assert forecast_time(loads, paces).seconds["train"] == pytest.approx(1 + 2 + 5)
+    assert estimate_seconds(loads, paces)["train"] == pytest.approx(1 + 2 + 5)
 
 
 def test_the_bytes_on_disk_are_those_of_the_shapes():
-    stored = Stored(
-        shapes={"one": (7, 5), "other": (3, 11)}, rank=2, num_tasks=4, model_bytes=1000, saves_model=True,
-        free={"one": 2, "other": 10}, extra_bytes=6,
-    )  # fmt: skip
-    assert forecast_disk(stored) == {
+    found = estimate_disk(
+        {"one": (7, 5), "other": (3, 11)}, {"one": 2, "other": 10}, rank=2, num_tasks=4, model_bytes=1000, other=6
+    )
+    assert found == {
         "merged model, twice": 2000,
         "adapters": 4 * 4 * 2 * (7 + 5 + 3 + 11),
         "directions, at most": 4 * (2 * 5 + 10 * 11),
@@ -74,7 +72,6 @@ def test_the_bytes_on_disk_are_those_of_the_shapes():
     }
 
 
-def test_a_run_that_keeps_no_model_needs_no_room_for_it():
-    stored = Stored(shapes={"one": (7, 5)}, rank=2, num_tasks=1, model_bytes=1000, saves_model=False)
-    assert forecast_disk(stored)["merged model, twice"] == 0
-    assert forecast_disk(stored)["directions, at most"] == 0
+def test_what_a_run_does_not_keep_is_left_out():
+    found = estimate_disk({"one": (7, 5)}, {}, rank=2, num_tasks=1, model_bytes=0, other=0)
+    assert found == {"adapters": 4 * 2 * (7 + 5), "gradients between phases": 4 * 35}

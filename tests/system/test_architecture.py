@@ -65,13 +65,29 @@ def test_every_module_has_its_place_in_the_packages():
     assert {part_of(name) for name in FILES} <= set(PACKAGES)
 
 
+def imports_upwards(name, tree):
+    """List the modules of a package above its own that a file imports."""
+    height = {part: i for i, part in enumerate(PACKAGES)}
+    own = [module for module in imports(tree) if module.split(".")[0] == "keeplora"]
+    return [module for module in own if height[module.split(".")[1]] > height[part_of(name)]]
+
+
 @modules
 def test_imports_go_down_never_up(name):
-    height = {part: i for i, part in enumerate(PACKAGES)}
-    for module in imports(TREES[name]):
-        if module.split(".")[0] == "keeplora":
-            other = module.split(".")[1]
-            assert height[other] <= height[part_of(name)], f"{name} imports {module}"
+    assert not imports_upwards(name, TREES[name])
+
+
+@pytest.mark.parametrize("lower", range(len(PACKAGES) - 2))
+def test_an_import_the_wrong_way_round_is_found(lower):
+    below, above = PACKAGES[lower], PACKAGES[lower + 1]
+    for line in (f"from keeplora.{above} import x", f"import keeplora.{above}.x", f"from keeplora import {above}",
+                 f"def f():\n    from keeplora.{above}.x import y"):  # fmt: skip
+        assert imports_upwards(f"{below}/x", ast.parse(line)), line
+        assert not imports_upwards(f"{above}/x", ast.parse(line.replace(above, below))), line
+
+
+def test_the_top_level_is_short():
+    assert len(list(ROOT.glob("*.py"))) <= 10
 
 
 @modules
@@ -205,7 +221,7 @@ def all_imports(tree):
 @modules
 def test_no_code_runs_on_import(name):
     """Only definitions, assignments, and docstrings stand at the top; an assignment calls nothing that does work."""
-    harmless = ("dict", "frozenset", "Path", "TypeVar", "getLogger", "Console", "dataclass", "version")
+    harmless = ("dict", "list", "frozenset", "Path", "TypeVar", "getLogger", "Console", "dataclass", "version")
     for node in TREES[name].body:
         if isinstance(node, ast.If) and ast.unparse(node.test) in ("__name__ == '__main__'", "TYPE_CHECKING"):
             continue

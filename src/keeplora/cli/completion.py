@@ -10,17 +10,7 @@ from rich.console import Console
 console = Console()
 
 FLAGS = Path(__file__).with_name("completion.json")
-"""The flags of every command; `python tools/completion.py` writes it, and a test compares it with the commands."""
-
-BASH = """_keeplora() {
-  local words
-  case "$COMP_CWORD-${COMP_WORDS[1]}" in
-    1-*) words="COMMANDS" ;;
-CASES
-  esac
-  [[ "$COMP_CWORD" = 1 || "$2" = -* ]] && COMPREPLY=($(compgen -W "$words" -- "$2"))
-}
-complete -o default -F _keeplora keeplora"""
+"""The flags of every command, which `python tools/completion.py` writes; completion.bash lies beside them."""
 
 
 def completion(shell: Annotated[Literal["bash", "zsh", "fish"], tyro.conf.Positional]) -> None:
@@ -46,5 +36,7 @@ def script_of(shell: str) -> str:
         ]
         return "\n".join([commands, *lines])
     cases = "\n".join(f'    *-{name}) words="{" ".join(own)}" ;;' for name, own in flags.items())
-    script = BASH.replace("COMMANDS", " ".join(flags)).replace("CASES", cases)
+    script = (
+        FLAGS.with_suffix(".bash").read_text().rstrip().replace("COMMANDS", " ".join(flags)).replace("CASES", cases)
+    )
     return f"autoload -U +X bashcompinit && bashcompinit\n{script}" if shell == "zsh" else script

@@ -1,18 +1,34 @@
-"""The command that examines a run before it is started. A typed function."""
+"""The command that examines a run before it is started, a typed function, and what its page looks like."""
 
 import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.table import Column, Table
+from rich.text import Text
 
-from keeplora.cli.doctor_tables import diagnosis_page
-from keeplora.cli.flags import flag, resolve_flags, run_flags
+from keeplora.cli.flags import flag, run_flags, sourced
 from keeplora.cli.progress import Display
-from keeplora.config import read_toml
-from keeplora.studies.doctor.diagnose import diagnose
+from keeplora.runs.config import resolve
+from keeplora.studies.doctor.diagnose import Diagnosis, diagnose
+from keeplora.studies.doctor.dry_run import BATCHES
+from keeplora.studies.doctor.findings import Finding
+from keeplora.studies.doctor.model import Subject
 
 console = Console()
+
+STYLES = {"problem": "bold red", "warning": "yellow", "note": "dim"}
+
+PHASES = {
+    "read": "read the images",
+    "start": "principal directions",
+    "gradient": "before each task",
+    "train": "train",
+    "merge": "after each task",
+    "evaluate": "evaluate",
+}
 
 
 def doctor(settings: Any, train: Any, method: Any, *, duplicates: bool = True, strict: bool = False) -> None:
@@ -23,22 +39,102 @@ def doctor(settings: Any, train: Any, method: Any, *, duplicates: bool = True, s
     Takes the flags of keeplora run. Ends with exit code 0 if a run can start, 1 if something would stop or spoil it.
 
     Args:
-        settings: What to learn; the run directory is not touched, only its place is looked at.
+        settings: What to learn; the output directory is looked at, not touched.
         train: How each task is optimised.
         method: The method's own options.
         duplicates: Decode every image and look for the same or alike ones in two splits; without it only headers are
             read.
         strict: Let warnings count as problems in the exit code.
     """
-    given = dict(settings)
-    file = given.pop("config", None)
-    config = resolve_flags((str(file), read_toml(file)) if file else None, settings=given, train=train, options=method)
-    display = Display(console)
-    with display.shown():
+    config = resolve(*sourced(settings, train, method))
+    with Display(console) as display:
         found = diagnose(config, duplicates=duplicates, track=display.track)
     console.print(diagnosis_page(found))
     if code := found.exit_code(strict=strict):
         sys.exit(code)
 
 
-doctor.__annotations__ |= run_flags({"config": flag(Path, "TOML file with the settings of the run.")})
+doctor.__annotations__ |= run_flags(config=flag(Path, "TOML file with the settings of the run."))
+
+
+def diagnosis_page(found: Diagnosis) -> RenderableType:
+    """Lay out a diagnosis on one page: data, model, time, disk, findings, and the verdict."""
+    parts: list[RenderableType] = [_data_table(found)]
+    if found.subject is not None:
+        parts.append(_model_line(found, found.subject))
+    if found.estimate:
+        tried = f"{BATCHES - 1} batches of each phase on {len(found.dry_run.paces)} of {len(found.tasks)} tasks"
+        memory = f"Images in memory: {found.pixels_mb:,.0f} MiB"
+        estimate = f"An estimate, from {tried}; writing the model is not counted. {memory}"
+        parts += [_time_table(found.estimate, found.dry_run.peak_memory_mb), estimate]
+    if found.disk is not None:
+        needs = ", ".join(f"{name} {_bytes(size)}" for name, size in found.disk.needs.items())
+        free = f"{_bytes(found.disk.free)} free at {escape(str(found.disk.folder))}"
+        parts.append(f"Disk: {_bytes(found.disk.total)} ({needs}); {free}")
+    if found.findings:
+        parts.append(_finding_table(found.findings))
+    counts = ", ".join(f"{found.num(level)} {level}{'s' * (found.num(level) != 1)}" for level in STYLES)
+    verdict = "[bold red]not ready[/]" if found.num("problem") else "[bold green]ready[/]"
+    return Group(*parts, f"{verdict}: {counts}")
+
+
+def _data_table(found: Diagnosis) -> Table:
+    config, splits = found.config, ("train", found.config.evaluation)
+    names = ("classes", *splits, "images a class\n(train)", "width", "the same\nin both", "alike")
+    title = f"{escape(Path(config.benchmark).stem)} for {escape(config.method)}: the data"
+    table = Table("task", *[Column(name, justify="right") for name in names], title=title)
+    for data in found.tasks:
+        numbers = [f"{len(data.splits[split]):,}" if split in data.splits else "-" for split in splits]
+        widths = [min(look.size) for looks in data.looks.values() for look in looks if not look.error]
+        compared = [split for split, looks in data.looks.items() if any(look.print is not None for look in looks)]
+        shared = [str(data.exact), str(data.alike)] if len(compared) == 2 else ["-", "-"]
+        classes, sizes = str(len(data.class_names) or "-"), list(data.class_sizes.values())
+        table.add_row(escape(data.spec.name), classes, *numbers, _range(sizes), _range(widths), *shared)
+    return table
+
+
+def _model_line(found: Diagnosis, subject: Subject) -> str:
+    kind = getattr(getattr(subject.model, "config", None), "model_type", type(subject.model).__name__)
+    line = f"Model: {escape(found.config.model)}, {kind}, {subject.parameters / 1e6:,.1f} M parameters"
+    if subject.shapes:
+        line += f", {len(subject.shapes)} layers to adapt with rank {found.config.options.rank}"
+    if subject.free:
+        line += f", {_range(list(subject.free.values()))} free directions a layer"
+    return line
+
+
+def _time_table(seconds: dict[str, float], peak_memory_mb: dict[str, float]) -> Table:
+    columns = ("phase", Column("time", justify="right"), Column("peak MiB", justify="right"))
+    table = Table(*columns, title="What a run would take")
+    for phase, name in PHASES.items():
+        peak = f"{peak_memory_mb[phase]:,.0f}" if phase in peak_memory_mb else ""
+        table.add_row(name, _duration(seconds[phase]), peak)
+    total, peak = _duration(sum(seconds.values())), f"{max(peak_memory_mb.values()):,.0f}"
+    table.add_section()
+    table.add_row("all", f"[bold]{total}[/]", f"[bold]{peak}[/]")
+    return table
+
+
+def _finding_table(findings: list[Finding]) -> Table:
+    columns = (Column(no_wrap=True), Column(no_wrap=True), Column())
+    table = Table(*columns, title="Findings", show_header=False, box=None, padding=(0, 1, 0, 0))
+    for finding in findings:
+        text = Text(finding.message)
+        if finding.cure:
+            text.append(f" -> {finding.cure}", style="italic")
+        table.add_row(f"[{STYLES[finding.level]}]{finding.level}[/]", escape(finding.task), text)
+    return table
+
+
+def _range(values: list[int]) -> str:
+    return " to ".join(f"{value:,}" for value in sorted({min(values), max(values)})) if values else "-"
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

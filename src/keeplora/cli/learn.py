@@ -8,11 +8,10 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from keeplora.cli.flags import flag, resolve_flags, run_flags, sourced
+from keeplora.cli.flags import flag, run_flags, sourced
 from keeplora.cli.progress import Display
-from keeplora.cli.runs import show_capacity, show_run
-from keeplora.cli.tables import comparison_tables, matrix_table, principal_table, settings_table
-from keeplora.config import read_toml
+from keeplora.cli.runs import show_run, show_scores
+from keeplora.cli.tables import comparison_tables, principal_table, settings_table
 from keeplora.data.cache import kept
 from keeplora.report.charts import heat_maps
 from keeplora.report.html import page
@@ -40,21 +39,15 @@ def demo(output: Path = Path("runs/demo"), *, seed: int = 0) -> None:
         output: Folder of the three runs and of report.html.
         seed: Seed of every random draw.
     """
-    display = Display(console)
-    with display.shown(), kept():
-        runs = [
-            run_stream(
-                resolve(("keeplora demo", {"method": method, "seed": seed, "output": output / method})),
-                track=display.track,
-                watch=display.watch,
-            )
-            for method in DEMO_METHODS
-        ]
-    for method, run_results in zip(DEMO_METHODS, runs, strict=True):
-        console.print(matrix_table(run_results))
-        show_capacity(output / method)
-    write_atomically(output / "report.html", page(runs).encode())
-    (output / "heat_maps.png").write_bytes(heat_maps(runs))
+    runs = {}
+    with Display(console) as display, kept():
+        for method in DEMO_METHODS:
+            config = resolve(("keeplora demo", {"method": method, "seed": seed, "output": output / method}))
+            runs[method] = run_stream(config, track=display.track, watch=display.watch)
+    for method, results in runs.items():
+        show_scores(results, output / method)
+    write_atomically(output / "report.html", page(list(runs.values())).encode())
+    (output / "heat_maps.png").write_bytes(heat_maps(list(runs.values())))
     console.print(f"Report: {escape(str(output / 'report.html'))}")
 
 
@@ -78,24 +71,28 @@ def run(settings: Any, train: Any, method: Any) -> None:
         method: The method's own options; those of another method are an error.
     """
     given = dict(settings)
-    config_file, continued, fork = (given.pop(name, None) for name in ("config", "continue", "fork"))
+    continued, fork = given.pop("continue", None), given.pop("fork", None)
     is_shown = given.pop("show_settings", False)
-    if sum(one is not None for one in (config_file, continued, fork)) > 1:
+    if sum(source is not None for source in (given.get("config"), continued, fork)) > 1:
         raise ValueError("give one of --config, --continue and --fork: each says where the other settings come from")
-    groups = {"settings": given, "train": train, "options": method}
+    tables = sourced(given, train, method)
     if continued is not None:
-        config = _continued(continued, **groups)
+        if "benchmark" not in given:
+            raise ValueError(
+                "--continue takes the new tasks from --benchmark FILE; to resume a run that was cut off: keeplora"
+                f" resume {continued}"
+            )
+        config = with_more(continued, settle([*tables, _of_run(continued, given, output=continued)]))
     elif fork is not None:
-        config = settle([*sourced(**groups), _of_run(fork, given, output=RunConfig.output)])
+        config = settle([*tables, _of_run(fork, given, output=RunConfig.output)])
         if config.output == RunConfig.output:
             raise ValueError(f"--fork {fork} needs a new run directory: give --output")
     else:
-        config = resolve_flags((str(config_file), read_toml(config_file)) if config_file else None, **groups)
+        config = resolve(*tables)
     if is_shown:
         console.print(settings_table(config))
         return
-    display = Display(console)
-    with display.shown():
+    with Display(console) as display:
         if fork is not None and not (config.output / "run.json").exists():
             fork_run(fork, config, track=display.track)
         results = run_stream(config, extend=continued is not None, track=display.track, watch=display.watch)
@@ -103,35 +100,23 @@ def run(settings: Any, train: Any, method: Any) -> None:
 
 
 run.__annotations__ |= run_flags(
-    {
-        "config": flag(
-            Path, "TOML file with any of these settings: the keys of a run at the top, [train] and [options]."
-        ),
+    config=flag(Path, "TOML file with any of these settings: the keys of a run at the top, [train] and [options]."),
+    **{
         "continue": flag(
             Path, "A finished run that takes the tasks of --benchmark after its own, in its own directory."
-        ),
-        "fork": flag(Path, "A run whose finished tasks are copied to --output; it continues there, with its settings."),
-        "show_settings": flag(bool, "Show each setting and where it comes from; learn and write nothing."),
-    }
+        )
+    },
+    fork=flag(Path, "A run whose finished tasks are copied to --output; it continues there, with its settings."),
+    show_settings=flag(bool, "Show each setting and where it comes from; learn and write nothing."),
 )
 
 
-def _of_run(folder: Path, given: Mapping[str, Any], **changed: Any) -> Sourced:
-    """Return the settings of a run as a table, for one that goes on with them."""
+def _of_run(folder: Path, given: Mapping[str, Any], *, output: Path) -> Sourced:
+    """Return the settings of a run as a table, for one that resumes with them."""
     source, values = settings_of_run(read_run(folder))
     if given.get("method", values["method"]) != values["method"]:
         raise ValueError(f"{folder} was learned by {values['method']}, and goes on with it; leave out --method")
-    return source, {**values, **changed}
-
-
-def _continued(folder: Path, **groups: Any) -> RunConfig:
-    """Return the settings of a finished run that takes more tasks."""
-    if "benchmark" not in groups["settings"]:
-        raise ValueError(
-            "--continue takes the new tasks from --benchmark FILE; to resume a run that was cut off: keeplora resume"
-            f" {folder}"
-        )
-    return with_more(folder, settle([*sourced(**groups), _of_run(folder, groups["settings"], output=folder)]))
+    return source, {**values, "output": output}
 
 
 def analyze(
@@ -149,8 +134,7 @@ def analyze(
         what: The analysis; keeplora analyze principal --help lists its settings.
     """
     assert what is not None, "a union needs a second member, but nobody can ask for it"
-    display = Display(console)
-    with display.shown():
+    with Display(console) as display:
         curve = analyze_principal(what, track=display.track)
     console.print(principal_table(curve))
     console.print(f"Curve: {escape(str(what.output / 'principal.png'))}, every task in principal.json")
@@ -160,12 +144,8 @@ def compare(flags: tyro.conf.OmitArgPrefixes[CompareConfig]) -> None:
     """Compare methods on equal terms: equal data, epochs and search, several seeds, intervals.
 
     Example: keeplora compare --benchmark mini --methods zero_shot,lora_ft,keeplora --seeds 5 --output runs/compare
-
-    Args:
-        flags: The settings.
     """
-    display = Display(console)
-    with display.shown():
+    with Display(console) as display:
         comparison = compare_methods(flags, track=display.track)
     for table in comparison_tables(comparison):
         console.print(table)

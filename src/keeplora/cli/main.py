@@ -1,12 +1,11 @@
 """The command line: what it can do, and how each command is found. A command's own libraries load when it is called."""
 
-import contextlib
 import difflib
 import importlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -57,8 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
         errors.print(f"Commands: {', '.join(COMMANDS)}", highlight=False)
         sys.exit(2)
     else:
-        with _readable_errors():
-            _call(_function(name), f"keeplora {name}", arguments[1:])
+        _call(name, arguments[1:])
         return
     sys.exit(0 if arguments else 2)
 
@@ -69,40 +67,31 @@ def _function(name: str) -> Callable[..., Any]:
     return function
 
 
-def _call(function: Callable[..., Any], program: str, arguments: list[str]) -> None:
-    import tyro  # noqa: PLC0415 (it takes a fifth of a second, and the help of all commands does without it)
-
-    tyro.cli(function, prog=program, args=arguments)
-
-
-def _show_help() -> None:
-    console.print("usage: keeplora COMMAND [OPTIONS]\n", highlight=False, markup=False)
-    console.print(f"{DESCRIPTION}\n", highlight=False)
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
-    table.add_column(no_wrap=True, style="bold")
-    table.add_column()
-    for name, (_, summary) in COMMANDS.items():
-        table.add_row(name, summary)
-    console.print(table)
-    console.print("\nStart with keeplora demo. keeplora COMMAND --help explains each command.", highlight=False)
-    console.print("Example: keeplora run --benchmark birds.toml --output runs/birds", highlight=False)
-
-
-@contextlib.contextmanager
-def _readable_errors() -> Iterator[None]:
+def _call(name: str, arguments: list[str]) -> None:
+    """Call a command; an error that a user can cure ends with its message alone."""
     try:
-        yield
+        import tyro  # noqa: PLC0415 (it takes a fifth of a second, and the help of all commands does without it)
+
+        tyro.cli(_function(name), prog=f"keeplora {name}", args=arguments)
     except (ValueError, OSError) as error:
         if os.environ.get(TRACEBACK):
             raise
-        errors.print(f"[bold red]error:[/] {_escape(error)}", soft_wrap=True, highlight=False)
+        message = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            message = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        errors.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True, highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:
         errors.print("[bold red]interrupted[/]; a run keeps what it has finished, and the same command resumes it")
         sys.exit(130)
 
 
-def _escape(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return escape(f"{error.strerror}: {error.filename}" if error.filename else error.strerror)
-    return escape(str(error))
+def _show_help() -> None:
+    console.print(f"usage: keeplora COMMAND [OPTIONS]\n\n{DESCRIPTION}\n", highlight=False, markup=False)
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
+    table.add_column(no_wrap=True, style="bold")
+    for name, (_, summary) in COMMANDS.items():
+        table.add_row(name, summary)
+    console.print(table)
+    console.print("\nStart with keeplora demo. keeplora COMMAND --help explains each command.", highlight=False)
+    console.print("Example: keeplora run --benchmark birds.toml --output runs/birds", highlight=False)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from keeplora.cli.progress import Display
-from keeplora.cli.tables import evaluation_table, export_lines, gauge_lines, matrix_table, proof_lines
+from keeplora.cli.tables import capacity_lines, evaluation_table, export_lines, matrix_table, proof_lines
 from keeplora.evaluation.accuracy_matrix import Results
 from keeplora.evaluation.capacity import capacity_of
 from keeplora.evaluation.evaluate import evaluate as evaluate_model
@@ -32,8 +32,7 @@ def evaluate(run: tyro.conf.Positional[Path], *, split: Literal["test", "validat
         run: The run directory.
         split: The examples to evaluate on; the run's own if not given.
     """
-    display = Display(console)
-    with display.shown():
+    with Display(console) as display:
         directory, model, tasks = reopen(run, split=split, track=display.track)
         scores = evaluate_model(model, tasks, track=display.track)
     recorded = directory.manifest["config"]["evaluation"]
@@ -51,12 +50,10 @@ def export(run: tyro.conf.Positional[Path], flags: tyro.conf.OmitArgPrefixes[Exp
         run: The run directory.
         flags: The settings.
     """
-    display = Display(console)
-    with display.shown():
+    with Display(console) as display:
         card = export_run(run, flags, track=display.track)
     for line in export_lines(card, flags.output):
         console.print(line, highlight=False, soft_wrap=True)
-    console.print(f"Card: {escape(str(flags.output / 'README.md'))}")
 
 
 def certify(run: tyro.conf.Positional[Path], *, layers: bool = False, json: Path | None = None) -> None:
@@ -73,8 +70,7 @@ def certify(run: tyro.conf.Positional[Path], *, layers: bool = False, json: Path
     """
     if json is not None and (json.is_dir() or run.resolve() in json.resolve().parents):
         raise ValueError(f"{json} is a folder or inside the run, which stays as it is; give --json another file")
-    display = Display(console)
-    with display.shown():
+    with Display(console) as display:
         proof = certify_run(run, track=display.track)
     if json is not None:
         write_atomically(json, (dumps(proof.to_json(), indent=1) + "\n").encode())
@@ -98,8 +94,7 @@ def resume(
     """
     config = config_of(read_run(run))
     config = replace(config, checkpoint_steps=checkpoint_steps, checkpoint_minutes=checkpoint_minutes)
-    display = Display(console)
-    with display.shown():
+    with Display(console) as display:
         results = run_stream(config, track=display.track, watch=display.watch)
     show_run(results, run)
 
@@ -116,25 +111,22 @@ def undo(run: tyro.conf.Positional[Path], task: tyro.conf.Positional[str], *, ou
         task: The name of the task.
         output: The new run directory.
     """
-    display = Display(console)
-    with display.shown():
+    with Display(console) as display:
         results = undo_task(run, task, output, track=display.track)
     console.print(f"Undone: {escape(task)}")
     show_run(results, output)
-    if left := results.tasks[len(results.accuracy) :]:
-        names = ", ".join(left)
-        console.print(f"Not finished: {escape(names)}; go on with keeplora resume {escape(str(output))}")
+    if left := ", ".join(results.tasks[len(results.accuracy) :]):
+        console.print(f"Not finished: {escape(left)}; go on with keeplora resume {escape(str(output))}")
 
 
 def show_run(results: Results, folder: Path) -> None:
-    """Print the scores of a run, the room that its layers have left, and where it is."""
-    console.print(matrix_table(results))
-    show_capacity(folder)
+    """Print the scores of a run, the remaining capacity of its layers, and where it is."""
+    show_scores(results, folder)
     console.print(f"Run directory: {escape(str(folder))}")
 
 
-def show_capacity(run: Path) -> None:
-    """Print the room that a run's layers have left; nothing if its method protects nothing."""
-    capacity = capacity_of(read_run(run).tasks)
-    for line in gauge_lines(capacity) if capacity else ():
+def show_scores(results: Results, folder: Path) -> None:
+    """Print the scores of a run, and the remaining capacity of its layers if its method protects something."""
+    console.print(matrix_table(results))
+    for line in capacity_lines(capacity_of(read_run(folder).tasks)):
         console.print(line, highlight=False)

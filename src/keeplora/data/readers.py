@@ -6,8 +6,8 @@ Everything that can be wrong with a user's data is found here, before training s
 import io
 import os
 import zipfile
-from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -19,6 +19,7 @@ from PIL import Image
 
 from keeplora.data.benchmark import TaskSpec
 from keeplora.data.images import Examples
+from keeplora.errors import counted, listed
 from keeplora.registry import Registry
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -32,35 +33,69 @@ HOLD_OUT_SEED = 42
 def read_splits(spec: TaskSpec, evaluation: str) -> tuple[Examples, Examples]:
     """Read the training split of a task and the one to evaluate on (`test` or `validation`).
 
-    A missing validation split is drawn from the training images with a fixed seed, and the task trains on the rest.
+    A missing validation split is drawn from the training images with a fixed seed, and the task trains on the rest. A
+    `ValueError` names the task, the place, and the first of all that is missing, empty, or inconsistent.
+    """
+    splits, problems = examine_splits(spec, evaluation)
+    if problems:
+        raise ValueError(f"task {spec.name!r}: {'; '.join(problems[0])}")
+    return splits["train"], splits[evaluation]
 
-    Raises:
-        ValueError: If data is missing, empty, or inconsistent; the message names the task and the place.
+
+def examine_splits(spec: TaskSpec, evaluation: str) -> tuple[dict[str, Examples], list[tuple[str, str]]]:
+    """Read the splits that `read_splits` reads, and find all that makes it refuse them, each with its cure.
+
+    Where there is a problem, classes have the names and numbers that are stored.
     """
     try:
-        splits = READERS.find(spec.reader)(spec)
+        stored = READERS.find(spec.reader)(spec)
     except ValueError as error:
         raise ValueError(f"task {spec.name!r}: {error}") from None
-    if "train" not in splits:
-        raise ValueError(f"task {spec.name!r}: {spec.path} has no train split; it has {', '.join(splits)}")
-    train = splits["train"]
-    if evaluation == "validation" and "validation" not in splits:
-        train, held_out = _hold_out(train)
-    elif evaluation in splits:
-        held_out = splits[evaluation]
-    else:
-        raise ValueError(f"task {spec.name!r}: {spec.path} has no {evaluation} split; it has {', '.join(splits)}")
-    if unknown := sorted(set(spec.class_names) - set(train.class_names)):
-        raise ValueError(
-            f"task {spec.name!r}: class_names has {unknown[0]!r}, which is no class of {spec.path}; its classes are"
-            f" {', '.join(train.class_names[:20])}"
-        )
-    names = tuple(spec.class_names.get(name, name) for name in train.class_names)
-    _require_distinct(spec, names)
-    held_out = _with_labels_of(train, held_out, spec, evaluation)
-    for split, examples in (("train", train), (evaluation, held_out)):
-        _require_every_class(spec, split, examples)
-    return replace(train, class_names=names), replace(held_out, class_names=names)
+    splits = {name: stored[name] for name in ("train", evaluation) if name in stored}
+    if evaluation == "validation" and list(splits) == ["train"]:
+        splits["train"], splits["validation"] = _hold_out(stored["train"])
+    problems = list(_problems(spec, evaluation, stored, splits))
+    return splits if problems else _named_for_prompts(spec, splits), problems
+
+
+def _problems(
+    spec: TaskSpec, evaluation: str, stored: dict[str, Examples], splits: dict[str, Examples]
+) -> Iterator[tuple[str, str]]:
+    # A validation split that there is not is drawn from train.
+    missing = [split for split in ("train", evaluation) if split not in splits and split != "validation"]
+    for split in missing:
+        yield f"{spec.path} has no {split} split; it has {', '.join(stored)}", "add the split"
+    if "train" in missing:
+        return
+    train = splits["train"].class_names
+    stored_names: dict[str, list[str]] = {}
+    for name in train:
+        stored_names.setdefault(spec.class_names.get(name, name), []).append(name)
+    for name, classes in stored_names.items():
+        if len(classes) > 1:
+            yield f"{len(classes)} classes are named {name!r}: {listed(classes)}", "their prompts must differ"
+    if unknown := sorted(set(spec.class_names) - set(train)):
+        yield f"class_names has {listed(unknown)}, which {spec.path} does not have", f"its classes are {listed(train)}"
+    for split in [name for name in splits if name in stored]:
+        examples = splits[split]
+        if only := sorted(set(examples.class_names) - set(train)):
+            message = f"{split} has classes that train does not have: {listed(only)}"
+            yield message, f"add images to train, which has {listed(train)}"
+        present = {examples.class_names[label] for label in examples.labels}
+        if empty := [name for name in train if name not in present]:
+            images = counted(len(empty), "class has no image", "classes have no image")
+            yield f"{images} in {split}: {listed(empty)}", "add some, or remove the class"
+
+
+def _named_for_prompts(spec: TaskSpec, splits: dict[str, Examples]) -> dict[str, Examples]:
+    """Number the classes of all splits as the training split does, and give them their names in the prompt."""
+    train = splits["train"].class_names
+    names = tuple(spec.class_names.get(name, name) for name in train)
+    named = {}
+    for split, examples in splits.items():
+        numbers = [train.index(name) for name in examples.class_names]
+        named[split] = replace(examples, class_names=names, labels=tuple(numbers[label] for label in examples.labels))
+    return named
 
 
 def _read_folder(spec: TaskSpec) -> dict[str, Examples]:
@@ -158,28 +193,3 @@ def _hold_out(train: Examples) -> tuple[Examples, Examples]:
         held |= {members[i] for i in order[: max(1, round(HELD_OUT * len(members)))]}
     kept = [i for i in range(len(train)) if i not in held]
     return train.subset(kept), train.subset(sorted(held))
-
-
-def _with_labels_of(train: Examples, other: Examples, spec: TaskSpec, split: str) -> Examples:
-    """Renumber a split's labels as the training split numbers its classes."""
-    if unknown := sorted(set(other.class_names) - set(train.class_names)):
-        raise ValueError(
-            f"task {spec.name!r}: {split} has the class {unknown[0]!r}, which train does not have; train has"
-            f" {', '.join(train.class_names[:20])}"
-        )
-    numbers = {i: train.class_names.index(name) for i, name in enumerate(other.class_names)}
-    return replace(other, class_names=train.class_names, labels=tuple(numbers[label] for label in other.labels))
-
-
-def _require_every_class(spec: TaskSpec, split: str, examples: Examples) -> None:
-    present = set(examples.labels)
-    if empty := [name for label, name in enumerate(examples.class_names) if label not in present]:
-        raise ValueError(
-            f"task {spec.name!r}: the class {empty[0]!r} has no image in {split}; add some, or remove the class"
-        )
-
-
-def _require_distinct(spec: TaskSpec, names: tuple[str, ...]) -> None:
-    for name, count in Counter(names).items():
-        if count > 1:
-            raise ValueError(f"task {spec.name!r}: {count} classes are named {name!r}; their prompts must differ")

@@ -5,7 +5,7 @@ not finished has fewer rows; its metrics are those of the rows there are, and No
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 METRIC_NAMES = {
     "transfer": "Transfer",
@@ -62,28 +62,14 @@ class Results:
 
     def to_json(self) -> dict[str, object]:
         """Return the keys of `metrics.json` in their order."""
-        return {
-            "method": self.method,
-            "benchmark": self.benchmark,
-            "model": self.model,
-            "seed": self.seed,
-            "tasks": self.tasks,
-            "zero_shot": self.zero_shot,
-            "accuracy": self.accuracy,
-            **self.summary(),
-            "seconds": self.seconds,
-            "peak_memory_mb": self.peak_memory_mb,
-        }
+        values = asdict(self)
+        costs = {key: values.pop(key) for key in ("seconds", "peak_memory_mb")}
+        return values | self.summary() | costs
 
     def summary(self) -> dict[str, float | None]:
         """Return the metrics of the accuracy matrix."""
-        return {
-            "transfer": transfer(self.accuracy),
-            "average": average(self.accuracy),
-            "last": last(self.accuracy),
-            "forgetting": forgetting(self.accuracy),
-            "backward_transfer": backward_transfer(self.accuracy),
-        }
+        metrics = (transfer, average, last, forgetting, backward_transfer)
+        return {metric.__name__: metric(self.accuracy) for metric in metrics}
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

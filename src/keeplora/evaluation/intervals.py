@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 T_975 = (
@@ -39,29 +39,26 @@ class Estimate:
 
 def estimate(values: Iterable[float | None]) -> Estimate | None:
     """Return the mean and its 95 % interval by Student's t; None if there is no value."""
-    known: Sequence[float] = [value for value in values if value is not None]
-    if not known:
-        return None
-    count = len(known)
-    if count == 1:
-        return Estimate(known[0], None, 1)
-    quantile = T_975[min(count - 1, len(T_975)) - 1]
-    return Estimate(statistics.fmean(known), quantile * statistics.stdev(known) / math.sqrt(count), count)
+    known = [value for value in values if value is not None]
+    if len(known) < 2:
+        return Estimate(known[0], None, 1) if known else None
+    quantile = T_975[min(len(known) - 1, len(T_975)) - 1]
+    half_width = quantile * statistics.stdev(known) / math.sqrt(len(known))
+    return Estimate(statistics.fmean(known), half_width, len(known))
 
 
-def estimate_runs(values: Mapping[Place, float | None]) -> Estimate | None:
+def estimate_runs(values: Mapping[Place, float]) -> Estimate | None:
     """Return the mean of runs and its 95 % interval, which takes runs of one order, or of one seed, as alike.
 
     Seeds and orders are crossed, so runs are not independent. With one order: Student's t over the seeds. With several:
     of the interval over the means of the orders and the one over the means of the seeds, the wider.
     """
-    known = {place: value for place, value in values.items() if value is not None}
-    by_seed, by_order = (_means(known, side) for side in (0, 1))
-    if not known:
+    if not values:
         return None
-    groups = [by_seed] if len(by_order) == 1 else [by_seed, by_order]
-    widths = [found.half_width for group in groups if (found := estimate(group)) and found.half_width is not None]
-    return Estimate(statistics.fmean(known.values()), max(widths, default=None), len(known))
+    by_seed, by_order = (_means(values, side) for side in (0, 1))
+    sides = [by_seed] if len(by_order) == 1 else [by_seed, by_order]
+    widths = [found.half_width for side in sides if (found := estimate(side)) and found.half_width is not None]
+    return Estimate(statistics.fmean(values.values()), max(widths, default=None), len(values))
 
 
 def _means(values: Mapping[Place, float], side: int) -> list[float]:

@@ -57,17 +57,9 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """Return `x @ (weight + b @ a).T + bias`; only `x` and `b` get a gradient.
+    """Return `x @ (weight + b @ a).T + bias`, `[..., d_out]`; only `x` and `b` get a gradient.
 
-    Args:
-        x: `[..., d_in]`.
-        weight: `[d_out, d_in]`.
-        bias: `[d_out]`.
-        a: `[r, d_in]`.
-        b: `[d_out, r]`, its scaling included.
-
-    Returns:
-        `[..., d_out]`.
+    `x` is `[..., d_in]`, `weight` `[d_out, d_in]`, `bias` `[d_out]`, `a` `[r, d_in]`, `b` `[d_out, r]`, scaled.
     """
     return cast(Tensor, _LoRALinear.apply(x, weight, bias, a, b))
 

@@ -23,33 +23,18 @@ def mean_gradients(
 ) -> dict[str, Tensor]:
     """Average the gradient of the loss with respect to the target weights over a task (G_t, Eq. 4).
 
-    The mean is by `task.weight`, so a smaller last batch weighs less.
-
-    Args:
-        model: Any module whose targets are `nn.Linear`.
-        task: Gives the batches and the loss.
-        targets: Module names of the target layers.
-        share: Use this share of the batches, from the start of `task.batches()`.
-        track: Shows progress over the batches.
-
-    Returns:
-        For each target the gradient `[d_out, d_in]` in float32; zero where no gradient reached the layer.
+    The mean is by `task.weight`, so a smaller last batch weighs less, over a share of the batches, from the first on.
+    Returned is for each target the gradient `[d_out, d_in]` in float32; zero where no gradient reached the layer.
 
     Raises:
         LearningError: If a loss or a gradient is not finite.
         ValueError: If there is no batch, or the loss depends on a weight otherwise than through its layer.
     """
-    return averages(ExactGradient, model, task, targets, share=share, track=track)
+    return averages(ExactGradient, model, task, targets, share, track)
 
 
 def averages(
-    kind: Callable[[Tensor], Accumulator],
-    model: nn.Module,
-    task: Task,
-    targets: list[str],
-    *,
-    share: float,
-    track: Track,
+    kind: Callable[[Tensor], Accumulator], model: nn.Module, task: Task, targets: list[str], share: float, track: Track
 ) -> dict[str, Tensor]:
     """Return for each layer what accumulators of a kind find of its gradients, by the weight of all batches.
 
@@ -81,32 +66,20 @@ class SketchedGradient(Accumulator):
         self.sketch = sketch
 
     def add(self, inputs: Tensor, output_gradients: Tensor | None, weight: float) -> None:
-        """Let the inputs and the gradients at the outputs meet in the sketch; their product is never made."""
         assert output_gradients is not None
         self.sketch.add(inputs, output_gradients, weight)
 
     def reduce(self) -> None:
-        """Add the sketches of all processes up: together they are that of all batches."""
         add_up(*self.sketch.sums)
 
 
 def gradient_sketches(
     model: nn.Module, task: Task, sketches: dict[str, GradientSketch], *, share: float = 1.0, track: Track = silent
 ) -> None:
-    """Add the gradient of the loss, summed over a task, to a sketch for each target layer.
+    """Add the gradient of the loss, summed over a task, to a sketch for each target layer, in place.
 
     It is the gradient that `mean_gradients` averages, but for the weight of all batches, on which no direction depends.
-
-    Args:
-        model: Any module whose targets are `nn.Linear`.
-        task: Gives the batches and the loss.
-        sketches: By the target layers' names; they are changed in place.
-        share: Use this share of the batches, from the start of `task.batches()`.
-        track: Shows progress over the batches.
-
-    Raises:
-        LearningError: If a loss or a gradient is not finite.
-        ValueError: If there is no batch, or the loss depends on a weight otherwise than through its layer.
+    Takes and raises what `mean_gradients` does.
     """
     sharing: dict[Tensor, list[Accumulator]] = {}
     for name, sketch in sketches.items():
@@ -162,11 +135,8 @@ def sketched_residuals(
     for name in bases:
         sketch = sketches.pop(name)
         s, vh = sketch.top(rank)
-        found.rows[name], found.norms[name], found.surviving[name] = (
-            s.unsqueeze(1) * vh,
-            sketch.norm,
-            sketch.surviving_share,
-        )
+        found.rows[name] = s.unsqueeze(1) * vh
+        found.norms[name], found.surviving[name] = sketch.norm, sketch.surviving_share
     return found
 
 

@@ -1,9 +1,8 @@
 """Second moments of the inputs of the target layers: from a pass of their own, or from the last epoch of training."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Sized
+from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -12,10 +11,10 @@ from torch.utils.data import DataLoader
 
 from keeplora.layers.statistics import Accumulator, BatchMean, InputCovariance, Watcher, collect, require_finite
 from keeplora.progress import Track, silent
-from keeplora.task import Batch, DeferredGradient, Task
+from keeplora.task import Batch, Task, TaskLike
 
 FEATURES: dict[str, type[Accumulator]] = {"second_moment": InputCovariance, "batch_mean": BatchMean}
-"""What the inputs of a layer add up to."""
+"""What the inputs of a layer add up to: exactly, or as in the released code."""
 
 SEEN = "task_inputs"
 """Name under which what was seen in training joins the adapted model."""
@@ -26,19 +25,9 @@ def input_grams(
 ) -> dict[str, Tensor]:
     """Accumulate the second moment of every target layer's input over a task's examples (X X^T of Eq. 9).
 
-    Padding rows, as `task.padding_mask` tells them, are left out. Layers that receive the very same tensor, such as the
-    query, key and value projections of a block, share one gram: the values of the result are then one object.
-
-    Args:
-        model: Any module with these layers.
-        task: Gives the batches; its loss is the forward pass.
-        targets: Module names of the target layers.
-        features: `second_moment` for the exact statistic; `batch_mean` for the released code's, which averages inputs
-            over batches by their place in the batch and leaves out batches of another size than the first.
-        track: Shows progress over the batches.
-
-    Returns:
-        For each target the gram `[d_in, d_in]` in float32, a sum over rows; its scale carries no meaning.
+    Returned is for each target the gram `[d_in, d_in]` in float32, a sum over rows without the padding; its scale
+    carries no meaning. Layers that get the very same tensor, such as query, key and value of a block, share one object.
+    `features` is a key of `FEATURES`.
 
     Raises:
         LearningError: If the input of a layer is not finite.
@@ -68,12 +57,7 @@ class SeenInputs(nn.Module):
     """
 
     def __init__(self, task: Task, widths: dict[str, int]) -> None:
-        """Begin with nothing.
-
-        Args:
-            task: Tells the padding.
-            widths: By the layers' names, the dimensions `d_in` of their inputs.
-        """
+        """Begin with nothing; `task` tells the padding, `widths` the dimensions `d_in` of each layer's inputs."""
         super().__init__()
         self.widths = widths
         self.num_batches = 0
@@ -88,7 +72,6 @@ class SeenInputs(nn.Module):
         return torch.cat([torch.tensor([float(self.num_batches), *map(float, places)]), *grams])
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take up what `get_extra_state` returned."""
         names = list(self.widths)
         numbers, rest = state[: 1 + len(names)].int().tolist(), state[1 + len(names) :]
         self.num_batches = numbers[0]
@@ -100,11 +83,7 @@ class SeenInputs(nn.Module):
             self._moment(name).total, rest = rest[: d_in**2].view(d_in, d_in).clone(), rest[d_in**2 :]
 
     def grams(self, device: torch.device) -> dict[str, Tensor]:
-        """Return the grams `[d_in, d_in]` of all layers by name, over all processes, on a device.
-
-        Raises:
-            ValueError: If training was not on what `Watched` gives, or did not reach the end of its last epoch.
-        """
+        """Return the grams `[d_in, d_in]` of all layers by name, over all processes, on a device."""
         if self.num_batches < self.num_wanted:
             raise ValueError(_not_seen(self.watcher.task))
         for name in set(self.watcher.leaders.values()):
@@ -123,48 +102,34 @@ class Part(NamedTuple):
     is_last: bool
 
 
-class Watched(Task):
+class Watched(TaskLike):
     """A task whose last epoch is watched while a model is trained on it.
 
     `loss` is called once for each batch, or for each of its `micro_batches`.
     """
 
     def __init__(self, task: Task, seen: SeenInputs, layers: dict[str, nn.Module], epochs: int) -> None:
-        self.name = task.name
-        self.task = task
+        super().__init__(task)
         self.seen = seen
         self.layers = layers
         self.num_unwatched = (epochs - 1) * batches_in_epoch(task)
         seen.num_wanted = epochs * batches_in_epoch(task)
 
-    def batches(self) -> Iterable[Batch]:
-        """Return the task's batches."""
-        return self.task.batches()
-
     def micro_batches(self, batch: Batch) -> list[Part]:
-        """Cut a batch as the task does."""
         parts = list(self.task.micro_batches(batch))
         return [Part(part, number == len(parts)) for number, part in enumerate(parts, start=1)]
 
-    @contextmanager
-    def frozen(self, model: nn.Module) -> Iterator[Sequence[DeferredGradient]]:
-        """Let the task keep what depends on the weights alone."""
-        with self.task.frozen(model) as deferred:
-            yield deferred
-
     def weight(self, batch: Batch | Part) -> float:
-        """Return the weight of a batch or a micro-batch."""
-        return self.task.weight(batch.batch if isinstance(batch, Part) else batch)
+        return float(self.task.weight(batch.batch if isinstance(batch, Part) else batch))
 
     def loss(self, model: nn.Module, batch: Batch | Part) -> Tensor:
         """Return the task's loss, and look at the inputs of the layers in the last epoch."""
         part = batch if isinstance(batch, Part) else Part(batch, is_last=True)
         is_watched = self.seen.num_batches >= self.num_unwatched
         self.seen.num_batches += part.is_last
-        if not is_watched:
-            return self.task.loss(model, part.batch)
-        with self.seen.watcher.watching(self.layers), self.seen.watcher.reading(part.batch):
-            return self.task.loss(model, part.batch)
+        watcher = self.seen.watcher
+        with watcher.watching(self.layers if is_watched else {}), watcher.reading(part.batch):
+            return cast(Tensor, self.task.loss(model, part.batch))
 
 
 def pop_seen_inputs(model: nn.Module) -> SeenInputs | None:
@@ -176,11 +141,7 @@ def pop_seen_inputs(model: nn.Module) -> SeenInputs | None:
 
 
 def grams_of(seen: SeenInputs | None, task: Task, device: torch.device) -> dict[str, Tensor]:
-    """Return the grams that were seen in training.
-
-    Raises:
-        ValueError: If none were: the model was not trained on what `method.training_task` returns.
-    """
+    """Return the grams that were seen in training."""
     if seen is None:
         raise ValueError(_not_seen(task))
     return seen.grams(device)
@@ -195,11 +156,7 @@ def _not_seen(task: Task) -> str:
 
 
 def batches_in_epoch(task: Task) -> int:
-    """Return how many batches of a task each process trains on in an epoch.
-
-    Raises:
-        ValueError: If `batches()` has no length.
-    """
+    """Return how many batches of a task each process trains on in an epoch."""
     batches = task.batches()
     if not isinstance(batches, Sized):
         raise ValueError(

@@ -5,11 +5,10 @@ Layer names are those of the base model, without PEFT's prefix.
 
 import copy
 import json
-import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar, cast
+from typing import Literal, TypeAlias, TypeVar, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -97,20 +96,17 @@ class SavedAdapter:
 
     @staticmethod
     def config_from(content: bytes, path: Path = Path(CONFIG_FILE)) -> PeftConfig:
-        """Read the configuration of a saved adapter, the content of the file at a path.
-
-        Raises:
-            ValueError: If it is none that `files` could have written; the message names the path and the key.
-        """
-        return PeftConfig.from_peft_type(**read_adapter_config(content, LoraConfig().to_dict(), path))
+        """Read the configuration of a saved adapter from a file's content; refuse what `files` cannot have written."""
+        values, plain = read_json(content, path), LoraConfig().to_dict()
+        require(_Adapter, values, str(path))
+        for key, value in values.items():
+            if key not in _Adapter.model_fields and (key not in plain or type(value) is not type(plain[key])):
+                raise ValueError(f"{path} is damaged or not of keeplora: {key} = {value!r}")
+        return PeftConfig.from_peft_type(**values)
 
 
 def require_unadapted(model: nn.Module) -> None:
-    """Check that no layer has an adapter.
-
-    Raises:
-        ValueError: If one has: a second one would be trained beside it.
-    """
+    """Check that no layer has an adapter: a second one would be trained beside it."""
     adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     if adapted:
         raise ValueError(
@@ -124,10 +120,7 @@ def linear_targets(model: nn.Module, suffixes: tuple[str, ...]) -> list[str]:
     """List the `nn.Linear` modules whose name is, or ends in, one of the suffixes, in the model's order.
 
     Linear layers inside `nn.MultiheadAttention` are left out: it reads their weights past the layer itself, so that an
-    adapter on them would change nothing.
-
-    Raises:
-        ValueError: If there is none; the message lists the names there are.
+    adapter on them would change nothing. If there is none, the error lists the names there are.
     """
     hidden = {
         f"{name}.{child}"
@@ -152,11 +145,8 @@ def attach(
 ) -> nn.Module:
     """Wrap a model in a stock PEFT LoRA with a rank and an alpha for each layer; the update is `alpha / rank * b @ a`.
 
-    Args:
-        model: The base model; its own parameters are frozen.
-        ranks: The layers to adapt and the rank of each.
-        alphas: The alpha of each layer.
-        factors: Start values `(a [r, d_in], b [d_out, r])`; `a` is then frozen. PEFT's own start without it.
+    The model's own parameters are frozen. `factors` are start values `(a [r, d_in], b [d_out, r])`; `a` is then frozen
+    too. Without them the start is PEFT's own.
     """
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     config = LoraConfig(
@@ -227,6 +217,16 @@ def factors_of(adapted: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
+def trained_update(layer: LoraLinear) -> Tensor:
+    """Return the update `scaling * b @ a` `[d_out, d_in]` of an adapted layer, through which gradients flow.
+
+    It is in float32 inside a region of mixed precision too: the square of a small update vanishes in half precision.
+    """
+    a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    with torch.autocast(a.device.type, enabled=False):
+        return cast(Tensor, (layer.scaling[ADAPTER] * b.float()) @ a.float())
+
+
 def detach(adapted: nn.Module) -> SavedAdapter:
     """Copy the adapter out of a model, so that it can be saved after the merge."""
     weights = get_peft_model_state_dict(adapted, adapter_name=ADAPTER)
@@ -245,11 +245,7 @@ def base_name(name: str) -> str:
 
 
 def merge(adapted: nn.Module) -> nn.Module:
-    """Add every update to its weight and return the plain base model.
-
-    Raises:
-        LearningError: If a merged weight would not be finite.
-    """
+    """Add every update to its weight and return the plain base model; its weights must be finite."""
     try:
         return cast(nn.Module, cast(PeftModel, adapted).merge_and_unload(safe_merge=True))
     except ValueError as error:
@@ -259,11 +255,8 @@ def merge(adapted: nn.Module) -> nn.Module:
 def merge_checked(adapted: nn.Module, task: str) -> tuple[nn.Module, float]:
     """Merge every update, and compare on random inputs what each layer computes before and after.
 
-    Returns:
-        The plain base model, and the error over all layers, relative to what the update changes in their outputs.
-
-    Raises:
-        LearningError: If a merged weight would not be finite, or the error is more than rounding explains.
+    Returns the plain base model, and the error over all layers relative to what the update changes in their outputs. An
+    error beyond what rounding explains is raised.
     """
     probes = {name: _Probe(layer) for name, layer in lora_layers(adapted).items()}
     merged = merge(adapted)
@@ -303,12 +296,7 @@ def unload(adapted: nn.Module) -> nn.Module:
 
 
 def merge_from(model: nn.Module, folder: Path) -> nn.Module:
-    """Reload a saved adapter into its base model and merge it.
-
-    Raises:
-        ValueError: If it does not fit the model, or the folder has none in safetensors; PEFT would take a pickled one.
-        LearningError: If a merged weight would not be finite.
-    """
+    """Reload a saved adapter into its base model, and merge it; PEFT would take a pickled one, we do not."""
     if not (folder / WEIGHTS_FILE).is_file():
         raise ValueError(f"{folder} has no {WEIGHTS_FILE}; adapters are read from safetensors alone")
     try:
@@ -316,41 +304,3 @@ def merge_from(model: nn.Module, folder: Path) -> nn.Module:
     except (RuntimeError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"the adapter {folder} does not fit the model: {error}") from error
     return merge(adapted)
-
-
-def read_adapter_config(content: bytes, plain: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Read the `adapter_config.json` of an adapter; `plain` are the library's own settings.
-
-    Raises:
-        ValueError: If something is missing, unknown or of another type; the message names the file and the key.
-    """
-    values = read_json(content, path)
-    require(_Adapter, values, str(path))
-    for key, value in values.items():
-        if key not in _Adapter.model_fields and (key not in plain or type(value) is not type(plain[key])):
-            raise ValueError(f"{path} is damaged or not of keeplora: {key} = {value!r}")
-    return dict(values)
-
-
-logger = logging.getLogger(__name__)
-
-
-def alphas_for(ranks: dict[str, int], alpha: float, rank: int) -> dict[str, float]:
-    """Return each layer's alpha, so that alpha / rank is the same where a rank had to shrink."""
-    return {name: alpha * found / rank for name, found in ranks.items()}
-
-
-def warn_of_small_ranks(ranks: dict[str, int], rank: int, task: str) -> None:
-    """Name the layers that have no room for the rank, and those that have none at all; 0 means that."""
-    smaller = [f"{name} ({found})" for name, found in ranks.items() if 0 < found < rank]
-    left_alone = [name for name, found in ranks.items() if found == 0]
-    if smaller:
-        logger.warning(
-            "task %r: %d of %d layers have fewer directions to learn with than rank %d, and take these: %s",
-            task, len(smaller), len(ranks), rank, ", ".join(smaller),
-        )  # fmt: skip
-    if left_alone:
-        logger.warning(
-            "task %r: %d of %d layers have no residual direction left and are left alone: %s",
-            task, len(left_alone), len(ranks), ", ".join(left_alone),
-        )  # fmt: skip

@@ -11,11 +11,7 @@ def in_tower(name: str, tower: str) -> bool:
 
 
 def tower_share(name: str, weight_energy: float | Mapping[str, float]) -> float:
-    """Return a layer's share of the energy: the one value, that of the tower which its name names, or that of `other`.
-
-    Raises:
-        ValueError: If the layer is in none of the towers, and there is no `other`.
-    """
+    """Return a layer's share of the energy: the one value, or that of the tower which its name names, or `other`'s."""
     if not isinstance(weight_energy, Mapping):
         return weight_energy
     for tower, share in weight_energy.items():

@@ -19,16 +19,9 @@ HARMLESS = (Tensor.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
 def require_no_outside_uses(
     model: nn.Module, layers: Iterable[str], calls: Mapping[str, int], task: str
 ) -> Iterator[None]:
-    """Check that what runs inside uses the weights of linear layers through the layers alone.
+    """Check that what runs inside uses the weights of linear layers no more often than `calls` says they were called.
 
-    Args:
-        model: The model; one that is compiled is not looked into.
-        layers: The layers whose weights are looked at; those that are more than `nn.Linear` are not.
-        calls: How often each layer was called inside, when the block ends.
-        task: Its name, for the message.
-
-    Raises:
-        ValueError: If a weight is used more often than its layers were called.
+    A compiled model, and a layer that is more than `nn.Linear`, are not looked into. `task` is a name for the message.
     """
     plain = [name for name in layers if type(model.get_submodule(name)) is nn.Linear]
     weights: dict[int, list[str]] = {}

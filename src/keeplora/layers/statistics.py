@@ -10,6 +10,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -64,7 +65,6 @@ class ExactGradient(Accumulator):
     reads_gradients: ClassVar[bool] = True
 
     def add(self, inputs: Tensor, output_gradients: Tensor | None, weight: float) -> None:
-        """Add `weight * output_gradients.T @ inputs`."""
         assert output_gradients is not None
         self.result().addmm_(output_gradients.float().T, inputs.float(), alpha=weight)
 
@@ -79,13 +79,11 @@ class SquaredGradient(Accumulator):
         self._of_batch: Tensor | None = None
 
     def add(self, inputs: Tensor, output_gradients: Tensor | None, weight: float) -> None:
-        """Add to the gradient of the batch."""
         assert output_gradients is not None
         gradient = output_gradients.float().T @ inputs.float() * weight
         self._of_batch = gradient if self._of_batch is None else self._of_batch.add_(gradient)
 
     def end_batch(self) -> None:
-        """Square the batch's gradient and add it."""
         if self._of_batch is not None:
             self.result().add_(self._of_batch.square_())
             self._of_batch = None
@@ -95,7 +93,6 @@ class InputCovariance(Accumulator):
     """The sum of outer products of all rows, `[d_in, d_in]`."""
 
     def add(self, inputs: Tensor, output_gradients: Tensor | None, weight: float) -> None:
-        """Add the outer products of some rows."""
         rows = inputs.float()
         if self.total is None:
             self.total = rows.new_zeros(rows.shape[1], rows.shape[1])
@@ -104,16 +101,15 @@ class InputCovariance(Accumulator):
 
 
 class BatchMean(Accumulator):
-    """Inputs averaged over batches by their place in the batch, as the released code does; then outer products."""
+    """Inputs averaged over batches by their place in the batch, as the released code does; then outer products.
+
+    A batch of another shape than the first is left out. Batches of several processes have no common places.
+    """
 
     by_place: ClassVar[bool] = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_batches = 0
+    num_batches = 0
 
     def add(self, inputs: Tensor, output_gradients: Tensor | None, weight: float) -> None:
-        """Add the inputs `[n, ..., d_in]` of a batch, unless it has another shape than the first."""
         if self.total is None:
             self.total = torch.zeros_like(inputs, dtype=torch.float32)
         if inputs.shape == self.total.shape:
@@ -121,12 +117,10 @@ class BatchMean(Accumulator):
             self.num_batches += 1
 
     def reduce(self) -> None:
-        """Do nothing: batches of several processes have no common places."""
+        """Do nothing: `KeepLoRA` refuses this statistic where there are several processes."""
 
     def result(self) -> Tensor:
-        """Return the outer products of the averages, `[d_in, d_in]`."""
-        assert self.total is not None, "nothing was added"
-        rows = self.total.flatten(0, -2) / self.num_batches
+        rows = super().result().flatten(0, -2) / self.num_batches
         return rows.T @ rows
 
 
@@ -137,21 +131,11 @@ Accumulators = Mapping[str, Sequence[Accumulator]]
 def collect(
     model: nn.Module, task: Task, accumulators: Accumulators, *, share: float = 1.0, track: Track = silent, what: str
 ) -> "Watcher":
-    """Feed accumulators with a share of a task's batches, cut into micro-batches, and reduce them.
+    """Feed accumulators, of all layers or a group of them, with a share of a task's batches, and reduce them.
 
     With gradients, the model is in training mode, so that activation checkpointing works, but without dropout; what the
-    task keeps frozen is differentiated once, after all batches. Without, it is in evaluation mode.
-
-    Args:
-        model: Any module with these layers.
-        task: Gives the batches, the loss, the weight of each batch, and which rows are padding.
-        accumulators: Some, or a group, of the model's layers; they are changed in place.
-        share: Use this share of the batches, from the start of `task.batches()`.
-        track: Shows progress over the batches.
-        what: Says what is collected, for progress.
-
-    Returns:
-        What it was collected with: `total_weight` over all processes, and `leaders`.
+    task keeps frozen is differentiated once, after all batches. Without, it is in evaluation mode. What is returned
+    tells the `total_weight` of the batches over all processes, and the `leaders` of the layers.
 
     Raises:
         LearningError: If a loss is not finite.
@@ -233,8 +217,11 @@ class Watcher:
         handles = []
         try:
             for name, layer in layers.items():
+                hook = partial(self._after, name)
+                # A row that is left out because nothing depends on it has no gradient.
+                vars(hook)["reads_gradients_only"] = all(one.reads_gradients for one in self.accumulators[name])
                 # Before any other hook: the gradient is that at what the layer itself puts out.
-                handles.append(layer.register_forward_hook(_Hook(self, name), with_kwargs=True, prepend=True))
+                handles.append(layer.register_forward_hook(hook, with_kwargs=True, prepend=True))
             yield
         finally:
             for handle in handles:
@@ -297,10 +284,15 @@ class Watcher:
                     if self._to_come[id(one)] == 0:
                         one.end_batch()  # What it holds of the batch goes before the next layer's comes.
 
-    def met(self, name: str, inputs: Tensor, output: Tensor) -> Tensor:
-        """Return a layer's output so that a backward pass brings the gradient at it to its inputs."""
-        met: Tensor = _Meet.apply(output, inputs.detach(), self._leaf, self, name)
-        return met
+    def _after(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
+        """See one call of a layer; return its output so that a backward pass brings the gradient at it."""
+        inputs = args[0] if args else kwargs["input"]
+        if self.is_reading:
+            self.calls[name] += torch.is_grad_enabled()
+            self.add_inputs(name, inputs)
+        if any(one.reads_gradients for one in self.accumulators[name]):
+            return _Meet.apply(output, inputs.detach(), self._leaf, self, name)
+        return None
 
     def _leads(self, name: str, inputs: Tensor) -> bool:
         # Tells a tensor from what was made of it in place.
@@ -323,24 +315,6 @@ class Watcher:
                 f" {tuple(inputs.shape)}; override padding_mask(layer, batch): one flag for each row, or None"
             )
         return None if mask is None else mask.to(inputs.device, torch.bool)
-
-
-class _Hook:
-    """A forward hook of one layer."""
-
-    def __init__(self, watcher: Watcher, name: str) -> None:
-        self.watcher = watcher
-        self.name = name
-        self.reads_gradients = any(one.reads_gradients for one in watcher.accumulators[name])
-        # A row that is left out because nothing depends on it has no gradient.
-        self.reads_gradients_only = all(one.reads_gradients for one in watcher.accumulators[name])
-
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
-        inputs = args[0] if args else kwargs["input"]
-        if self.watcher.is_reading:
-            self.watcher.calls[self.name] += torch.is_grad_enabled()
-            self.watcher.add_inputs(self.name, inputs)
-        return self.watcher.met(self.name, inputs, output) if self.reads_gradients else None
 
 
 class _Meet(torch.autograd.Function):

@@ -62,11 +62,7 @@ def fingerprints(model: nn.Module) -> dict[str, bytes]:
 
 
 def require_own_weights(model: nn.Module, layers: Iterable[str]) -> None:
-    """Check that no other name in the model owns the weight of a layer: an update would change what is behind it too.
-
-    Raises:
-        ValueError: If one does, such as a tied embedding or a module that has two names; the message has both.
-    """
+    """Check that no other name in the model, a tied embedding's say, owns the weight of a layer, or name both."""
     owners: dict[tuple[torch.device, int], list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.numel():

@@ -5,7 +5,7 @@ up in `add_task`, from the task's record alone, so that a run can be resumed.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from keeplora.config import Config, PositiveNumber
 from keeplora.errors import LearningError
 from keeplora.layers import lora, weights
+from keeplora.layers.lora import SavedAdapter
 from keeplora.layers.module_state import device_of, evaluation_mode
-from keeplora.methods.task_record import TaskRecord
 from keeplora.progress import Track, silent
-from keeplora.subspace.certificate import LEAK_ALLOWED
+from keeplora.subspace.certificate import LEAK_ALLOWED, LayerCertificate
 from keeplora.task import Task, to_device
 
 HEAD = "task_head"
@@ -34,6 +34,40 @@ class Step(NamedTuple):
     """What it returns: a dictionary of tensors, or a class of `NamedTensors`."""
     supersedes: str = ""
     """An earlier step whose result nobody needs once this one has its own."""
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """What a method leaves behind after a task: all that is needed to replay it."""
+
+    adapter: SavedAdapter | None = None
+    directions: dict[str, Tensor] = field(default_factory=dict)
+    """The directions `[d_in, k]` that the task added to each layer's protected subspace."""
+    certificate: dict[str, LayerCertificate] = field(default_factory=dict)
+    merge_error: float = 0.0
+    """Difference of what layers compute before and after the merge, relative to what the update changes."""
+    head: dict[str, Tensor] = field(default_factory=dict)
+    """Weights of the task's own classifier, if it has one."""
+    state: dict[str, Tensor] = field(default_factory=dict)
+    """What else later tasks, or inference, need of this one."""
+    merged: bool = True
+    """Whether the adapter went into the weights; otherwise it stays beside them at inference, with `state`."""
+    surviving_gradient: dict[str, float] = field(default_factory=dict)
+    """The share of each layer's gradient norm that the protected subspace left to learn from."""
+
+    @property
+    def added_parameters(self) -> int:
+        """How many parameters the task adds at inference: its head, and what was not merged."""
+        beside = [] if self.merged or self.adapter is None else [*self.adapter.weights.values(), *self.state.values()]
+        return sum(tensor.numel() for tensor in [*self.head.values(), *beside])
+
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the factors `(a, scaling * b)` of every layer's update, in float32."""
+        return {} if self.adapter is None else self.adapter.factors()
+
+    def digest(self) -> str:
+        """Return a hash of the update that the task left."""
+        return weights.digest_of(sorted(({} if self.adapter is None else self.adapter.weights).items()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +90,7 @@ class MethodConfig(Config):
 class Method:
     """Sequential LoRA: each task trains a fresh adapter, which is then merged.
 
-    `record` holds what the last finished task left behind.
+    `record` holds what the last finished task left behind, `layers` the adapted layers while a task is learned.
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
@@ -81,9 +115,14 @@ class Method:
         self.seed = seed
         self.track = track
         self.record = TaskRecord()
+        self.layers: dict[str, Any] = {}
         self._learned: list[str] = []
         self._required_grad: dict[str, bool] = {}
         self._fingerprints: dict[str, bytes] = {}
+        self.start()
+
+    def start(self) -> None:
+        """Begin with what a method knows before the first task: here nothing."""
 
     def schedule(self, tasks: Sequence[Task]) -> Sequence[Task]:
         """Return what to learn at each place of a stream: its tasks, one by one."""
@@ -96,15 +135,10 @@ class Method:
             LearningError: If nothing is left to learn with, or a statistic is not finite.
             ValueError: If no layer matches the targets, one shares its weight, or the model has an adapter already.
         """
-        targets = self.targets_of(model)
-        self.snapshot(model)
-        return lora.attach(model, dict.fromkeys(targets, self.config.rank), dict.fromkeys(targets, self.config.alpha))
+        return self.attach(model, dict.fromkeys(self.targets_of(model), self.config.rank))
 
     def training_task(self, model: nn.Module, task: Task, epochs: int) -> Task:
-        """Return what to train the adapted model on, for so many epochs: the task, here as it is.
-
-        Training asks it for the loss of each batch, or of each of its `micro_batches`, once.
-        """
+        """Return what to train the adapted model on, for so many epochs, batch by batch or by `micro_batches`."""
         return task
 
     def penalty(self, model: nn.Module) -> Tensor | None:
@@ -124,11 +158,7 @@ class Method:
         return merged
 
     def abandon(self, adapted: nn.Module) -> nn.Module:
-        """Give the model back as it was before the task that `adapted` was to learn, after an interruption, say.
-
-        Args:
-            adapted: What `before_task` returned, trained or not.
-        """
+        """Give back the model as it was before the task: `adapted` is what `before_task` returned, trained or not."""
         return self.restore(lora.unload(adapted))
 
     def add_task(self, record: TaskRecord) -> None:
@@ -157,6 +187,7 @@ class Method:
 
     def replay(self, model: nn.Module, record: TaskRecord, folder: Path) -> nn.Module:
         """Redo a finished task from its record and the folder of its adapter; return the merged model."""
+        self.protect(model)
         self.keep(record)
         if record.adapter is None:
             return model
@@ -166,12 +197,8 @@ class Method:
     def undo(self, model: nn.Module, record: TaskRecord) -> nn.Module:
         """Take a task out again: its update out of the model's weights, and what it protected out of the method.
 
-        The weights are rounded once: they are the earlier ones within one rounding of their precision. A run directory
-        is undone from the base model instead, without any (`keeplora undo`).
-
-        Args:
-            model: The merged model, as `after_task` returned it, after this task or a later one.
-            record: What `record` was after the task.
+        `model` is as `after_task` returned it, after this task or a later one; `record` is what it was after the task.
+        The weights are the earlier ones within one rounding; `keeplora undo` makes a run's anew, without any.
 
         Raises:
             ValueError: If later tasks depend on this one, it is not merged, or it was not learned by this method.
@@ -182,20 +209,35 @@ class Method:
             raise ValueError("this record is of no task that the method has learned and not undone")
         self._learned.remove(learned)
         self.remove_task(record)
-        for name, (a, b) in ({} if record.adapter is None else record.adapter.factors()).items():
+        for name, (a, b) in record.factors().items():
             weights.add_update(model, name, -(b @ a))
         return model
 
     def targets_of(self, model: nn.Module) -> list[str]:
-        """Return the layers to adapt, of a model that has no adapter yet, each the only owner of its weight.
-
-        Raises:
-            ValueError: If there is none, or the model is not so.
-        """
+        """Return the layers to adapt, of a model without an adapter, each the only owner of its weight, or raise."""
         lora.require_unadapted(model)
         targets = lora.linear_targets(model, self.config.targets)
         weights.require_own_weights(model, targets)
         return targets
+
+    def attach(
+        self,
+        model: nn.Module,
+        ranks: dict[str, int],
+        *,
+        factors: dict[str, tuple[Tensor, Tensor]] | None = None,
+        scales: dict[str, float] | None = None,
+    ) -> nn.Module:
+        """Return the model with an adapter in each layer, its scaling alpha / rank as configured whatever its rank.
+
+        `factors` are start values `(a [r, d_in], b [d_out, r])`, with `a` frozen; `scales` further factors of updates.
+        """
+        self.snapshot(model)
+        r, alpha, scales = self.config.rank, self.config.alpha, scales or {}
+        alphas = {name: (alpha if n == r else alpha * n / r) * scales.get(name, 1.0) for name, n in ranks.items()}
+        adapted = lora.attach(model, ranks, alphas, factors=factors)
+        self.layers = dict(lora.lora_layers(adapted))
+        return adapted
 
     def snapshot(self, model: nn.Module) -> None:
         """Remember which parameters required a gradient, and what the weights were."""
@@ -204,16 +246,13 @@ class Method:
 
     def restore(self, model: nn.Module) -> nn.Module:
         """Let the parameters require a gradient as they did before the task."""
+        self.layers = {}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self._required_grad[name])
         return model
 
     def require_untouched(self, adapted: nn.Module, task: Task) -> None:
-        """Check that training changed the adapter alone: only then does the certificate speak for the weights.
-
-        Raises:
-            ValueError: If a weight of the base model was changed; the message names it.
-        """
+        """Check that training changed the adapter alone: only then does the certificate speak for the weights."""
         found = {lora.base_name(name): value for name, value in weights.fingerprints(lora.inner(adapted)).items()}
         for name, fingerprint in self._fingerprints.items():
             if found[name] != fingerprint:
@@ -223,12 +262,7 @@ class Method:
                 )
 
     def merge_checked(self, adapted: nn.Module, task: Task) -> tuple[nn.Module, float]:
-        """Merge the adapter; return the base model, and the error of the merge relative to what the update changes.
-
-        Raises:
-            LearningError: If the merge went wrong, or the merged model's loss is not finite.
-            ValueError: If a weight of the base model was trained.
-        """
+        """Merge the adapter; return the base model, and the error of the merge relative to what the update changes."""
         task = Task.of(task)
         self.require_untouched(adapted, task)
         merged, error = lora.merge_checked(adapted, task.name)

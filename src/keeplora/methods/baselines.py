@@ -13,11 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from keeplora.layers import lora, weights
-from keeplora.layers.lora import alphas_for
-from keeplora.methods.base import Method, MethodConfig
-from keeplora.methods.task_record import TaskRecord
-from keeplora.progress import Track, silent
+from keeplora.layers import weights
+from keeplora.methods.base import Method, TaskRecord
 from keeplora.task import Batch, DeferredGradient, Task
 
 
@@ -36,7 +33,6 @@ class ZeroShot(Method):
         return model.requires_grad_(False)
 
     def after_task(self, model: nn.Module, task: Task) -> nn.Module:
-        """Return the model as it was given."""
         self.record = TaskRecord()
         return self.restore(model)
 
@@ -48,17 +44,12 @@ class Joint(Method):
 
     stands_alone: ClassVar[bool] = False
 
-    def __init__(self, config: MethodConfig | None = None, *, seed: int = 0, track: Track = silent) -> None:
-        super().__init__(config, seed=seed, track=track)
+    def start(self) -> None:
         self.is_done = False
         self._num_tasks = 1
 
     def schedule(self, tasks: Sequence[Task]) -> Sequence[Task]:
-        """Return the union of the tasks for every place of the stream.
-
-        Raises:
-            ValueError: If the tasks ask for different numbers of epochs, or several processes share the work.
-        """
+        """Return the union of the tasks for every place of the stream; they must ask for one number of epochs."""
         if len({getattr(task, "epochs", None) for task in tasks}) > 1:
             raise ValueError("joint training needs one number of epochs for all tasks; take `epochs` out of [[tasks]]")
         if dist.is_initialized():
@@ -67,29 +58,22 @@ class Joint(Method):
         return [Union(tasks, self.seed)] * len(tasks)
 
     def before_task(self, model: nn.Module, task: Task) -> nn.Module:
-        """Return the model to train at the first place, the model with every parameter frozen at the others.
-
-        Raises:
-            ValueError: If no layer matches the targets.
-        """
+        """Return the model to train at the first place, the model with every parameter frozen at the others."""
         if self.is_done:
             self.snapshot(model)
             return model.requires_grad_(False)
         targets = self.targets_of(model)
-        self.snapshot(model)
         sides = {name: min(weights.shape_of(model, name)) for name in targets}
         ranks = {name: max(self.config.rank, min(self._num_tasks * self.config.rank, sides[name])) for name in targets}
-        return lora.attach(model, ranks, alphas_for(ranks, self.config.alpha, self.config.rank))
+        return self.attach(model, ranks)
 
     def after_task(self, model: nn.Module, task: Task) -> nn.Module:
-        """Merge what was learned at the first place; leave nothing behind at the others."""
         if not self.is_done:
             return super().after_task(model, task)
         self.keep(TaskRecord())
         return self.restore(model)
 
     def add_task(self, record: TaskRecord) -> None:
-        """Learn no more once something was learned."""
         self.is_done = True
 
 
@@ -106,37 +90,26 @@ class Union(Task):
         return self._batches
 
     def generators(self) -> tuple[torch.Generator, ...]:
-        """Return the generators of the mixed order and of every task's own."""
         return (self._batches.generator, *(found for task in self.tasks for found in task.generators()))
 
     def loss(self, model: nn.Module, batch: tuple[int, Batch]) -> Tensor:
-        """Return the loss of the task that the batch is of."""
         return self.tasks[batch[0]].loss(model, batch[1])
 
-    def outputs(self, model: nn.Module, batch: tuple[int, Batch]) -> Tensor:
-        """Return the outputs of the task that the batch is of."""
-        return self.tasks[batch[0]].outputs(model, batch[1])
-
     def micro_batches(self, batch: tuple[int, Batch]) -> Iterable[tuple[int, Batch]]:
-        """Return the parts that the task cuts the batch into that it is of."""
         return [(batch[0], part) for part in self.tasks[batch[0]].micro_batches(batch[1])]
 
     def sample(self, batch: tuple[int, Batch]) -> tuple[int, Batch]:
-        """Return the sample of the task that the batch is of."""
         return batch[0], self.tasks[batch[0]].sample(batch[1])
 
     @contextmanager
     def frozen(self, model: nn.Module) -> Iterator[Sequence[DeferredGradient]]:
-        """Let every task keep what depends on the weights alone."""
         with ExitStack() as inside:
             yield _Joined([inside.enter_context(task.frozen(model)) for task in self.tasks])
 
     def weight(self, batch: tuple[int, Batch]) -> float:
-        """Return the number of examples in a batch."""
         return self.tasks[batch[0]].weight(batch[1])
 
     def padding_mask(self, layer: str, batch: tuple[int, Batch]) -> Tensor | None:
-        """Say which rows are real as the task does that the batch is of."""
         return self.tasks[batch[0]].padding_mask(layer, batch[1])
 
 

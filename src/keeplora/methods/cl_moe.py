@@ -4,18 +4,13 @@ Every target layer has n LoRA experts E_i, weighed as the paper's Dual-Router Mo
 
     beta * alpha/r * sum_i G^I(x)_i E_i(x) + (1 - beta) * alpha/r * sum_i G^T(t)_i E_i(x):
 
-the instance router G^I is the softmax of a linear map of the layer's input, the task router G^T(t) the average of G^I
-over task t, frozen when t ends. Dynamic Momentum MoE then sets theta_t = lambda * theta_{t-1} + (1 - lambda) * phi_t
-expert by expert, phi_t being what was trained. Nothing is merged: the experts lie beside the base model, as hooks.
-
-The task is not told at inference. As in the paper an instance takes the router of the nearest task; here each tower
-finds it by the input of its first adapted layer, averaged over positions: the task with the closest mean input.
-(Padding of prompts counts in these means.) A task in training is known, and both routers are on, so that what is
-trained is what is left behind; the released code trains with G^I alone. G^T is averaged over all training batches,
-where the release counts, in one second of sixty, the top two experts of each token. Roles go by layer, where the
-release counts over the whole model: an expert among the top ones of the new task and not of the task before is specific
-and keeps 1 - gamma of itself, every other gamma; the release gives 1 - gamma to those that only the task before used,
-and so would overwrite what the momentum is there to keep.
+G^I the softmax of a linear map of the layer's input, G^T(t) the average of G^I over task t, frozen when t ends. Dynamic
+Momentum MoE then sets theta_t = lambda * theta_{t-1} + (1 - lambda) * phi_t expert by expert, phi_t being what was
+trained. Nothing is merged: the experts lie beside the base model, as hooks. At inference each tower takes the task
+whose mean input of the first adapted layer is closest (padding of prompts counts in these means). Departures from the
+release: both routers are on in training (there G^I alone); G^T is averaged over all batches (there counted in one
+second of sixty); roles go by layer, and an expert that is new among the top ones keeps 1 - gamma of itself, every other
+gamma (there over the whole model, and 1 - gamma for those that only the task before used).
 """
 
 import re
@@ -31,14 +26,12 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from keeplora.config import PositiveNumber
+from keeplora.config import PositiveNumber, Share
 from keeplora.errors import LearningError
 from keeplora.layers import lora
 from keeplora.layers.module_state import device_of
-from keeplora.methods.base import Method, MethodConfig
+from keeplora.methods.base import Method, MethodConfig, TaskRecord
 from keeplora.methods.cl_moe_router import Router, Tower, add_experts
-from keeplora.methods.task_record import TaskRecord
-from keeplora.progress import Track, silent
 from keeplora.task import Task
 
 
@@ -50,21 +43,18 @@ class CLMoEConfig(MethodConfig):
     """Rank of each expert's update."""
     alpha: PositiveNumber = 16.0
     """LoRA's alpha; the update of an expert is alpha / rank * B A."""
-    num_experts: int = 8
+    num_experts: PositiveInt = 8
     """Number of experts of a layer (n)."""
-    instance_share: float = 0.5
+    instance_share: Share = 0.5
     """Share of the instance router in the weights of the experts; the task router has the rest (beta)."""
-    momentum: float = 0.7
+    momentum: Share = 0.7
     """What an expert keeps of its earlier self after a task, unless it is specific to that task (gamma)."""
-    top_experts: int = 2
+    top_experts: PositiveInt = 2
     """How many experts of a layer are a task's own: those that its router weighs most (K)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("instance_share", "momentum"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} = {getattr(self, name)} is a share; give a number from 0 to 1")
-        if not 1 <= self.top_experts <= self.num_experts:
+        if self.top_experts > self.num_experts:
             raise ValueError(f"top_experts = {self.top_experts} must be from 1 to num_experts = {self.num_experts}")
 
 
@@ -77,45 +67,33 @@ class CLMoE(Method):
     stands_alone: ClassVar[bool] = False
     fixed: ClassVar[tuple[str, ...]] = ("targets", "rank", "alpha", "num_experts")
 
-    def __init__(self, config: CLMoEConfig | None = None, *, seed: int = 0, track: Track = silent) -> None:
-        super().__init__(config, seed=seed, track=track)
+    def start(self) -> None:
         self._experts: dict[str, tuple[Tensor, Tensor]] = {}
         self._routing: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
 
     def before_task(self, model: nn.Module, task: Task) -> nn.Module:
-        """Return one stock PEFT LoRA a layer, of rank n * r, that holds all experts, with a router in each.
-
-        Raises:
-            ValueError: If no layer matches the targets.
-        """
+        """Return one stock PEFT LoRA a layer, of rank n * r, that holds all experts, with a router in each."""
         targets = self.targets_of(model)
         while self._handles:
             self._handles.pop().remove()
-        self.snapshot(model)
         n, device, scaling = self.config.num_experts, device_of(model), self.config.alpha / self.config.rank
         factors = {name: (a.to(device), b.to(device) / scaling) for name, (a, b) in self._experts.items()}
-        ranks, alphas = dict.fromkeys(targets, n * self.config.rank), dict.fromkeys(targets, n * self.config.alpha)
-        adapted = lora.attach(model, ranks, alphas, factors=factors)
+        adapted = self.attach(model, dict.fromkeys(targets, n * self.config.rank), factors=factors)
         lora.thaw_a(adapted)
-        layers = lora.lora_layers(adapted)
         towers: dict[str, Tower] = defaultdict(Tower)
-        routers = [self._router(name, layer.in_features, towers).to(device) for name, layer in layers.items()]
-        for layer, router in zip(layers.values(), routers, strict=True):
+        routers = [self._router(name, layer.in_features, towers).to(device) for name, layer in self.layers.items()]
+        for layer, router in zip(self.layers.values(), routers, strict=True):
             layer.lora_A[lora.ADAPTER].register_forward_hook(router.scale)
         adapted.add_module("lora_routers", nn.ModuleList(routers))
         return adapted
 
     def after_task(self, model: nn.Module, task: Task) -> nn.Module:
-        """Freeze the task's router, mix the experts with their earlier selves, and leave them beside the base model.
-
-        Raises:
-            ValueError: If a weight of the base model was trained, or an expert is not finite.
-        """
+        """Freeze the task's router, mix the experts with their earlier selves, and leave them beside the base model."""
         self.require_untouched(model, task)
         routers = cast(list[Router], model.get_submodule("lora_routers"))
         state: dict[str, Tensor] = {}
-        for name, router in zip(lora.lora_layers(model), routers, strict=True):
+        for name, router in zip(self.layers, routers, strict=True):
             if dist.is_initialized():
                 dist.all_reduce(router.sums)
             state[f"{name}.router"] = router.weight.detach().cpu().clone()
@@ -128,13 +106,11 @@ class CLMoE(Method):
         return base
 
     def abandon(self, adapted: nn.Module) -> nn.Module:
-        """Give the model back as it was before the task, with the experts of earlier tasks beside it."""
         base = super().abandon(adapted)
         self._put_beside(base)
         return base
 
     def add_task(self, record: TaskRecord) -> None:
-        """Take up the experts and the routers of all tasks so far."""
         assert record.adapter is not None, "CL-MoE always leaves its experts behind"
         self._experts, self._routing = record.adapter.factors(), record.state
 
@@ -152,7 +128,6 @@ class CLMoE(Method):
         return Router(nn.Linear(d_in, n, bias=False).weight, torch.zeros(0, n + d_in), share, tower)
 
     def _mix(self, adapted: nn.Module, state: dict[str, Tensor], task: Task) -> None:
-        layers = lora.lora_layers(adapted)
         for name, (a, b) in lora.factors_of(adapted).items():
             if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
                 raise LearningError(f"task {task.name!r}: the trained experts of layer {name!r} are not finite")
@@ -162,7 +137,7 @@ class CLMoE(Method):
                 kept = shares.repeat_interleave(self.config.rank)
                 old_a, old_b = (factor.to(a.device) for factor in self._experts[name])
                 a, b = torch.lerp(a, old_a, kept.unsqueeze(1)), torch.lerp(b, old_b, kept)
-                lora.set_factors(layers[name], a, b * self.config.rank / self.config.alpha)
+                lora.set_factors(self.layers[name], a, b * self.config.rank / self.config.alpha)
 
     def _put_beside(self, model: nn.Module) -> None:
         while self._handles:

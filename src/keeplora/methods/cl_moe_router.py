@@ -35,11 +35,9 @@ class Router(nn.Module):
         return torch.lerp(task, instance, self.share)
 
     def get_extra_state(self) -> Tensor:
-        """Return what was counted in training, so that it goes into a checkpoint."""
         return self.sums
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take up what was counted."""
         self.sums = state
 
     def scale(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:

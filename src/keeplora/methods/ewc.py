@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
+from keeplora.config import NonNegative, Share
 from keeplora.layers import lora
 from keeplora.layers.fisher import fisher_diagonals
-from keeplora.methods.base import MethodConfig, Step
-from keeplora.methods.penalty import Penalised, trained_update
-from keeplora.methods.task_record import TaskRecord
-from keeplora.progress import Track, silent
+from keeplora.layers.lora import trained_update
+from keeplora.methods.base import Method, MethodConfig, Step, TaskRecord
 from keeplora.task import Task
 
 
@@ -27,25 +27,16 @@ from keeplora.task import Task
 class EWCConfig(MethodConfig):
     """EWC's options."""
 
-    strength: float = 1000.0
+    strength: NonNegative = 1000.0
     """Weight of the penalty (lambda). The paper gives no value for images; this is the one that the code of van de Ven
     et al. (github.com/GMvandeVen/continual-learning) takes for Split CIFAR-100."""
-    decay: float = 1.0
+    decay: Share = 1.0
     """Factor of the earlier tasks' Fisher with every new task (gamma); 1 forgets nothing."""
-    fisher_batch: int = 8
+    fisher_batch: PositiveInt = 8
     """Examples whose mean gradient is squared for the Fisher; fewer are more exact and slower."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.strength < float("inf"):
-            raise ValueError(f"strength = {self.strength} must be a number of at least 0; 0 is sequential LoRA")
-        if not 0 <= self.decay <= 1:
-            raise ValueError(f"decay = {self.decay} must be from 0, only the latest task counts, to 1, all count alike")
-        if self.fisher_batch < 1:
-            raise ValueError(f"fisher_batch = {self.fisher_batch} must be at least 1")
 
-
-class EWC(Penalised):
+class EWC(Method):
     """Learn each task where the earlier ones allow it; `fishers` holds what they do, `[d_out, d_in]` a layer."""
 
     Config: ClassVar[type[MethodConfig]] = EWCConfig
@@ -54,8 +45,7 @@ class EWC(Penalised):
     steps: ClassVar[tuple[Step, ...]] = (Step("features"),)
     stands_alone: ClassVar[bool] = False
 
-    def __init__(self, config: EWCConfig | None = None, *, seed: int = 0, track: Track = silent) -> None:
-        super().__init__(config, seed=seed, track=track)
+    def start(self) -> None:
         self.fishers: dict[str, Tensor] = {}
 
     def penalty(self, model: nn.Module) -> Tensor | None:
@@ -68,13 +58,7 @@ class EWC(Penalised):
         return self.config.strength / 2 * torch.stack(terms).sum() if terms else None
 
     def after_task(self, model: nn.Module, task: Task) -> nn.Module:
-        """Merge what was learned, and add the task's Fisher at the merged weights to that of the earlier tasks.
-
-        Raises:
-            LearningError: If the merge changed the outputs, or a loss or a gradient is not finite.
-            ValueError: If a weight of the base model was trained, or would not be finite.
-        """
-        self.layers = {}
+        """Merge what was learned, and add the task's Fisher at the merged weights to that of the earlier tasks."""
         saved = lora.detach(model)
         merged, error = self.merge_checked(model, task)
         fishers = self.features(merged, task)
@@ -89,5 +73,4 @@ class EWC(Penalised):
         return fisher_diagonals(model, task, layers, batch_size=self.config.fisher_batch, track=self.track)
 
     def add_task(self, record: TaskRecord) -> None:
-        """Take up the Fisher of all tasks up to a finished one."""
         self.fishers = dict(record.state)

@@ -9,26 +9,23 @@ followed; `features="batch_mean"` and `b_start="gradient"` bring the release's c
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
+from pydantic import Field
 from torch import Tensor, nn
 
-from keeplora.errors import LearningError
+from keeplora.config import Share
 from keeplora.layers import lora, weights
 from keeplora.layers.gradients import RESIDUALS, ResidualGradients
 from keeplora.layers.input_covariance import SEEN, SeenInputs, Watched, grams_of, input_grams, pop_seen_inputs
 from keeplora.layers.module_state import device_of
-from keeplora.layers.named_tensors import NamedTensors
 from keeplora.layers.names import layer_scales, tower_share
-from keeplora.methods.base import HEAD, Method, MethodConfig, Step
-from keeplora.methods.task_record import TaskRecord
-from keeplora.progress import Track, silent
+from keeplora.methods.base import MethodConfig, Step
+from keeplora.methods.protecting import Initialisation, Protecting
 from keeplora.subspace import linear_algebra as linalg
 from keeplora.subspace import protected
-from keeplora.subspace.certificate import LEAK_ALLOWED, certificates, require_no_leak
 from keeplora.task import Task
 
 SIGNIFICANT = 1e-5
@@ -42,9 +39,9 @@ class KeepLoRAConfig(MethodConfig):
     weight_energy: float | dict[str, float] = field(default_factory=lambda: {"vision": 0.85, "text": 0.2, "other": 0.6})
     """Share of each weight's energy that its principal subspace covers (eps_w): one value, or one for each tower, found
     by its name in the layer's, and `other` for layers of no tower: in a language model, 0.6 as in the paper."""
-    feature_energy: float = 0.99
+    feature_energy: Share = 0.99
     """Share of each layer's input energy on a task that is protected after it (eps_f)."""
-    gradient_share: float = 1.0
+    gradient_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the training batches that the gradient is taken from."""
     gradient: Literal["exact", "sketch"] = "exact"
     """`sketch` takes the leading directions of the gradient from two small random pictures of it, in place of the
@@ -64,7 +61,7 @@ class KeepLoRAConfig(MethodConfig):
     """Start of A: the top of the residual gradient, or random directions of the residual subspace (an ablation)."""
     a_training: Literal["frozen", "trained"] = "frozen"
     """`trained` lets the optimiser move A out of the residual subspace (an ablation); the certificate tells how far."""
-    layer_scale: float = 1.0
+    layer_scale: Share = 1.0
     """KeepLoRA++: factor of the first block's update, growing linearly to 1 at the last."""
     classifier: Literal["none", "cosine"] = "none"
     """KeepLoRA+: `cosine` adds each learned task a cosine classifier on the image features."""
@@ -76,31 +73,14 @@ class KeepLoRAConfig(MethodConfig):
             if not 0 <= energy <= 1:
                 where = f" for {tower!r}" if tower else ""
                 raise ValueError(f"weight_energy{where} = {energy} is a share; give a number from 0 to 1")
-        for name in ("feature_energy", "layer_scale"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} = {getattr(self, name)} is a share; give a number from 0 to 1")
-        if not 0 < self.gradient_share <= 1:
-            raise ValueError(f"gradient_share = {self.gradient_share} is a share; give a number above 0, at most 1")
         if self.gradient == "sketch" and self.b_start == "gradient":
             raise ValueError("b_start = 'gradient' needs the gradient itself; set gradient = 'exact'")
         if self.a_start == "random" and self.b_start == "gradient":
             raise ValueError("b_start = 'gradient' needs a_start = 'gradient'; set one of the two otherwise")
 
 
-@dataclass(frozen=True)
-class Initialisation(NamedTensors):
-    """By layer, the start of a task's adapter (Eq. 4 to 6); layers with nothing to learn with have no `a` and `b`."""
-
-    a: dict[str, Tensor]
-    """`[r, d_in]`: orthonormal rows that span the top of the residual gradient."""
-    b: dict[str, Tensor]
-    """`[d_out, r]`"""
-    surviving: dict[str, float]
-    """The share of the gradient's norm that the protected subspace leaves."""
-
-
-class KeepLoRA(Method):
-    """Learn each task orthogonally to what the model knows; `bases` holds what is protected, `[d_in, k]` a layer."""
+class KeepLoRA(Protecting):
+    """Learn each task orthogonally to what the model knows and to what earlier tasks used, which the bases cover."""
 
     Config: ClassVar[type[MethodConfig]] = KeepLoRAConfig
     config: KeepLoRAConfig
@@ -113,39 +93,21 @@ class KeepLoRA(Method):
     )
     fixed: ClassVar[tuple[str, ...]] = ("targets", "weight_energy", "weight_side", "energy_rule", "a_training")
 
-    def __init__(self, config: KeepLoRAConfig | None = None, *, seed: int = 0, track: Track = silent) -> None:
-        super().__init__(config, seed=seed, track=track)
-        self.bases: dict[str, Tensor] = {}
-        self._num_learned = 0
+    def start(self) -> None:
+        super().start()
         self._starts: dict[str, tuple[Tensor, Tensor]] = {}
-        self._surviving: dict[str, float] = {}
         self._seen: SeenInputs | None = None
 
     def before_task(self, model: nn.Module, task: Task) -> nn.Module:
         """Return a stock PEFT LoRA model with `a` set from the task's residual gradient and frozen (Eq. 4 to 6)."""
-        self._require_one_process()
-        self.targets_of(model)
-        self.protect(model)
-        start = self.initialise(model, task)
-        self._surviving = start.surviving
-        factors = {name: (a, start.b[name]) for name, a in start.a.items()}
-        ranks = {name: len(start.a.get(name, ())) for name in self.bases}
-        if not factors:
-            raise LearningError(
-                f"task {task.name!r}: no layer has a residual direction left to learn with; the protected subspaces"
-                " are full, or no gradient reaches the targets. Lower weight_energy or feature_energy, or add targets"
-            )
-        lora.warn_of_small_ranks(ranks, self.config.rank, task.name)
-        head = Task.of(task).load_head(self.head(model, task)) if self.config.classifier == "cosine" else None
-        self.snapshot(model)
-        ranks = {name: ranks[name] for name in factors}
-        adapted = lora.attach(model, ranks, self._alphas(ranks), factors=factors)
+        for option, value in (("features", "batch_mean"), ("classifier", "cosine")):
+            if dist.is_initialized() and getattr(self.config, option) == value:
+                raise ValueError(f"{option} = {value!r} works in one process only; run without a launcher")
+        adapted = super().before_task(model, task)
         if self.config.a_training == "trained":
             lora.thaw_a(adapted)
         if self.config.b_start == "gradient":
-            self._take_start_out(adapted, factors)
-        if head is not None:
-            adapted.add_module(HEAD, head)
+            self._take_start_out()
         return adapted
 
     def training_task(self, model: nn.Module, task: Task, epochs: int) -> Task:
@@ -160,28 +122,12 @@ class KeepLoRA(Method):
 
     def after_task(self, model: nn.Module, task: Task) -> nn.Module:
         """Merge the update, protect the task's dominant input directions (Eq. 8 to 10), certify that none leaked."""
-        self._put_start_back(model)
-        updates = lora.factors_of(model)
-        require_no_leak(updates, self.bases, task.name, allowed=self.leak_allowed)
-        saved, head = lora.detach(model), getattr(model, HEAD, None)
-        trained_head = {} if head is None else {key: value.cpu().clone() for key, value in head.state_dict().items()}
+        self._put_start_back()
         self._seen = pop_seen_inputs(model)
-        merged, error = self.merge_checked(model, task)
-        directions = self.features(merged, task)
-        record = TaskRecord(
-            adapter=saved,
-            directions=directions,
-            certificate=certificates(self.bases, protected.extend_bases(self.bases, directions), updates),
-            merge_error=error,
-            head=trained_head,
-            surviving_gradient=self._surviving,
-        )
-        self.keep(record)
-        return merged
+        return super().after_task(model, task)
 
     def abandon(self, adapted: nn.Module) -> nn.Module:
-        """Give the model back as it was before the task."""
-        self._put_start_back(adapted)
+        self._put_start_back()
         return super().abandon(adapted)
 
     def gradient(self, model: nn.Module, task: Task) -> ResidualGradients:
@@ -190,7 +136,6 @@ class KeepLoRA(Method):
         return residuals(model, task, self.bases, rank, self.config.gradient_share, self.track)
 
     def initialise(self, model: nn.Module, task: Task) -> Initialisation:
-        """Return the start of every layer's adapter."""
         gradients = self.gradient(model, task)
         generator = torch.Generator().manual_seed(self.seed + 1000 * self._num_learned)
         start = Initialisation({}, {}, gradients.surviving)
@@ -209,6 +154,13 @@ class KeepLoRA(Method):
         """Return the start of the task's own classifier."""
         return dict(Task.of(task).start_head(model).state_dict())
 
+    def new_head(self, model: nn.Module, task: Task) -> nn.Module | None:
+        return Task.of(task).load_head(self.head(model, task)) if self.config.classifier == "cosine" else None
+
+    def scales(self) -> dict[str, float]:
+        """Return the factor of each layer's update (KeepLoRA++)."""
+        return layer_scales(list(self.bases), self.config.layer_scale)
+
     def features(self, model: nn.Module, task: Task) -> dict[str, Tensor]:
         """Return the dominant directions of the task's inputs that no basis covers yet (Eq. 8 to 10)."""
         if self.config.features == "last_epoch":
@@ -218,22 +170,6 @@ class KeepLoRA(Method):
         directions = protected.new_directions(self.bases, grams, self.config.feature_energy)
         is_short = self.config.energy_rule == "one_short" and self._num_learned == 0
         return protected.without_last(directions) if is_short else directions
-
-    def add_task(self, record: TaskRecord) -> None:
-        """Protect the directions that a task recorded."""
-        self._num_learned += 1
-        directions = {name: value.to(self.bases[name].device) for name, value in record.directions.items()}
-        self.bases = protected.extend_bases(self.bases, directions)
-
-    def remove_task(self, record: TaskRecord) -> None:
-        """Protect the directions that a task recorded no longer."""
-        self.bases = protected.remove_directions(self.bases, record.directions)
-        self._num_learned -= 1
-
-    def replay(self, model: nn.Module, record: TaskRecord, folder: Path) -> nn.Module:
-        """Redo a finished task: merge its adapter and protect the directions it recorded."""
-        self.protect(model)
-        return super().replay(model, record, folder)
 
     def protect(self, model: nn.Module) -> None:
         """Start the bases with the principal subspace of every target weight (Eq. 2), unless that was done."""
@@ -247,14 +183,9 @@ class KeepLoRA(Method):
         if self.config.energy_rule == "one_short":
             self.bases = protected.without_last(self.bases)
 
-    def protected(self) -> dict[str, Tensor]:
-        """Return the bases."""
-        return dict(self.bases)
-
     @property
     def leak_allowed(self) -> float:
-        """The largest share of an update that may lie inside the bases; a trained `a` may go anywhere."""
-        return LEAK_ALLOWED if self.config.a_training == "frozen" else 1.0
+        return super().leak_allowed if self.config.a_training == "frozen" else 1.0  # A trained `a` may go anywhere.
 
     def _seen_from_its_side(self, name: str, weight: Tensor) -> Tensor:
         """Return a weight so that its right singular vectors are those to protect."""
@@ -267,33 +198,20 @@ class KeepLoRA(Method):
             )
         return weight.T
 
-    def _require_one_process(self) -> None:
-        for option, value in (("features", "batch_mean"), ("classifier", "cosine")):
-            if dist.is_initialized() and getattr(self.config, option) == value:
-                raise ValueError(f"{option} = {value!r} works in one process only; run without a launcher")
-
-    def _alphas(self, ranks: dict[str, int]) -> dict[str, float]:
-        """Return each layer's alpha, so that alpha / rank is the same where a rank had to shrink."""
-        scales = layer_scales(list(self.bases), self.config.layer_scale)
-        alphas = lora.alphas_for(ranks, self.config.alpha, self.config.rank)
-        return {name: alpha * scales[name] for name, alpha in alphas.items()}
-
-    def _take_start_out(self, adapted: nn.Module, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
+    def _take_start_out(self) -> None:
         """Reduce the weights by the start of the update, so that the function stays; keep them for later."""
-        layers = lora.lora_layers(adapted)
-        for name, (a, b) in factors.items():
-            weight = layers[name].get_base_layer().weight
-            self._starts[name] = (b, weight.detach().clone())
+        for name, layer in self.layers.items():
+            a, b, weight = layer.lora_A[lora.ADAPTER].weight, layer.lora_B[lora.ADAPTER].weight, layer.base_layer.weight
+            self._starts[name] = (b.detach().clone(), weight.detach().clone())
             with torch.no_grad():
-                weight.sub_((layers[name].scaling[lora.ADAPTER] * b @ a).to(weight.dtype))
+                weight.sub_((layer.scaling[lora.ADAPTER] * b @ a).to(weight.dtype))
 
-    def _put_start_back(self, adapted: nn.Module) -> None:
+    def _put_start_back(self) -> None:
         """Give the weights back, bit by bit, and take the start out of `b`: the adapter is then the whole update."""
-        layers = lora.lora_layers(adapted)
-        for name, (b, weight) in self._starts.items():
-            with torch.no_grad():
-                layers[name].get_base_layer().weight.copy_(weight)
-                layers[name].lora_B[lora.ADAPTER].weight.sub_(b)
+        with torch.no_grad():
+            for name, (b, weight) in self._starts.items():
+                self.layers[name].base_layer.weight.copy_(weight)
+                self.layers[name].lora_B[lora.ADAPTER].weight.sub_(b)
         self._starts = {}
 
 

@@ -3,10 +3,8 @@
 The input directions that a task's update reads are the rows of its `a`; where they are orthogonal to another task's,
 the two updates do not touch. The paper's penalty is `lambda_1 * sum_i L_orth(A_i, A_t)` over the earlier tasks i, where
 `L_orth` is the sum of the SQUARED entries of the product of the two factors. The released code sums their ABSOLUTE
-values. The paper is followed; `overlap="absolute"` brings the release's choice back, with the same `lambda_1`. From the
-release is also the second term, `lambda_2` times the (not squared) norms of both new factors, off by default. Paper and
-release keep the earlier adapters beside the model and merge all of them at the end, which is the same function as here,
-where each is merged after its task.
+values (`overlap="absolute"`), and has a second term, `lambda_2` times the norms of both new factors, off by default.
+Paper and release merge all adapters at the end; here each is merged after its task, which is the same function.
 """
 
 from dataclasses import dataclass
@@ -15,11 +13,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from keeplora.config import NonNegative
 from keeplora.layers.lora import ADAPTER
-from keeplora.methods.base import MethodConfig
-from keeplora.methods.penalty import Penalised
-from keeplora.methods.task_record import TaskRecord
-from keeplora.progress import Track, silent
+from keeplora.methods.base import Method, MethodConfig, TaskRecord
 from keeplora.subspace.protected import remove_directions
 
 
@@ -27,28 +23,21 @@ from keeplora.subspace.protected import remove_directions
 class OLoRAConfig(MethodConfig):
     """O-LoRA's options; the defaults are those of the release's scripts for the standard benchmark."""
 
-    lambda_1: float = 0.5
+    lambda_1: NonNegative = 0.5
     """Weight of the overlap with the earlier tasks' factors."""
-    lambda_2: float = 0.0
+    lambda_2: NonNegative = 0.0
     """Weight of the Frobenius norms of the new factors."""
     overlap: Literal["squared", "absolute"] = "squared"
     """What is summed over the entries of `a @ a_i.T`: their squares (the paper) or absolute values (the release)."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, value in (("lambda_1", self.lambda_1), ("lambda_2", self.lambda_2)):
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{name} = {value} must be a number of at least 0; 0 leaves its term out")
 
-
-class OLoRA(Penalised):
+class OLoRA(Method):
     """Learn each task with an `a` orthogonal to those of the earlier ones; `earlier` holds these, `[sum r, d_in]`."""
 
     Config: ClassVar[type[MethodConfig]] = OLoRAConfig
     config: OLoRAConfig
 
-    def __init__(self, config: OLoRAConfig | None = None, *, seed: int = 0, track: Track = silent) -> None:
-        super().__init__(config, seed=seed, track=track)
+    def start(self) -> None:
         self.earlier: dict[str, Tensor] = {}
 
     def penalty(self, model: nn.Module) -> Tensor | None:
@@ -70,14 +59,12 @@ class OLoRA(Penalised):
         return torch.stack(terms).sum() if terms else None
 
     def add_task(self, record: TaskRecord) -> None:
-        """Stack a finished task's `a` below those of the tasks before it."""
         assert record.adapter is not None
         for name, (a, _) in record.adapter.factors().items():
             earlier = self.earlier.get(name, a[:0])
             self.earlier[name] = torch.cat([earlier, a.to(earlier.device)])
 
     def remove_task(self, record: TaskRecord) -> None:
-        """Take a task's `a` out of the stack again."""
         assert record.adapter is not None
         columns = {name: rows.T for name, rows in self.earlier.items()}
         rest = remove_directions(columns, {name: a.T for name, (a, _) in record.adapter.factors().items()})

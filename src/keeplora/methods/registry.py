@@ -58,11 +58,7 @@ def settings_of(name: str) -> str:
 
 
 def find_method(name: str) -> tuple[type[Method], dict[str, Any]]:
-    """Return the class of a method or variant, and the options that make the variant.
-
-    Raises:
-        ValueError: If there is none of this name; the message lists the known ones.
-    """
+    """Return the class of a method or variant, and the options that make the variant, or list the known names."""
     if name in variants():
         return METHODS[method_behind(name)], dict(variants()[name]["options"])
     if name not in known_methods():

@@ -5,11 +5,9 @@ Frobenius norm and frozen; the magnitudes `alpha_k`, one for each earlier task a
 new pair. Every task is merged, so its adapter holds only the changes: a stock LoRA of all ranks so far, whose first
 blocks are the earlier directions times the change of their magnitude, which starts at 0; the last is the new pair.
 
-The paper divides by the norm of the product; the released code by the product of the factors' norms, shares one
-magnitude a task between all layers, and starts them all again at 0.8 with every task, which changes the function before
-anything is learned. The paper is followed, and a magnitude goes on from what it was. As in the released code, the new
-pair is not normalised while it is trained. The variants that bound the growth of the rank, SD-LoRA-RR (falling ranks)
-and SD-LoRA-KD (distillation into earlier directions), are not built.
+The paper is followed: the released code divides by the product of the factors' norms, shares one magnitude a task
+between all layers, and starts them again at 0.8 with every task, which changes the function before anything is learned.
+As there, the new pair is not normalised while it is trained. SD-LoRA-RR and SD-LoRA-KD are not built.
 """
 
 from dataclasses import dataclass
@@ -18,14 +16,12 @@ from typing import ClassVar
 import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from keeplora.config import PositiveNumber
 from keeplora.layers import lora
-from keeplora.layers.frozen_blocks import hold, release
 from keeplora.layers.lora import SavedAdapter
-from keeplora.methods.base import Method, MethodConfig
-from keeplora.methods.task_record import TaskRecord
-from keeplora.progress import Track, silent
+from keeplora.methods.base import Method, MethodConfig, TaskRecord
 from keeplora.task import Task
 
 SUFFIX = ".magnitudes"
@@ -57,36 +53,22 @@ class SDLoRA(Method):
     stands_alone: ClassVar[bool] = False
     fixed: ClassVar[tuple[str, ...]] = ("targets", "rank", "alpha")
 
-    def __init__(self, config: SDLoRAConfig | None = None, *, seed: int = 0, track: Track = silent) -> None:
-        super().__init__(config, seed=seed, track=track)
+    def start(self) -> None:
         self.directions: dict[str, tuple[Tensor, Tensor]] = {}
         self.magnitudes: dict[str, Tensor] = {}
         self._num_learned = 0
 
     def before_task(self, model: nn.Module, task: Task) -> nn.Module:
-        """Return the model to train: a LoRA of all ranks so far whose earlier blocks are frozen up to a magnitude.
-
-        Raises:
-            ValueError: If no layer matches the targets.
-        """
+        """Return the model to train: a LoRA of all ranks so far whose earlier blocks are frozen up to a magnitude."""
         targets = self.targets_of(model)
         blocks = 1 + self._num_learned
-        self.snapshot(model)
-        adapted = lora.attach(
-            model,
-            dict.fromkeys(targets, blocks * self.config.rank),
-            dict.fromkeys(targets, blocks * self.config.alpha),  # alpha / rank stays what it is for one block
-        )
-        hold(adapted, self.directions, self.config.rank)
+        # The scaling, alpha / rank, stays what it is for one block.
+        adapted = self.attach(model, dict.fromkeys(targets, blocks * self.config.rank))
+        _hold(adapted, self.directions, self.config.rank)
         return adapted
 
     def after_task(self, model: nn.Module, task: Task) -> nn.Module:
-        """Merge the new direction and the changes of the earlier magnitudes.
-
-        Raises:
-            ValueError: If the merge changed the outputs or a weight would not be finite.
-        """
-        changes = release(model)
+        changes = _release(model)
         saved = lora.detach(model)
         merged, error = self.merge_checked(model, task)
         state = {}
@@ -97,7 +79,6 @@ class SDLoRA(Method):
         return merged
 
     def add_task(self, record: TaskRecord) -> None:
-        """Take up the direction that a task learned, and what it made of the magnitudes."""
         assert record.adapter is not None
         self._num_learned += 1
         self.magnitudes = {name.removesuffix(SUFFIX): value.cpu() for name, value in record.state.items()}
@@ -110,3 +91,74 @@ class SDLoRA(Method):
         """Return the factors `(a [r, d_in], scaling * b [d_out, r])` of the direction that a task added."""
         r = self.config.rank
         return {name: (a[-r:].cpu(), b[:, -r:].cpu()) for name, (a, b) in saved.factors().items()}
+
+
+def _hold(adapted: nn.Module, directions: dict[str, tuple[Tensor, Tensor]], r: int) -> None:
+    """Put directions, without scaling, into the first blocks of adapted layers, times trained numbers that start at 0.
+
+    `r` is the rank of one block. Each layer has the rank of all its directions and `r` more.
+    """
+    layers = lora.lora_layers(adapted)
+    for name, (a, b) in directions.items():
+        layer = layers[name]
+        down, up = (factors[lora.ADAPTER].weight.detach() for factors in (layer.lora_A, layer.lora_B))
+        layer.lora_A[lora.ADAPTER] = _Down(a.to(down), down[-r:].clone())
+        layer.lora_B[lora.ADAPTER] = _Up(b.to(up) / layer.scaling[lora.ADAPTER], up[:, -r:].clone())
+
+
+def _release(adapted: nn.Module) -> dict[str, Tensor]:
+    """Make the layers plain LoRA layers again, with the same update; return the trained numbers `[k]` of each."""
+    changes = {}
+    for name, layer in lora.lora_layers(adapted).items():
+        up = layer.lora_B[lora.ADAPTER]
+        if isinstance(up, _Up):
+            changes[name] = up.changes.detach().cpu()
+            a, b = layer.lora_A[lora.ADAPTER].weight.detach(), up.weight.detach()
+            layer.lora_A[lora.ADAPTER], layer.lora_B[lora.ADAPTER] = _plain(a), _plain(b)
+    return changes
+
+
+def _plain(weight: Tensor) -> nn.Linear:
+    """Return a linear layer of a weight without drawing a random one first."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight)
+    return linear
+
+
+class _Down(nn.Module):
+    """The factor `a` in two blocks: one held, `[k r, d_in]`, and a new one, `[r, d_in]`, which alone is trained."""
+
+    def __init__(self, held: Tensor, new: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("held", held, persistent=False)
+        self.new = nn.Parameter(new)
+
+    @property
+    def weight(self) -> Tensor:
+        return torch.cat([self.get_buffer("held"), self.new])
+
+    def forward(self, x: Tensor) -> Tensor:
+        # One product for each block: a product with the whole would also compute the gradient of what is held.
+        return torch.cat([F.linear(x, self.get_buffer("held")), F.linear(x, self.new)], dim=-1)
+
+
+class _Up(nn.Module):
+    """The factor `b` in blocks: each held one, of `[d_out, k r]` together, times a trained number; and a new one."""
+
+    def __init__(self, held: Tensor, new: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("held", held, persistent=False)
+        self.new = nn.Parameter(new)
+        self.changes = nn.Parameter(new.new_zeros(held.shape[1] // new.shape[1]))
+
+    @property
+    def weight(self) -> Tensor:
+        return torch.cat([self.get_buffer("held") * self._by_column(), self.new], dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        held = self.get_buffer("held")
+        earlier, newest = x.split([held.shape[1], self.new.shape[1]], dim=-1)
+        return F.linear(earlier * self._by_column(), held) + F.linear(newest, self.new)
+
+    def _by_column(self) -> Tensor:
+        return self.changes.unsqueeze(1).expand(-1, self.new.shape[1]).flatten()

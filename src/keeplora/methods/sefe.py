@@ -7,21 +7,20 @@ layer, a mean over layers, times 2500. A place that two earlier tasks hold count
 The release leaves `scaling` out of the penalty; here it is in, so that the penalty is on what the weight changes by:
 with the release's scaling, 2, its penalty is that of `strength = 1250` here. The places do not depend on it.
 
-SEFE's other part, answer-style diversification, rewrites the training questions and answers of generative tasks into
-several styles. It is a transform of data, not of training, and there are no generative tasks here yet: it is not built.
+SEFE's other part, answer-style diversification, rewrites the data of generative tasks, and is not built.
 """
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from keeplora.methods.base import MethodConfig
-from keeplora.methods.penalty import Penalised, trained_update
-from keeplora.methods.task_record import TaskRecord
-from keeplora.progress import Track, silent
+from keeplora.config import NonNegative
+from keeplora.layers.lora import trained_update
+from keeplora.methods.base import Method, MethodConfig, TaskRecord
 from keeplora.task import Task
 
 
@@ -29,22 +28,13 @@ from keeplora.task import Task
 class SEFEConfig(MethodConfig):
     """SEFE's options; the defaults are the released code's."""
 
-    key_share: float = 0.02
+    key_share: Annotated[float, Field(gt=0, le=1)] = 0.02
     """Share of the elements of each layer's update that are its key elements (M %)."""
-    strength: float = 2500.0
+    strength: NonNegative = 2500.0
     """Weight of the penalty (lambda)."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.key_share <= 1:
-            raise ValueError(
-                f"key_share = {self.key_share} must be a share above 0 and at most 1, such as 0.02 for 2 %"
-            )
-        if not 0 <= self.strength < float("inf"):
-            raise ValueError(f"strength = {self.strength} must be a number of at least 0; 0 is sequential LoRA")
 
-
-class SEFE(Penalised):
+class SEFE(Method):
     """Learn each task away from the key elements of the earlier ones.
 
     `keys` holds by layer the flat places `[n]` of the key elements, ascending, and how many tasks hold each, `[n]`.
@@ -53,17 +43,11 @@ class SEFE(Penalised):
     Config: ClassVar[type[MethodConfig]] = SEFEConfig
     config: SEFEConfig
 
-    def __init__(self, config: SEFEConfig | None = None, *, seed: int = 0, track: Track = silent) -> None:
-        super().__init__(config, seed=seed, track=track)
+    def start(self) -> None:
         self.keys: dict[str, tuple[Tensor, Tensor]] = {}
         self._weights: dict[str, tuple[Tensor, Tensor]] = {}
 
     def before_task(self, model: nn.Module, task: Task) -> nn.Module:
-        """Return a stock PEFT LoRA model, as sequential LoRA does.
-
-        Raises:
-            ValueError: If no layer matches the targets.
-        """
         self._weights = {name: (places, counts / counts.sum()) for name, (places, counts) in self.keys.items()}
         return super().before_task(model, task)
 
@@ -78,7 +62,6 @@ class SEFE(Penalised):
         return self.config.strength * torch.stack(terms).mean() if terms else None
 
     def add_task(self, record: TaskRecord) -> None:
-        """Add the key elements of a finished task to those of the tasks before it."""
         assert record.adapter is not None
         for name, (a, b) in record.adapter.factors().items():
             new = key_elements(b @ a, self.config.key_share)
@@ -88,7 +71,6 @@ class SEFE(Penalised):
             self.keys[name] = united, torch.zeros(len(united)).index_add_(0, inverse, every)
 
     def remove_task(self, record: TaskRecord) -> None:
-        """Take the key elements of a task out again."""
         assert record.adapter is not None
         for name, (a, b) in record.adapter.factors().items():
             places, counts = self.keys[name]

@@ -1,4 +1,4 @@
-"""Charts as PNG files in memory: accuracy matrices, remaining capacity, methods against each other."""
+"""Charts, as the bytes of PNG files: accuracy matrices, remaining capacity, methods against each other."""
 
 import io
 from collections.abc import Mapping
@@ -12,37 +12,30 @@ from keeplora.evaluation.intervals import Estimate
 
 
 def trade_off(points: Mapping[str, tuple[Estimate | None, Estimate | None]], reference: str) -> bytes:
-    """Draw Last against Transfer for every method, with the 95 % intervals of both; return a PNG.
+    """Draw Last against Transfer for every method, with the 95 % intervals of both; the reference is a star.
 
-    Args:
-        points: Transfer and Last of each method. One without Transfer is a line at its Last, one without Last nothing.
-        reference: The method that is a star.
+    `points` has Transfer and Last of each method. One without Transfer is a line at its Last, one without Last nothing.
     """
     with matplotlib.rc_context({"font.size": 9, "text.parse_math": False}):
         figure = Figure(figsize=(7.5, 5.5), layout="constrained", dpi=120)
         axis = figure.subplots()
         for index, (method, (transfer, last)) in enumerate(points.items()):
             color = matplotlib.colormaps["tab20"](index % 20)
-            if last is None:
-                continue
-            if transfer is None:
+            if last and transfer:
+                x, y = transfer.mean, last.mean
+                marker, size = ("*", 11) if method == reference else ("o", 6)
+                axis.errorbar(x, y, last.half_width, transfer.half_width, marker, ms=size, color=color, capsize=2)
+                axis.annotate(method, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
+            elif last:
                 axis.axhline(last.mean, color=color, ls="--", lw=1)
                 axis.annotate(method, (0.01, last.mean), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
-                continue
-            marker, size = ("*", 11) if method == reference else ("o", 6)
-            axis.errorbar(
-                transfer.mean, last.mean, xerr=transfer.half_width, yerr=last.half_width,
-                fmt=marker, markersize=size, color=color, capsize=2,
-            )  # fmt: skip
-            axis.annotate(method, (transfer.mean, last.mean), xytext=(5, 4), textcoords="offset points", fontsize=8)
-        axis.set_xlabel("Transfer in %: tasks before they are learned")
-        axis.set_ylabel("Last in %: all tasks at the end")
+        axis.set(xlabel="Transfer in %: tasks before they are learned", ylabel="Last in %: all tasks at the end")
         axis.margins(x=0.12)
         return png(figure)
 
 
 def heat_maps(runs: list[Results]) -> bytes:
-    """Draw the accuracy matrix of every run, side by side on one colour scale; return a PNG.
+    """Draw the accuracy matrix of every run, side by side on one colour scale.
 
     A row is a state of the model, from the untouched one down to the last task learned; a column is a task. A frame
     marks the entry right after a task was learned: left and below of it is memory, right and above transfer.
@@ -52,14 +45,12 @@ def heat_maps(runs: list[Results]) -> bytes:
         side = 1.4 + 0.42 * num_tasks
         figure = Figure(figsize=(1.2 + side * len(runs), 1.0 + side), layout="constrained", dpi=110)
         axes = figure.subplots(1, len(runs), squeeze=False, sharey=True)[0]
-        image = None
         for axis, run in zip(axes, runs, strict=True):
             rows = [run.zero_shot, *run.accuracy]
-            image = axis.imshow(rows, vmin=0, vmax=100, cmap="viridis", aspect="equal")
-            axis.set_title(run.method)
+            axis.imshow(rows, vmin=0, vmax=100, cmap="viridis", aspect="equal")
+            axis.set(title=run.method, xlabel="evaluated on")
             axis.set_xticks(range(num_tasks), run.tasks, rotation=60, ha="right")
             axis.set_yticks(range(len(rows)), ["(untouched)", *run.tasks[: len(rows) - 1]])
-            axis.set_xlabel("evaluated on")
             for t, row in enumerate(rows):
                 for i, score in enumerate(row):
                     color = "white" if score < 60 else "black"
@@ -67,19 +58,18 @@ def heat_maps(runs: list[Results]) -> bytes:
                 if t > 0:
                     axis.add_patch(matplotlib.patches.Rectangle((t - 1.5, t - 0.5), 1, 1, fill=False, ec="red", lw=1.2))
         axes[0].set_ylabel("after learning")
-        if image is not None:
-            figure.colorbar(image, ax=axes, label="accuracy in %", shrink=0.6)
+        figure.colorbar(axes[0].images[0], ax=axes, label="accuracy in %", shrink=0.6)
         return png(figure)
 
 
 def capacity_map(capacity: Capacity) -> bytes:
-    """Draw the share of the input dimensions that is free in each layer (rows) after each task (columns); a PNG."""
+    """Draw the share of the input dimensions that is free in each layer (rows) after each task (columns)."""
     names = list(capacity.layers)
     with matplotlib.rc_context({"font.size": 8, "text.parse_math": False}):
         size = (4.5 + 0.35 * len(capacity.tasks), 1.4 + min(0.14 * len(names), 30.0))
         figure = Figure(figsize=size, layout="constrained", dpi=110)
         axis = figure.subplots()
-        shares = [[100 * left / room.d_in for left in room.left] for room in capacity.layers.values()]
+        shares = [[100 * left / layer.d_in for left in layer.left] for layer in capacity.layers.values()]
         image = axis.imshow(shares, vmin=0, vmax=100, cmap="viridis", aspect="auto", interpolation="nearest")
         axis.set_xticks(range(len(capacity.tasks)), capacity.tasks, rotation=60, ha="right")
         step = 1 + len(names) // 200

@@ -14,21 +14,9 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def page(runs: list[Results], capacity: Capacity | None = None) -> str:
-    """Return the page of some runs of one benchmark; its pictures are inside it.
-
-    Args:
-        runs: Their results.
-        capacity: The room that the first of them has left, if its method protects anything.
-    """
-    return render(
-        "report.html.j2",
-        runs=runs,
-        metric_names=METRIC_NAMES,
-        picture=base64.b64encode(heat_maps(runs)).decode(),
-        room=base64.b64encode(capacity_map(capacity)).decode() if capacity else "",
-        forecast=forecast(capacity) if capacity else "",
-        number=lambda value: "-" if value is None else f"{value:.1f}",
-    )
+    """Return the page of runs of one benchmark, with its pictures inside; `capacity` is that of the first run."""
+    drawings = {"heat_maps": heat_maps, "capacity_map": capacity_map, "forecast": forecast}
+    return render("report.html.j2", runs=runs, capacity=capacity, metric_names=METRIC_NAMES, **drawings)
 
 
 def render(template: str, **values: Any) -> str:
@@ -36,4 +24,6 @@ def render(template: str, **values: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
+    environment.filters["shown"] = lambda value, spec="": "-" if value is None else format(value, spec)
+    environment.filters["base64"] = lambda png: base64.b64encode(png).decode()
     return environment.get_template(template).render(**values)

@@ -14,7 +14,7 @@ from safetensors.torch import load
 
 from keeplora.evaluation.accuracy_matrix import Results
 from keeplora.layers.lora import CONFIG_FILE, WEIGHTS_FILE, SavedAdapter
-from keeplora.methods.task_record import TaskRecord
+from keeplora.methods.base import TaskRecord
 from keeplora.runs.atomic_store import Store
 from keeplora.runs.schemas import read_task, require_start
 from keeplora.subspace.certificate import certificate_to_json

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from keeplora.evaluation.capacity import Capacity, capacity_of
 from keeplora.layers import lora
 from keeplora.layers.module_state import device_of
-from keeplora.methods.base import Method
+from keeplora.methods.base import Method, TaskRecord
 from keeplora.methods.registry import find_method
-from keeplora.methods.task_record import TaskRecord
 from keeplora.models.registry import family_of, locate
 from keeplora.progress import Track, silent
 from keeplora.runs.atomic_store import Store

@@ -5,20 +5,19 @@ The target weights are rebuilt from only their principal input directions, the f
 draws the first of the two curves in its Figure 1.
 """
 
-import dataclasses
-import io
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
+from typing import Annotated, Literal
 
 import matplotlib
 import torch
 from matplotlib.figure import Figure
+from pydantic import Field
 from torch import Tensor, nn
 
-from keeplora.config import Config
+from keeplora.config import Config, Share
 from keeplora.evaluation.evaluate import evaluate
 from keeplora.layers.lora import linear_targets
 from keeplora.layers.names import in_tower
@@ -26,9 +25,12 @@ from keeplora.layers.weights import other_weights
 from keeplora.methods.base import MethodConfig
 from keeplora.models.interfaces import StreamTask
 from keeplora.progress import Track, silent
+from keeplora.report.charts import png
 from keeplora.runs.atomic_store import write_atomically
 from keeplora.runs.open import load_stream
 from keeplora.subspace import linear_algebra as linalg
+
+Names = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,21 +48,14 @@ class PrincipalConfig(Config):
     """Folder of principal.json and principal.png."""
     split: Literal["test", "validation"] = "test"
     """The examples to score on."""
-    shares: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99, 1.0)
+    shares: Annotated[tuple[Share, ...], Field(min_length=1)] = (
+        0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99, 1.0,
+    )  # fmt: skip
     """Shares of each weight's energy that its principal directions hold, from 0 to 1, in any order."""
-    towers: tuple[str, ...] = ("vision", "text")
+    towers: Names = ("vision", "text")
     """The towers whose weights are rebuilt, found by their names in the layers'; the others stay as they are."""
-    targets: tuple[str, ...] = MethodConfig.targets
+    targets: Names = MethodConfig.targets
     """Names, or ends of names, of the linear layers to rebuild."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("shares", "towers", "targets"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is empty; give at least one")
-        for share in self.shares:
-            if not 0 <= share <= 1:
-                raise ValueError(f"shares: {share} is not a share of the energy; give numbers from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -74,7 +69,7 @@ class Point:
     residual: list[float]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class PrincipalCurve:
     """What `principal.json` holds."""
 
@@ -87,22 +82,21 @@ class PrincipalCurve:
     """The score of a guess, `100 / num_classes`, for each task."""
     points: list[Point]
 
+    @property
+    def title(self) -> str:
+        """What was scored on what, in a line."""
+        config = self.config
+        return f"{Path(config.model).name} on {Path(config.benchmark).stem} ({config.split}): zero-shot accuracy"
+
     def to_json(self) -> dict[str, object]:
         """Return the keys of `principal.json` in their order; each kind of score as its mean and for every task."""
-        settings = dataclasses.asdict(self.config)
-        del settings["output"], settings["shares"]
+        settings = {key: value for key, value in asdict(self.config).items() if key not in ("output", "shares")}
         points = [
-            {"share": p.share, "width": p.width, "principal": _summary(p.principal), "residual": _summary(p.residual)}
-            for p in self.points
+            asdict(point) | {"principal": _summary(point.principal), "residual": _summary(point.residual)}
+            for point in self.points
         ]
         scores = {"untouched": _summary(self.untouched), "chance": _summary(self.chance), "points": points}
         return {**settings, "layers": self.layers, "tasks": self.tasks, **scores}
-
-
-def title_of(curve: PrincipalCurve) -> str:
-    """Say in a line what was scored on what."""
-    config = curve.config
-    return f"{Path(config.model).name} on {Path(config.benchmark).stem} ({config.split}): zero-shot accuracy"
 
 
 def _summary(scores: list[float]) -> dict[str, float | list[float]]:
@@ -110,11 +104,7 @@ def _summary(scores: list[float]) -> dict[str, float | list[float]]:
 
 
 def analyze_principal(config: PrincipalConfig, *, track: Track = silent) -> PrincipalCurve:
-    """Score a model on a benchmark over the shares, and write `principal.json` and `principal.png` to `config.output`.
-
-    Raises:
-        ValueError: If something of the configuration, the model or the data is wrong.
-    """
+    """Score a model on a benchmark over the shares, and write `principal.json` and `principal.png` to the output."""
     config.output.mkdir(parents=True, exist_ok=True)
     model, tasks = load_stream(config.model, config.benchmark, evaluation=config.split, track=track)
     curve = principal_curve(model, tasks, config, track=track)
@@ -126,47 +116,40 @@ def analyze_principal(config: PrincipalConfig, *, track: Track = silent) -> Prin
 def principal_curve(
     model: nn.Module, tasks: list[StreamTask], config: PrincipalConfig, *, track: Track = silent
 ) -> PrincipalCurve:
-    """Score a model with rebuilt weights over the shares; its own weights are given back.
+    """Score a model with rebuilt weights over the shares; its own weights are restored.
 
-    Raises:
-        ValueError: If no layer matches the targets, a tower has none, or a weight is not finite.
+    If no layer matches the targets, a tower has none, or a weight is not finite, this is a ValueError.
     """
     layers = _layers_to_rebuild(model, config)
     weights = {name: model.get_parameter(f"{name}.weight").detach().float() for name in layers}
     untouched = evaluate(model, tasks, track=track)
-    directions = {name: principal_spectrum(weights[name]) for name in track(layers, "directions", len(layers))}
+    spectra = {name: principal_spectrum(weights[name]) for name in track(layers, "directions", len(layers))}
     points = []
     for share in track(sorted(set(config.shares)), "shares of the energy", len(set(config.shares))):
-        bases = {
-            name: basis[:, : linalg.energy_rank(energies, share)] for name, (energies, basis) in directions.items()
-        }
-        with other_weights(model, {name: linalg.project_onto(weights[name], bases[name]) for name in layers}):
-            principal = evaluate(model, tasks, track=track)
-        with other_weights(model, {name: linalg.project_out(weights[name], bases[name]) for name in layers}):
-            residual = evaluate(model, tasks, track=track)
+        bases = {name: basis[:, : linalg.energy_rank(energies, share)] for name, (energies, basis) in spectra.items()}
+        scores = []
+        for part in (linalg.project_onto, linalg.project_out):
+            with other_weights(model, {name: part(weights[name], bases[name]) for name in layers}):
+                scores.append(evaluate(model, tasks, track=track))
         width = fmean(basis.shape[1] / basis.shape[0] for basis in bases.values())
-        points.append(Point(share, width, principal, residual))
-    scores = {"untouched": untouched, "chance": [_chance(task) for task in tasks]}
-    return PrincipalCurve(config=config, tasks=[task.name for task in tasks], layers=layers, points=points, **scores)
+        points.append(Point(share, width, *scores))
+    # Every class has examples in every split.
+    references = [torch.cat([task.references(batch) for batch in task.test_batches()]) for task in tasks]
+    chance = [100.0 / len(labels.unique()) for labels in references]
+    return PrincipalCurve(config, [task.name for task in tasks], layers, untouched, chance, points)
 
 
 def _layers_to_rebuild(model: nn.Module, config: PrincipalConfig) -> list[str]:
-    names = linear_targets(model, config.targets)
+    targets = linear_targets(model, config.targets)
     for tower in config.towers:
-        if not any(in_tower(name, tower) for name in names):
-            tops = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
+        if not any(in_tower(name, tower) for name in targets):
+            tops = ", ".join(dict.fromkeys(name.split(".")[0] for name in targets))
             raise ValueError(f"no target layer is in the tower {tower!r}; the targets are in {tops}: set towers so")
-    names = [name for name in names if any(in_tower(name, tower) for tower in config.towers)]
+    names = [name for name in targets if any(in_tower(name, tower) for tower in config.towers)]
     for name in names:
         if not torch.isfinite(model.get_parameter(f"{name}.weight")).all():
             raise ValueError(f"the weight of layer {name!r} is not finite; get the model anew")
     return names
-
-
-def _chance(task: StreamTask) -> float:
-    """Return the score of a guess; every class has examples in every split."""
-    classes = torch.cat([task.references(batch) for batch in task.test_batches()]).unique()
-    return 100.0 / len(classes)
 
 
 def principal_spectrum(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,10 +172,8 @@ def draw(curve: PrincipalCurve) -> bytes:
         axis.plot(shares, [fmean(point.residual) for point in curve.points], "s-", label="residual directions only")
         axis.axhline(fmean(curve.untouched), ls="--", color="black", lw=1, label="untouched model")
         axis.axhline(fmean(curve.chance), ls="--", color="gray", lw=1, label="chance")
-        axis.set(title=title_of(curve), xlim=(-0.02, 1.02), ylim=(0, None))
+        axis.set(title=curve.title, xlim=(-0.02, 1.02), ylim=(0, None))
         axis.set(xlabel="share of the weights' energy in the principal directions", ylabel="mean accuracy in %")
         axis.grid(alpha=0.3)
         axis.legend(loc="best", fontsize=8)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-        return buffer.getvalue()
+        return png(figure)

@@ -19,8 +19,8 @@ from keeplora.config import Config
 from keeplora.data.readers import read_splits
 from keeplora.layers import lora
 from keeplora.layers.lora import SavedAdapter
+from keeplora.methods.base import TaskRecord
 from keeplora.methods.registry import find_method
-from keeplora.methods.task_record import TaskRecord
 from keeplora.models.registry import EMBEDDED, family_of, locate
 from keeplora.progress import Track, silent
 from keeplora.runs.atomic_store import flush, made_whole

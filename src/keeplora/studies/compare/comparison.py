@@ -3,10 +3,14 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from keeplora.evaluation.intervals import Estimate, estimate_runs
+from keeplora.evaluation.accuracy_matrix import METRIC_NAMES
+from keeplora.evaluation.intervals import Estimate, Place, estimate_runs
 
-SCORES = ("transfer", "average", "last", "forgetting")
-COSTS = ("trained_parameters", "added_parameters", "seconds_per_task", "peak_memory_mb")
+SCORES = {key: METRIC_NAMES[key] for key in ("transfer", "average", "last", "forgetting")}
+"""The metrics that are compared, as the tables head them."""
+
+COSTS = {"trained_parameters": ",.0f", "added_parameters": ",.0f", "seconds_per_task": ".1f", "peak_memory_mb": ",.0f"}
+"""The costs, and how tables write each."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,18 @@ class Comparison:
         return list(dict.fromkeys(row.method for row in self.rows))
 
     def score(self, method: str, key: str) -> Estimate | None:
-        """Estimate a metric of a method over its runs."""
-        return estimate_runs({(row.seed, row.order): row.scores[key] for row in self.rows if row.method == method})
+        """Estimate a metric, or a cost, of a method over its runs."""
+        return estimate_runs(self._values(method, key))
 
-    def cost(self, method: str, key: str) -> Estimate | None:
-        """Estimate a cost of a method over its runs."""
-        return estimate_runs({(row.seed, row.order): row.costs[key] for row in self.rows if row.method == method})
+    def difference(self, method: str, key: str) -> Estimate | None:
+        """Estimate a metric's difference to the reference method by equal seed and order; None without one."""
+        mine, other = self._values(method, key), self._values(self.config["reference"], key)
+        return estimate_runs({place: mine[place] - other[place] for place in mine if place in other})
+
+    def _values(self, method: str, key: str) -> dict[Place, float]:
+        """Return what is known of a method's runs, by seed and order."""
+        found = {(row.seed, row.order): (row.scores | row.costs)[key] for row in self.rows if row.method == method}
+        return {place: value for place, value in found.items() if value is not None}
 
     def num_runs(self, method: str) -> str:
         """Return how many of a method's runs finished, of how many."""
@@ -71,8 +81,8 @@ class Comparison:
 
     def is_chosen(self, trial: Trial) -> bool:
         """Whether a method was run with the settings of a trial: the trial's own, or one that takes its settings."""
-        takers = [name for name in self.chosen if self.inherits.get(name, name) == trial.method]
-        return any(self.chosen[name] == trial.settings for name in takers)
+        users = (settings for name, settings in self.chosen.items() if self.inherits.get(name, name) == trial.method)
+        return trial.settings in users
 
     @property
     def notes(self) -> list[str]:
@@ -93,36 +103,20 @@ class Comparison:
             notes.append(f"No differences: {reference}, the reference, is not among the methods with a finished run.")
         return notes
 
-    def difference(self, method: str, key: str) -> Estimate | None:
-        """Estimate a metric's difference to the reference method by equal seed and order; None without one."""
-        mine, other = (
-            {(row.seed, row.order): row.scores[key] for row in self.rows if row.method == name}
-            for name in (method, self.config["reference"])
-        )
-        pairs = {place: (mine[place], other[place]) for place in mine if place in other}
-        return estimate_runs({place: a - b for place, (a, b) in pairs.items() if a is not None and b is not None})
-
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain values: what was tried, what was chosen, each run, and the tables."""
+        others = [name for name in self.methods if name != self.config["reference"] in self.methods]
         return {
             "format": 2,
             "config": self.config,
             "search": [asdict(trial) for trial in self.trials],
             "chosen": self.chosen,
             "inherits": self.inherits,
-            "trials": {method: self.num_trials(method) for method in self.methods},
+            "trials": {name: self.num_trials(name) for name in self.methods},
             "runs": [asdict(row) for row in self.rows],
             "failures": self.failures,
-            "table": {
-                method: {key: _plain(self.score(method, key)) for key in SCORES}
-                | {key: _plain(self.cost(method, key)) for key in COSTS}
-                for method in self.methods
-            },
-            "differences": {
-                method: {key: _plain(self.difference(method, key)) for key in SCORES}
-                for method in self.methods
-                if method != self.config["reference"] in self.methods
-            },
+            "table": {name: {key: _plain(self.score(name, key)) for key in (*SCORES, *COSTS)} for name in self.methods},
+            "differences": {name: {key: _plain(self.difference(name, key)) for key in SCORES} for name in others},
         }
 
 

@@ -9,6 +9,7 @@ import threading
 import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from typing import Self
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -27,7 +28,7 @@ _PROCESS = contextlib.ExitStack()
 """What a worker process holds until it ends."""
 
 
-class Workers:
+class Workers(contextlib.ExitStack):
     """Makes runs, some at the same time, in processes that live as long as the `with` block; one job needs none.
 
     Each of several jobs computes on its share of the cores. Results do not depend on which process made a run, but in
@@ -35,63 +36,45 @@ class Workers:
     """
 
     def __init__(self, jobs: int | None = None) -> None:
+        super().__init__()
         self.jobs = jobs or (1 if torch.cuda.is_available() else _num_cores())
         self.threads = torch.get_num_threads() if self.jobs == 1 else max(1, _num_cores() // self.jobs)
-        self._others: list[multiprocessing.process.BaseProcess] = []
-        self._stack = contextlib.ExitStack()
+        self._others = multiprocessing.active_children()
         self._pool: ProcessPoolExecutor | None = None
 
-    def __enter__(self) -> "Workers":
+    def __enter__(self) -> Self:
         if self.jobs == 1:
-            self._stack.enter_context(kept())
-        else:
-            self._others = multiprocessing.active_children()
-            context, shares = multiprocessing.get_context("spawn"), (self.threads, MEMORY_LIMIT // self.jobs)
-            self._pool = ProcessPoolExecutor(self.jobs, context, initializer=_start, initargs=shares)
-            self._stack.callback(self._pool.shutdown, cancel_futures=True)
+            self.enter_context(kept())
+            return self
+        context, shares = multiprocessing.get_context("spawn"), (self.threads, MEMORY_LIMIT // self.jobs)
+        self._pool = ProcessPoolExecutor(self.jobs, context, initializer=_start, initargs=shares)
+        self.callback(self._pool.shutdown, cancel_futures=True)
+        self.push(self._end_on_error)  # Before the shutdown, which waits.
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        if kind is not None:
-            self._terminate()
-        self._stack.close()
+    def _end_on_error(self, kind: type[BaseException] | None, *error: object) -> None:
+        for process in multiprocessing.active_children():
+            if kind is not None and process not in self._others:
+                process.terminate()
 
     def run_all(self, configs: list[RunConfig], track: Track, what: str) -> list[Outcome]:
         """Make every run that is not finished yet; return what each gave, in the given order.
 
-        An error ends the processes at once: the runs that they are at go on from their last finished task another time.
-
-        Raises:
-            ValueError: If a configuration or the data is wrong, or a process was killed.
+        An error that leaves the `with` block ends the processes at once; their runs can be resumed. A configuration or
+        data that is wrong is a ValueError, and so is a process that was killed.
         """
         if self._pool is None:
             return [_outcome(config) for config in track(configs, what, len(configs))]
-        with contextlib.ExitStack() as on_error:
-            on_error.callback(self._terminate)
-            try:
-                futures = [self._pool.submit(_outcome, config) for config in configs]
-                for future in track(as_completed(futures), what, len(futures)):
-                    future.result()
-            except BrokenProcessPool:
-                raise ValueError(
-                    "a run's process ended from outside, perhaps for lack of memory: try --jobs 1. A script that"
-                    ' compares needs `if __name__ == "__main__":` around what it does'
-                ) from None
-            on_error.pop_all()
+        try:
+            futures = [self._pool.submit(_outcome, config) for config in configs]
+            for future in track(as_completed(futures), what, len(futures)):
+                future.result()
+        except BrokenProcessPool:
+            raise ValueError(
+                "a run's process ended from outside, perhaps for lack of memory: try --jobs 1. A script that"
+                ' compares needs `if __name__ == "__main__":` around what it does'
+            ) from None
         return [future.result() for future in futures]
-
-    def _terminate(self) -> None:
-        if self._pool is not None:
-            for process in multiprocessing.active_children():
-                if process not in self._others:
-                    process.terminate()
-
-
-def silence_libraries() -> None:
-    """Stop what transformers prints beside our own progress, and a warning that no user can do anything about."""
-    transformers_logging.disable_progress_bar()
-    # peft asks transformers by a name that transformers is about to drop.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
 
 
 def _num_cores() -> int:
@@ -103,13 +86,15 @@ def _start(threads: int, memory_limit: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the first one decides.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    silence_libraries()
+    transformers_logging.disable_progress_bar()
+    # peft asks transformers by a name that transformers is about to drop.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
     logging.disable(logging.WARNING)  # What a run warns of stands in its certificates too.
     _PROCESS.enter_context(kept(memory_limit))
 
 
 def _end_with_parent() -> None:
-    """End this process when the one that started it was killed: its runs could not be gone on with otherwise."""
+    """End this process when its parent was killed: no other process could resume its runs otherwise."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,19 +1,21 @@
 """Is the data of every task there, whole, and fit to learn from? All that is wrong is found, not only the first."""
 
+import os
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
-from datasets.exceptions import DatasetsError
+from PIL import Image
 
 from keeplora.data.benchmark import TaskSpec
-from keeplora.data.images import Examples
-from keeplora.data.readers import READERS, read_splits
+from keeplora.data.images import UNREADABLE_IMAGE, Examples
+from keeplora.data.readers import examine_splits
+from keeplora.errors import counted, listed
 from keeplora.progress import Track
-from keeplora.studies.doctor.findings import Finding, Level, counted, listed, without_task
-from keeplora.studies.doctor.image_scan import LOSSY, Scan, scan
-
-UNREADABLE_DATA = (ValueError, OSError, DatasetsError)
-"""What a reader raises for data that is missing or damaged."""
+from keeplora.studies.doctor.findings import FAILURES, Finding, Level
+from keeplora.studies.doctor.image_fingerprints import Prints, fingerprint
 
 MOST_IMBALANCE = 10
 """A larger ratio of the largest class to the smallest one is worth a warning."""
@@ -21,156 +23,131 @@ MOST_IMBALANCE = 10
 TINY = 4
 """Images whose shorter side is this many times below the model's input hold little that the model could see."""
 
+TRANSPARENT = "an alpha channel, put on white"
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What one image showed."""
+
+    index: int
+    size: tuple[int, int] = (0, 0)
+    losses: tuple[str, ...] = ()
+    """What of it does not reach the model."""
+    error: str = ""
+    print: Prints | None = None
+    """Its fingerprint, if it was decoded."""
+
 
 @dataclass
 class TaskData:
     """The splits of one task as far as they could be read, and what their images showed."""
 
     spec: TaskSpec
-    evaluation: str
     splits: dict[str, Examples] = field(default_factory=dict)
-    scans: dict[str, Scan] = field(default_factory=dict)
-    is_arranged: bool = False
+    is_accepted: bool = False
     """Whether a run would accept the splits."""
+    looks: dict[str, list[Look]] = field(default_factory=dict)
     exact: int = 0
     """How many held-out images are in the training split too, pixel by pixel."""
     alike: int = 0
     """How many others look like one there."""
 
     @property
-    def name(self) -> str:
-        """The name of the task."""
-        return self.spec.name
-
-    @property
-    def is_usable(self) -> bool:
-        """Whether a run could read the task."""
-        return self.is_arranged and not any(one.errors for one in self.scans.values())
+    def num_images(self) -> int:
+        """How many images are read."""
+        return sum(map(len, self.splits.values()))
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """The names of the classes as the prompts have them."""
-        train = self.splits.get("train")
-        if train is None or self.is_arranged:
-            return train.class_names if train else ()
-        return tuple(self.spec.class_names.get(name, name) for name in train.class_names)
+        stored = self.splits["train"].class_names if "train" in self.splits else ()
+        return stored if self.is_accepted else tuple(self.spec.class_names.get(name, name) for name in stored)
 
-    def counts(self, split: str) -> Counter[str]:
-        """Return how many images of a split each class has."""
-        examples = self.splits[split]
-        counts = Counter(dict.fromkeys(examples.class_names, 0))
-        counts.update(examples.class_names[label] for label in examples.labels)
-        return counts
-
-
-def read_task(spec: TaskSpec, evaluation: str) -> tuple[TaskData, list[Finding]]:
-    """Read the splits of a task that a run uses; what a run would refuse is a problem each."""
-    data = TaskData(spec, evaluation)
-    try:
-        train, held_out = read_splits(spec, evaluation)
-    except UNREADABLE_DATA as error:
-        return data, _all_refusals(data, error)
-    data.splits, data.is_arranged = {"train": train, evaluation: held_out}, True
-    return data, []
+    @property
+    def class_sizes(self) -> Counter[str]:
+        """How many training images each class has."""
+        if (train := self.splits.get("train")) is None:
+            return Counter()
+        counts = Counter(train.labels)
+        return Counter({name: counts[label] for label, name in enumerate(train.class_names)})
 
 
-def scan_task(data: TaskData, track: Track, *, decode: bool) -> None:
-    """Look at every image of a task."""
-    for split, examples in data.splits.items():
-        data.scans[split] = scan(examples, track, f"{data.name}: looking at {split}", decode=decode)
+def examine_data(data: TaskData, evaluation: str, side: int, track: Track, *, decode: bool) -> Iterator[Finding]:
+    """Read a task into `data` and look at all its images; what a run would refuse is a problem each.
 
-
-def task_findings(data: TaskData, side: int | None) -> list[Finding]:
-    """Say what is wrong or odd about the images and classes of a task.
-
-    Args:
-        data: The task, after `scan_task`.
-        side: Width of the model's input, if it is known.
+    `side` is the width of the model's input, 0 if it is not known. Without `decode` only the images' headers are read.
     """
-    findings = []
-    for split, seen in data.scans.items():
-        findings += _image_findings(data.name, split, seen, data.splits[split], side)
-    if data.is_arranged:
-        findings += _balance_findings(data)
-    return findings
-
-
-def _all_refusals(data: TaskData, error: Exception) -> list[Finding]:
-    """Name all that makes a run refuse the task, where `error` is the first of it."""
-    spec, evaluation = data.spec, data.evaluation
-    first = Finding("problem", spec.name, without_task(error, spec.name))
-    if spec.reader not in READERS.names():
-        return [first]
     try:
-        splits = READERS.find(spec.reader)(spec)
-    except UNREADABLE_DATA:
-        return [first]
-    data.splits = {name: splits[name] for name in ("train", evaluation) if name in splits}
-    if "train" not in splits or (evaluation == "test" and "test" not in splits):
-        return [first]
-    problems = [(f"{len(classes)} classes are named {name!r}: {listed(classes)}", "their prompts must differ")
-                for name, classes in _namesakes(data).items()]  # fmt: skip
-    train = splits["train"].class_names
-    if unknown := sorted(set(spec.class_names) - set(train)):
-        cure = f"its classes are {listed(train)}"
-        problems.append((f"class_names has {listed(unknown)}, which {spec.path} does not have", cure))
-    if evaluation in splits and (only := sorted(set(splits[evaluation].class_names) - set(train))):
-        problems.append((f"{evaluation} has classes that train does not have: {listed(only)}", "add images to train"))
-    for split in data.splits:
-        if empty := [name for name in train if data.counts(split)[name] == 0]:
-            images = counted(len(empty), "class has no image", "classes have no image")
-            problems.append((f"{images} in {split}: {listed(empty)}", "add some, or remove the class"))
-    return [Finding("problem", spec.name, message, cure) for message, cure in problems] or [first]
+        data.splits, problems = examine_splits(data.spec, evaluation)
+    except FAILURES as error:
+        problems = [(str(error), "")]
+    data.is_accepted = not problems
+    yield from (Finding("problem", data.spec.name, message, cure) for message, cure in problems)
+    for split, examples in data.splits.items():
+        # Pillow lets other threads run while it decodes.
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            looks = pool.map(partial(_look, examples, decode), range(len(examples)))
+            data.looks[split] = list(track(looks, f"{data.spec.name}: looking at {split}", len(examples)))
+        yield from _image_findings(data, split, side)
+    if data.is_accepted:
+        yield from _balance_findings(data)
 
 
-def _namesakes(data: TaskData) -> dict[str, list[str]]:
-    """Return the classes that share a name in the prompt, by that name."""
-    found: dict[str, list[str]] = {}
-    for stored, name in zip(data.splits["train"].class_names, data.class_names, strict=True):
-        found.setdefault(name, []).append(stored)
-    return {name: classes for name, classes in found.items() if len(classes) > 1}
+def _look(examples: Examples, decode: bool, index: int) -> Look:
+    try:
+        with examples.load(index) as image:
+            size, losses = image.size, _losses(image)
+            if not decode:
+                image.verify()
+        return Look(index, size, losses, print=fingerprint(examples.image(index)) if decode else None)
+    except (*UNREADABLE_IMAGE, Image.DecompressionBombError) as error:
+        message, origin = str(error), examples.origin(index)
+        return Look(index, error=message if origin in message else f"{origin} ({message})")
 
 
-def _image_findings(task: str, split: str, seen: Scan, examples: Examples, side: int | None) -> list[Finding]:
-    findings = []
-    prefix = f"task {task!r}: "
-    if seen.errors:
-        # The messages end with the same cure each.
-        errors = [message.removeprefix(prefix).split("; replace or remove it")[0] for message in seen.errors]
+def _losses(image: Image.Image) -> tuple[str, ...]:
+    # The further frames of other formats are no pictures of their own.
+    is_animated = image.format in ("GIF", "WEBP", "PNG", "TIFF") and getattr(image, "is_animated", False)
+    losses = {
+        "16-bit pixels, cut to 8 bits": image.mode.startswith("I"),
+        TRANSPARENT: image.has_transparency_data,
+        "CMYK colours, turned to RGB without their profile": image.mode == "CMYK",
+        "several frames, of which only the first is used": is_animated,
+    }
+    return tuple(loss for loss, is_lost in losses.items() if is_lost)
+
+
+def _image_findings(data: TaskData, split: str, side: int) -> Iterator[Finding]:
+    examples, readable = data.splits[split], [look for look in data.looks[split] if not look.error]
+    # The messages end with the same cure each.
+    if errors := [look.error.split("; replace")[0] for look in data.looks[split] if look.error]:
         message = f"{counted(len(errors), 'image')} of {split} cannot be read: {listed(errors, separator='; ')}"
-        findings.append(Finding("problem", task, message, "replace or remove each"))
-    for loss, places in seen.losses.items():
-        example = examples.origin(places[0]).removeprefix(prefix)
-        message = f"{counted(len(places), 'image')} of {split} with {LOSSY[loss]}, such as {example}"
-        level: Level = "note" if loss == "transparent" else "warning"
+        yield Finding("problem", data.spec.name, message, "replace or remove each")
+    for loss in dict.fromkeys(loss for look in readable for loss in look.losses):
+        losing = [look.index for look in readable if loss in look.losses]
+        message = f"{counted(len(losing), 'image')} of {split} with {loss}, such as {examples.origin(losing[0])}"
+        level: Level = "note" if loss == TRANSPARENT else "warning"
         cure = "" if level == "note" else "convert them yourself, to see what the model sees"
-        findings.append(Finding(level, task, message, cure))
-    small = [place for place, size in enumerate(seen.sizes) if side and min(size) < side]
-    if side and small:
-        smallest = min(small, key=lambda place: min(seen.sizes[place]))
-        width, height = seen.sizes[smallest]
-        example = examples.origin(seen.indices[smallest]).removeprefix(prefix)
-        message = (
-            f"{len(small):,} of {counted(len(seen.sizes), 'image')} of {split} are smaller than the model's"
-            f" {side} x {side} and are enlarged; the smallest is {width} x {height}: {example}"
-        )
-        level = "warning" if min(width, height) * TINY < side else "note"
-        findings.append(Finding(level, task, message, "find larger ones" if level == "warning" else ""))
-    return findings
+        yield Finding(level, data.spec.name, message, cure)
+    if small := [look for look in readable if min(look.size) < side]:
+        smallest = min(small, key=lambda look: min(look.size))
+        width, height = smallest.size
+        which = f"{len(small):,} of {counted(len(readable), 'image')} of {split} are smaller than the model's"
+        least = f"the smallest is {width} x {height}: {examples.origin(smallest.index)}"
+        message = f"{which} {side} x {side} and are enlarged; {least}"
+        is_tiny = min(width, height) * TINY < side
+        yield Finding("warning" if is_tiny else "note", data.spec.name, message, "find larger ones" if is_tiny else "")
 
 
-def _balance_findings(data: TaskData) -> list[Finding]:
-    findings = []
-    counts = data.counts("train")
-    if len(counts) == 1:
-        message = f"{next(iter(counts))!r} is the only class: every answer is right, and there is nothing to learn"
-        findings.append(Finding("problem", data.name, message, "add a second class"))
-    (largest, most), (smallest, fewest) = counts.most_common()[0], counts.most_common()[-1]
+def _balance_findings(data: TaskData) -> Iterator[Finding]:
+    sizes = data.class_sizes.most_common()
+    (largest, most), (smallest, fewest) = sizes[0], sizes[-1]
+    if len(sizes) == 1:
+        message = f"{largest!r} is the only class: every answer is right, and there is nothing to learn"
+        yield Finding("problem", data.spec.name, message, "add a second class")
     if most > MOST_IMBALANCE * fewest:
-        message = (
-            f"the classes of train are out of balance: {largest!r} has {counted(most, 'image')}, {smallest!r}"
-            f" {fewest:,}, {most / fewest:.0f} times fewer"
-        )
+        many, few = f"{largest!r} has {counted(most, 'image')}", f"{smallest!r} {fewest:,}"
+        message = f"the classes of train are out of balance: {many}, {few}, {most / fewest:.0f} times fewer"
         cure = "add images of the rare classes, or expect them to be mistaken for the frequent ones"
-        findings.append(Finding("warning", data.name, message, cure))
-    return findings
+        yield Finding("warning", data.spec.name, message, cure)

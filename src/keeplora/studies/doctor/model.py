@@ -1,18 +1,23 @@
-"""Does the model load, is it sound, which layers would be adapted, and how much room do they have?"""
+"""Does the model load, is it sound, which layers would be adapted, with what capacity, and do the prompts fit it?"""
 
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoTokenizer
 
+from keeplora.errors import counted, listed
 from keeplora.layers.lora import linear_targets
-from keeplora.methods.base import Method
-from keeplora.methods.keeplora import KeepLoRA
+from keeplora.layers.weights import shape_of
+from keeplora.methods.registry import find_method
 from keeplora.models.interfaces import Family
 from keeplora.models.registry import family_of, locate
-from keeplora.studies.doctor.findings import Finding, Level, counted, listed
-from keeplora.training.profiling import Costs, measured
+from keeplora.runs.config import RunConfig
+from keeplora.studies.doctor.data import TaskData
+from keeplora.studies.doctor.findings import FAILURES, Finding
 from keeplora.training.trainer import best_device
 
 
@@ -24,86 +29,84 @@ class Subject:
     source: str
     """Folder or hub name."""
     model: nn.Module
-    kind: str
-    """`model_type` of its config."""
     parameters: int
     weight_bytes: int
-    side: int | None
-    """Width of its input images, if its config says so."""
-    context: int | None
-    """How many tokens its text tower takes, if its config says so."""
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
     """`(d_out, d_in)` of each target layer."""
     free: dict[str, int] = field(default_factory=dict)
     """How many input directions of each layer a method that protects some leaves at the start."""
-    phases: Costs = field(default_factory=dict)
+    start_seconds: float = 0.0
+    """How long it took to protect what the model knows."""
+
+    def config(self, tower: str, key: str) -> Any:
+        """Return what the config of a tower says; None if it says nothing."""
+        return getattr(getattr(getattr(self.model, "config", None), tower, None), key, None)
+
+    @property
+    def side(self) -> int:
+        """The width of its input images; 0 if its config does not say so."""
+        size = self.config("vision_config", "image_size") or 0
+        return max(size) if isinstance(size, list | tuple) else size
 
 
-def load_subject(name: str) -> tuple[Subject | None, list[Finding]]:
-    """Load a model by its name as a run does; a problem tells why that is not possible."""
+def load_subject(config: RunConfig, findings: list[Finding]) -> Subject | None:
+    """Load a run's model as the run does, and find the layers to adapt; return None if it cannot be loaded."""
+    subject = None
     try:
-        family, source = family_of(name), locate(name)
+        family, source = family_of(config.model), locate(config.model)
         model = family.load(source).to(best_device())
-    except (ValueError, OSError, RuntimeError) as error:
-        return None, [Finding("problem", "", str(error))]
-    config: Any = getattr(model, "config", None)
-    parameters = list(model.parameters())
-    subject = Subject(
-        family=family,
-        source=source,
-        model=model,
-        kind=str(getattr(config, "model_type", type(model).__name__)),
-        parameters=sum(parameter.numel() for parameter in parameters),
-        weight_bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
-        side=_side(config),
-        context=getattr(getattr(config, "text_config", None), "max_position_embeddings", None),
-    )
-    broken = [name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all()]
-    if broken:
-        message = f"{counted(len(broken), 'weight')} of the model hold numbers that are not finite: {listed(broken)}"
-        return subject, [Finding("problem", "", message, "get the model anew")]
-    return subject, []
+        weights = dict(model.named_parameters())
+        num_bytes = sum(weight.nbytes for weight in weights.values())
+        subject = Subject(family, source, model, sum(weight.numel() for weight in weights.values()), num_bytes)
+        if broken := [name for name, weight in weights.items() if not torch.isfinite(weight).all()]:
+            message = f"{counted(len(broken), 'weight')} of the model hold numbers that are not finite"
+            findings.append(Finding("problem", "", f"{message}: {listed(broken)}", "get the model anew"))
+        subject.shapes = {name: shape_of(model, name) for name in linear_targets(model, config.options.targets)}
+        findings += _full_layers(subject, config)
+    except FAILURES as error:
+        findings.append(Finding("problem", "", str(error)))
+    return subject
 
 
-def target_findings(subject: Subject, method: Method) -> list[Finding]:
-    """Find the layers to adapt and how much room they have, and write both into the subject."""
-    model, config = subject.model, method.config
+def _full_layers(subject: Subject, config: RunConfig) -> Iterator[Finding]:
+    """Protect what the model knows, and compare the free dimensions of each layer with the rank."""
+    method, start = find_method(config.method)[0](config.options, seed=config.seed), time.perf_counter()
     try:
-        names = linear_targets(model, config.targets)
-    except ValueError as error:
-        return [Finding("problem", "", str(error))]
-    weights = {name: model.get_parameter(f"{name}.weight") for name in names}
-    subject.shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
-    if isinstance(method, KeepLoRA):
-        return _room_findings(subject, method)
-    if hasattr(method, "bases"):
-        subject.free = {name: d_in for name, (_, d_in) in subject.shapes.items()}
-    return []
-
-
-def _room_findings(subject: Subject, method: KeepLoRA) -> list[Finding]:
-    """Compare the free dimensions of each layer with the rank, once its principal directions are protected."""
-    try:
-        with measured(subject.phases, "start"):
-            method.protect(subject.model)
-    except (ValueError, RuntimeError) as error:
-        return [Finding("problem", "", f"the principal directions cannot be protected: {error}")]
-    subject.free = {name: basis.shape[0] - basis.shape[1] for name, basis in method.bases.items()}
-    rank, total = method.config.rank, len(subject.free)
-    cure = f"lower weight_energy, or give rank less than {rank}"
-    findings = []
-    if full := [name for name, free in subject.free.items() if free == 0]:
-        level: Level = "problem" if len(full) == total else "warning"
+        method.protect(subject.model)
+    except FAILURES as error:
+        yield Finding("problem", "", f"the principal directions cannot be protected: {error}")
+    subject.start_seconds = time.perf_counter() - start
+    subject.free = {name: basis.shape[0] - basis.shape[1] for name, basis in method.protected().items()}
+    rank, total = config.options.rank, len(subject.free)
+    lower = "lower weight_energy, or " if hasattr(config.options, "weight_energy") else ""
+    cure = f"{lower}give rank less than {rank}"
+    if full := [name for name, dims in subject.free.items() if dims == 0]:
         message = f"{len(full)} of {total} layers have no free direction at the start: {listed(full)}"
-        findings.append(Finding(level, "", message, cure))
-    if small := [f"{name} ({free})" for name, free in subject.free.items() if 0 < free < rank]:
+        yield Finding("problem" if len(full) == total else "warning", "", message, cure)
+    if small := [f"{name} ({dims})" for name, dims in subject.free.items() if 0 < dims < rank]:
         message = f"{len(small)} of {total} layers have fewer free directions than the rank {rank}: {listed(small)}"
-        findings.append(Finding("warning", "", message, cure))
-    return findings
+        yield Finding("warning", "", message, cure)
 
 
-def _side(config: Any) -> int | None:
-    size = getattr(getattr(config, "vision_config", None), "image_size", None)
-    if isinstance(size, list | tuple):
-        size = max(size)
-    return int(size) if size else None
+def prompt_findings(subject: Subject, tasks: list[TaskData]) -> Iterator[Finding]:
+    """Tokenise the prompts of every task whose classes are known, and name those that a run would refuse."""
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(subject.source)
+    except FAILURES as error:
+        yield Finding("problem", "", f"the model's tokenizer cannot be loaded: {error}", "get the model anew")
+        return
+    most = tokenizer.model_max_length
+    limit = min(most, subject.config("text_config", "max_position_embeddings") or most)
+    for data in tasks:
+        prompts = [data.spec.template.replace("{}", name) for name in data.class_names]
+        encoded = [tuple(ids) for ids in tokenizer(prompts)["input_ids"]] if prompts else []
+        if long := [f"{p!r} ({len(ids)} tokens)" for p, ids in zip(prompts, encoded, strict=True) if len(ids) > limit]:
+            message = f"{counted(len(long), 'prompt')} longer than the model's context of {limit} tokens"
+            cure = "shorten the template or the class names"
+            yield Finding("problem", data.spec.name, f"{message}: {listed(long)}", cure)
+        groups: dict[tuple[int, ...], list[str]] = {}
+        for ids, name in zip(encoded, data.class_names, strict=True):
+            groups.setdefault(ids[:limit], []).append(name)
+        if same := [" = ".join(map(repr, names)) for names in groups.values() if len(set(names)) > 1]:
+            message = f"the tokenizer cannot tell class names apart: {listed(same)}"
+            yield Finding("problem", data.spec.name, message, "give them other names with class_names")

@@ -2,18 +2,16 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 
-FLOAT = 4
-"""Bytes of a float32 number."""
+FLOAT = 4  # Bytes of a float32 number.
 
 
-@dataclass(frozen=True)
-class Pace:
-    """How long a phase takes: something once, and something for every batch."""
+class Pace(NamedTuple):
+    """How many seconds a phase takes: some once, and some for every batch."""
 
     fixed: float = 0.0
     per_batch: float = 0.0
@@ -23,57 +21,40 @@ class Pace:
         return self.fixed + self.per_batch * batches
 
 
-@dataclass(frozen=True)
-class Paces:
+class Paces(NamedTuple):
     """The pace of each phase of one task; `train` is that of one epoch."""
 
-    gradient: Pace = field(default_factory=Pace)
-    train: Pace = field(default_factory=Pace)
-    merge: Pace = field(default_factory=Pace)
-    evaluate: Pace = field(default_factory=Pace)
+    gradient: Pace = Pace()
+    train: Pace = Pace()
+    merge: Pace = Pace()
+    evaluate: Pace = Pace()
 
 
-@dataclass(frozen=True)
-class Load:
-    """How much one task has to do."""
+class Load(NamedTuple):
+    """How much one task has to do: `batches` is of one epoch, `images` are those of both splits."""
 
     name: str
     classes: int
     images: int
-    """Images that are read: of training and held-out split."""
     batches: int
-    """Training batches of an epoch."""
     held_out_batches: int
     epochs: int
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """The estimated seconds of each phase of a run, over all tasks."""
-
-    seconds: dict[str, float]
-
-    @property
-    def total(self) -> float:
-        """The seconds of the whole run."""
-        return sum(self.seconds.values())
-
-
 def pace_of(total: float, passes: Sequence[Sequence[float]]) -> Pace:
-    """Split the seconds of a phase into what it takes once and what every batch takes.
+    """Split the total seconds of a phase into what it takes once and what every batch takes.
 
-    Args:
-        total: Seconds of the whole phase.
-        passes: The seconds of each batch, for every pass over the batches. A batch takes the median of all but the
-            first of a pass; what the first one takes more, such as encoding the prompts, is counted once.
+    `passes` has the seconds of each batch, for every pass over the batches. A batch takes the median of all but the
+    first of a pass; what the first one takes more, such as encoding the prompts, is counted once.
     """
-    usual = [median(one[1:] or one) for one in passes if one]
-    once = sum(max(0.0, one[0] - pace) for one, pace in zip(filter(None, passes), usual, strict=True))
+    passes = [one for one in passes if one]
+    usual = [median(one[1:] or one) for one in passes]
+    once = sum(max(0.0, one[0] - pace) for one, pace in zip(passes, usual, strict=True))
     between = max(0.0, total - sum(map(sum, passes)))
     return Pace(fixed=between + once, per_batch=sum(usual))
 
 
-def forecast_time(
+def estimate_seconds(
     loads: Sequence[Load],
     paces: Mapping[str, Paces],
     *,
@@ -81,74 +62,45 @@ def forecast_time(
     per_image: float = 0.0,
     gradient_share: float = 1.0,
     evaluations: int | None = None,
-) -> Forecast:
-    """Add up the seconds of a run.
+) -> dict[str, float]:
+    """Return the seconds of each phase of a run, over all tasks.
 
-    Args:
-        loads: What each task of the stream has to do.
-        paces: The paces of the tasks that were tried, by name. Those of another task are interpolated between its
-            neighbours in number of classes, because the prompts of all classes are encoded with every batch.
-        start: Seconds that are spent once, before the first task.
-        per_image: Seconds to read an image.
-        gradient_share: Share of the batches that the gradient is taken from.
-        evaluations: How many times all tasks are evaluated: before the first task and after each, if not given.
+    The paces are of the tasks that were tried, by name. Those of another task are interpolated between its neighbours
+    in number of classes, because the prompts of all classes are encoded with every batch. `start` is spent once, before
+    the first task, and `per_image` to read an image; the gradient is taken from a share of the batches. All tasks are
+    evaluated before the first task and after each, unless a number of `evaluations` is given.
     """
     assert paces, "no task was tried"
-    seconds = dict.fromkeys(("read", "start", "gradient", "train", "merge", "evaluate"), 0.0)
-    seconds["start"] = start
+    seconds = dict.fromkeys(("read", "start", "gradient", "train", "merge", "evaluate"), 0.0) | {"start": start}
     rounds = len(loads) + 1 if evaluations is None else evaluations
-    tried = [(load.classes, paces[load.name]) for load in loads if load.name in paces]
+    tried = sorted((load for load in loads if load.name in paces), key=lambda load: load.classes)
+    numbers = [load.classes for load in tried]
+    values = np.array([paces[load.name] for load in tried]).transpose(1, 2, 0)  # [phases, fixed or per batch, tasks]
     for load in loads:
-        pace = paces[load.name] if load.name in paces else _between(tried, load.classes)
+        between = (Pace(*(float(np.interp(load.classes, numbers, part)) for part in phase)) for phase in values)
+        pace = paces[load.name] if load.name in paces else Paces(*between)
         seconds["read"] += per_image * load.images
         seconds["gradient"] += pace.gradient.seconds(math.ceil(round(gradient_share * load.batches, 6)))
         seconds["train"] += load.epochs * pace.train.seconds(load.batches)
         seconds["merge"] += pace.merge.seconds(load.batches)
         seconds["evaluate"] += rounds * pace.evaluate.seconds(load.held_out_batches)
-    return Forecast(seconds)
+    return seconds
 
 
-def _between(tried: Sequence[tuple[int, Paces]], classes: int) -> Paces:
-    """Return the paces of a task with a number of classes, from those of tasks with fewer and with more."""
-    tried = sorted(tried, key=lambda one: one[0])
-    numbers = [number for number, _ in tried]
+def estimate_disk(
+    shapes: dict[str, tuple[int, int]], free: dict[str, int], *, rank: int, num_tasks: int, model_bytes: int, other: int
+) -> dict[str, int]:
+    """Return the bytes that a run needs at most, by what they are for, without what needs none.
 
-    def value(phase: str, part: str) -> float:
-        return float(np.interp(classes, numbers, [getattr(getattr(paces, phase), part) for _, paces in tried]))
-
-    return Paces(*(Pace(value(phase.name, "fixed"), value(phase.name, "per_batch")) for phase in fields(Paces)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stored:
-    """What a run leaves on disk."""
-
-    shapes: dict[str, tuple[int, int]]
-    """`(d_out, d_in)` of each target layer."""
-    rank: int
-    num_tasks: int
-    model_bytes: int
-    """Size of the model's weights."""
-    saves_model: bool
-    free: dict[str, int] = field(default_factory=dict)
-    """For a method that protects directions: how many of each layer are free at the start."""
-    extra_bytes: int = 0
-    """What else a task leaves: a classifier, or what a method keeps beside the adapter."""
-
-
-def forecast_disk(stored: Stored) -> dict[str, int]:
-    """Return the bytes that a run needs at most, by what they are for.
-
-    The merged model counts twice: the new one is written before the old one goes. Directions are bounded by all that
-    is free, whatever the number of tasks.
+    The merged model, of `model_bytes` if it is saved, counts twice: the new one is written before the old one goes.
+    Directions are bounded by those of each layer that are `free` at the start, if the method protects any, whatever the
+    number of tasks. Each task leaves `other` bytes more: a classifier, or what a method keeps beside the adapter.
     """
-    layers = stored.shapes.values()
-    factors = sum(stored.rank * (d_out + d_in) for d_out, d_in in layers)
-    directions = sum(free * stored.shapes[name][1] for name, free in stored.free.items())
-    return {
-        "merged model, twice": 2 * stored.model_bytes * stored.saves_model,
-        "adapters": FLOAT * factors * stored.num_tasks,
-        "directions, at most": FLOAT * directions,
-        "gradients between phases": FLOAT * sum(d_out * d_in for d_out, d_in in layers),
-        "other": stored.extra_bytes * stored.num_tasks,
+    needs = {
+        "merged model, twice": 2 * model_bytes,
+        "adapters": FLOAT * rank * num_tasks * sum(d_out + d_in for d_out, d_in in shapes.values()),
+        "directions, at most": FLOAT * sum(dims * shapes[name][1] for name, dims in free.items()),
+        "gradients between phases": FLOAT * sum(d_out * d_in for d_out, d_in in shapes.values()),
+        "other": other * num_tasks,
     }
+    return {purpose: size for purpose, size in needs.items() if size}
