@@ -11,8 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from keeplora.training.random_state import capture_random, restore_random
-from keeplora.training.state_file import from_bytes
+from keeplora.training.state_file import capture_random, from_bytes, restore_random
 from tiny import to_bytes
 
 QUICK = settings(deadline=None, derandomize=True, max_examples=100)

@@ -86,9 +86,6 @@ class ClassificationTask(StreamTask):
     def references(self, batch: Batch) -> Tensor:
         return cast(Tensor, batch["labels"])
 
-    def weight(self, batch: Batch) -> int:
-        return len(batch["labels"])
-
     def padding_mask(self, layer: str, batch: Batch) -> Tensor | None:
         """Leave the padding of the prompts out of the text tower's statistics."""
         return self.prompts.get("attention_mask") if layer.startswith("text_model.") else None

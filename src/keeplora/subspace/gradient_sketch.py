@@ -33,17 +33,14 @@ class GradientSketch:
         self.left = torch.randn(m, d_out, generator=generator).to(basis)
         self.range = basis.new_zeros(d_out, k)
         self.corange = basis.new_zeros(m, d_in)
+        self.sums = (self.range, self.corange)
+        """What several processes have to add up, in place."""
 
     def add(self, inputs: Tensor, output_gradients: Tensor, weight: float = 1.0) -> None:
         """Add `weight * output_gradients.T @ inputs`, for rows `[n, d_in]` and `[n, d_out]` of any floating type."""
         deltas, inputs = output_gradients.float(), inputs.float()
         self.range.addmm_(deltas.T, inputs @ self.right, alpha=weight)
         self.corange.addmm_(self.left @ deltas.T, inputs, alpha=weight)
-
-    @property
-    def sums(self) -> tuple[Tensor, Tensor]:
-        """What several processes have to add up, in place."""
-        return self.range, self.corange
 
     @property
     def norm(self) -> float:

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from keeplora.layers.module_state import device_of
-from keeplora.training.random_state import capture_random, restore_random
-from keeplora.training.state_file import State
+from keeplora.training.state_file import State, capture_random, restore_random
 
 EXTRA = "_extra_state"
 """Ends the names of what modules keep beside their parameters and buffers (`nn.Module.get_extra_state`)."""
@@ -48,6 +47,7 @@ class TrainingState:
         self.model = model
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.epochs = epochs
+        self._trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.losses: list[float] = []
         """Of the epochs that are done."""
         self.of_epoch: list[tuple[float, float]] = []
@@ -62,11 +62,10 @@ class TrainingState:
         """Yield the batches of an epoch that are not done yet; `skip` returns a data loader without its first ones."""
         if self._random is None:
             self._order = capture_random(self.checkpoints.generators)
-            yield from batches
-            return
-        restore_random(self._order, self.checkpoints.generators)
+        else:
+            restore_random(self._order, self.checkpoints.generators)
         done = len(self.of_epoch)
-        rest = skip(done) if isinstance(batches, DataLoader) else itertools.islice(batches, done, None)
+        rest = skip(done) if done and isinstance(batches, DataLoader) else itertools.islice(batches, done, None)
         for batch in rest:
             if self._random is not None:
                 # Skipping has drawn numbers: all but the order of the batches is drawn as from the checkpoint on.
@@ -105,7 +104,7 @@ class TrainingState:
             "of_epoch": self.of_epoch,
             "order": self._order,
             "random": capture_random(self.checkpoints.generators),
-            "trained": dict(self._trained()),
+            "trained": self._trained,
             "extra": _of_all_processes(extra, device_of(self.model)),
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
         }
@@ -114,7 +113,7 @@ class TrainingState:
         self.losses, self.of_epoch = state["losses"], state["of_epoch"]
         self._order, self._random = state["order"], state["random"]
         with torch.no_grad():
-            for name, parameter in self._trained():
+            for name, parameter in self._trained.items():
                 parameter.copy_(state["trained"][name])
         if dist.is_initialized() and len(state["extra"]) != dist.get_world_size():
             raise ValueError(
@@ -127,9 +126,6 @@ class TrainingState:
         if not self.of_epoch:  # Between two epochs there is no order to follow.
             restore_random(self._random, self.checkpoints.generators)
             self._random = None
-
-    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((name, value) for name, value in self.model.named_parameters() if value.requires_grad)
 
 
 def _of_all_processes(extra: dict[str, Tensor], device: torch.device) -> list[dict[str, Tensor]]:

@@ -1,9 +1,12 @@
 """State as one safetensors file: tensors by number, everything around them as JSON in its metadata. No pickle.
 
 A state is nested dicts, lists, tuples, numbers, strings, None and tensors, as the `state_dict` of torch's optimisers.
+That of the random generators lets a resumed run draw what an uninterrupted one would have drawn.
 """
 
 import json
+import random
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -72,3 +75,26 @@ def _fill(value: State, tensors: dict[str, Tensor]) -> State:
         return {_fill(key, tensors): _fill(item, tensors) for key, item in items}
     filled = [_fill(item, tensors) for item in items]
     return tuple(filled) if kind == "tuple" else filled
+
+
+def capture_random(generators: Iterable[torch.Generator] = ()) -> State:
+    """Return the state of every global random generator, the current GPU's included, and of those given."""
+    return {
+        "python": random.getstate(),
+        "numpy": list(np.random.get_state()),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "generators": [generator.get_state() for generator in generators],
+    }
+
+
+def restore_random(state: State, generators: Iterable[torch.Generator] | None = None) -> None:
+    """Give random generators the state that `capture_random` found: the global ones, and all of those given, if any."""
+    random.setstate(state["python"])
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    if generators is not None:
+        for generator, captured in zip(generators, state["generators"], strict=True):
+            generator.set_state(captured)
