@@ -33,14 +33,9 @@ class Config:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file.
-
-    Raises:
-        ValueError: If the file is missing or not TOML; the message names the file and the line.
-    """
+    """Read a TOML file, or raise a `ValueError` that names the file, and the line where it is not TOML."""
     try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
+        return tomllib.loads(path.read_bytes().decode())
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}") from None
     except IsADirectoryError:
@@ -50,35 +45,23 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def parse(kind: type[C], values: Mapping[str, Any], *, source: str, sources: Mapping[str, str] | None = None) -> C:
-    """Make a configuration of `kind` from plain values, such as a parsed TOML table.
+    """Make a configuration of `kind` from plain values, such as a parsed TOML table; inner tables become inner ones.
 
-    Args:
-        kind: A subclass of `Config`; tables become the configurations that its fields are of.
-        values: The values by key.
-        source: Where they come from, for messages.
-        sources: Where single values come from, by their dotted key, if it is not there.
-
-    Raises:
-        ValueError: If a key is unknown, missing, or has a wrong value; the message names every one, and its source.
+    Raises a `ValueError` that names every unknown or missing key and every wrong value with its source: that of its
+    dotted key in `sources`, or else `source`.
     """
     problems: list[tuple[str, str]] = []
     made = _made(kind, values, "", problems)
-    if problems:
-        by_source: dict[str, list[str]] = {}
+    if made is None:
+        by_source: dict[str, dict[str, None]] = {}
         for key, problem in problems:
-            by_source.setdefault((sources or {}).get(key, source), []).append(problem)
-        lines = (f"{place}: " + "; ".join(dict.fromkeys(lines)) for place, lines in by_source.items())
-        raise ValueError("; ".join(lines))
-    assert made is not None, "nothing was made, and nothing is wrong"
+            by_source.setdefault((sources or {}).get(key, source), {})[problem] = None
+        raise ValueError("; ".join(f"{place}: {'; '.join(found)}" for place, found in by_source.items()))
     return made
 
 
 def require(kind: type[C], value: object, place: str) -> C:
-    """Check plain values, and return what they are of.
-
-    Raises:
-        ValueError: If they do not have the form; the message names `place` and the first key that is wrong.
-    """
+    """Return plain values as what they are of, or raise a `ValueError` that names `place` and the first wrong key."""
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
@@ -88,11 +71,7 @@ def require(kind: type[C], value: object, place: str) -> C:
 
 
 def read_json(content: bytes, path: Path) -> Any:
-    """Read JSON.
-
-    Raises:
-        ValueError: If it is none; the message names the file.
-    """
+    """Read JSON, or raise a `ValueError` that names the file."""
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -101,24 +80,29 @@ def read_json(content: bytes, path: Path) -> Any:
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return a phrase for every setting that differs, by its dotted name, and a single one for those of the tasks."""
-    old, new = _flat(before), _flat(now)
-    different = [
-        path for path in sorted({*old, *new}) if old.get(path) != new.get(path) or (path in old) != (path in new)
-    ]
-    above = {path[:length] for path in different for length in range(len(path))}
-    different = [  # A table that is empty on one side is named by what the other has in it.
-        path for path in different if path not in above or {} not in (old.get(path), new.get(path))
-    ]
-    of_tasks = list(dict.fromkeys(path[1] for path in different if path[0] == "tasks" and len(path) > 1))
-    phrases = [
-        f"{'.'.join(path)} was {_shown(old, path)}, is {_shown(new, path)}"
-        for path in different
-        if path[0] != "tasks" or len(path) == 1
-    ]
-    if of_tasks:
-        more = f" and {len(of_tasks) - 1} more" if len(of_tasks) > 1 else ""
-        phrases.append(f"the benchmark's table of task {of_tasks[0]!r}{more} was another")
+    phrases: list[str] = []
+    tasks: dict[str, None] = {}
+    for path, *values in _changed(before, now, ()):
+        if path[0] == "tasks" and len(path) > 1:
+            tasks[path[1]] = None
+        else:
+            old, new = ("missing" if value is MISSING else repr(value) for value in values)
+            phrases.append(f"{'.'.join(path)} was {old}, is {new}")
+    if tasks:
+        more = f" and {len(tasks) - 1} more" if len(tasks) > 1 else ""
+        phrases.append(f"the benchmark's table of task {next(iter(tasks))!r}{more} was another")
     return phrases
+
+
+def _changed(old: Any, new: Any, path: tuple[str, ...]) -> Iterator[tuple[Any, ...]]:
+    """Yield the path and both values of every setting that differs; a table differs in what is inside."""
+    before, now = (value if isinstance(value, dict) else {} for value in (old, new))
+    keys = sorted({*before, *now})
+    old, new = MISSING if before else old, MISSING if now else new
+    if old != new and not (keys and {} in (old, new)):
+        yield path, old, new
+    for key in keys:
+        yield from _changed(before.get(key, MISSING), now.get(key, MISSING), (*path, key))
 
 
 def _made(kind: type[C], values: Any, above: str, problems: list[tuple[str, str]]) -> C | None:
@@ -128,19 +112,19 @@ def _made(kind: type[C], values: Any, above: str, problems: list[tuple[str, str]
         problems.append((key, f"{key} = {values!r} must be a table, [{key}]"))
         return None
     known: dict[str, dataclasses.Field[Any]] = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
-    num_before, ready = len(problems), {}
+    found: list[tuple[str, str]] = []
     for key in values:
         if key not in known:
-            problems.append((above + key, f"unknown key {above + key!r}; known keys: {', '.join(known)}"))
+            found.append((above + key, f"unknown key {above + key!r}; known keys: {', '.join(known)}"))
+    ready = {}
     for key, field in known.items():
         if key in values:
-            ready[key] = _ready(field, values[key], above + key, problems)
+            ready[key] = _ready(field, values[key], above + key, found)
         elif field.default is MISSING and field.default_factory is MISSING:
-            problems.append((above + key, f"the key {above + key!r} is missing"))
-    if len(problems) > num_before:
-        return None
+            found.append((above + key, f"the key {above + key!r} is missing"))
+    problems += found
     try:
-        return kind(**ready)
+        return None if found else kind(**ready)
     except ValueError as error:
         key = next((name for name in ready if str(error).startswith(name)), "")
         problems.append((above + key, above + str(error) if key else str(error)))
@@ -162,15 +146,10 @@ def _ready(field: dataclasses.Field[Any], value: Any, key: str, problems: list[t
 
 
 def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
-    """Return a value that has the type of its field, a list as a tuple and a text as a path where these are asked for.
-
-    Raises:
-        ValueError: If it has another type; the message names the field.
-    """
-    choices = get_args(field.type) if get_origin(field.type) is Literal else ()
-    if choices and value not in choices:
+    """Return a value of its field's type, a list as a tuple and a text as a path where asked for, or name the field."""
+    if get_origin(field.type) is Literal and value not in (choices := get_args(field.type)):
         raise ValueError(f"{field.name} = {value!r} is unknown; choose from {', '.join(map(str, choices))}")
-    members = list(_members(field.type))
+    members = _members(field.type)
     if isinstance(value, str) and Path in members and str not in members:
         value = Path(value)
     if isinstance(value, list) and any(get_origin(one) is tuple for one in members):
@@ -184,8 +163,7 @@ def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
     try:
         return _adapter(cast(Hashable, field.type)).validate_python(value)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise ValueError(f"{field.name} = {value!r}: {first['msg']}") from None
+        raise ValueError(f"{field.name} = {value!r}: {error.errors(include_url=False)[0]['msg']}") from None
 
 
 def _configuration(kind: Any) -> type[Config] | None:
@@ -193,29 +171,14 @@ def _configuration(kind: Any) -> type[Config] | None:
     return next((one for one in (kind, *get_args(kind)) if isinstance(one, type) and issubclass(one, Config)), None)
 
 
-def _members(kind: Any) -> Iterator[Any]:
-    """Yield the types of a union, or the type itself, without what is demanded of them."""
+def _members(kind: Any) -> list[Any]:
+    """Return the types of a union, or the type itself, without what is demanded of them."""
     if get_origin(kind) in (Union, UnionType):
-        for one in get_args(kind):
-            yield from _members(one)
-    else:
-        yield get_args(kind)[0] if get_origin(kind) is Annotated else kind
+        return [member for one in get_args(kind) for member in _members(one)]
+    return [get_args(kind)[0] if get_origin(kind) is Annotated else kind]
 
 
 @cache
 def _adapter(kind: Hashable) -> TypeAdapter[Any]:
     # Strict: "3" and True are no numbers.
     return TypeAdapter(cast(Any, kind), config=ConfigDict(strict=True, arbitrary_types_allowed=True))
-
-
-def _flat(config: dict[str, Any], above: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    """Return nested settings by their path; an empty table is a value too."""
-    flat: dict[tuple[str, ...], Any] = {}
-    for key, value in config.items():
-        path = (*above, key)
-        flat |= _flat(value, path) if isinstance(value, dict) and value else {path: value}
-    return flat
-
-
-def _shown(flat: dict[tuple[str, ...], Any], path: tuple[str, ...]) -> str:
-    return repr(flat[path]) if path in flat else "missing"

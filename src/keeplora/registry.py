@@ -6,9 +6,6 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-GROUP = "keeplora"
-"""Entry points of this group, in any package that is installed, are loaded: what they import may register itself."""
-
 _LOADED: dict[str, None] = {}
 
 
@@ -20,11 +17,7 @@ class Registry(dict[str, T]):
         self.kind = kind
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Return a decorator that adds what it decorates under a name.
-
-        Raises:
-            ValueError: If the name is taken.
-        """
+        """Return a decorator that adds what it decorates under a name, unless the name is taken."""
 
         def add(thing: T) -> T:
             if self.setdefault(name, thing) != thing:
@@ -34,11 +27,7 @@ class Registry(dict[str, T]):
         return add
 
     def find(self, name: str) -> T:
-        """Return what has a name; if nothing has, other packages are asked first.
-
-        Raises:
-            ValueError: If there is nothing of this name; the message lists the known ones.
-        """
+        """Return what has a name, here or in another package, or raise a `ValueError` that lists the known names."""
         if name not in self:
             load_extensions()
         if name not in self:
@@ -52,8 +41,8 @@ class Registry(dict[str, T]):
 
 
 def load_extensions() -> None:
-    """Load what other packages bring, once each."""
-    for point in entry_points(group=GROUP):
+    """Load all packages' entry points of the group `keeplora`, once each: what they import may register itself."""
+    for point in entry_points(group="keeplora"):
         if point.value not in _LOADED:
             _LOADED[point.value] = None
             point.load()

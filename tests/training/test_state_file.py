@@ -11,8 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from keeplora.training.random_state import capture_order, capture_random, restore_order, restore_random
-from keeplora.training.state_file import from_bytes
+from keeplora.training.state_file import capture_random, from_bytes, restore_random
 from tiny import to_bytes
 
 QUICK = settings(deadline=None, derandomize=True, max_examples=100)
@@ -249,14 +248,17 @@ def test_the_draws_behind_a_restored_state_are_those_behind_the_captured_one(see
         assert draws(kept) == expected
 
 
-def test_the_order_of_batches_is_captured_and_restored_alone():
+def test_without_generators_the_global_ones_are_restored_alone():
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-    states = from_bytes(to_bytes(capture_order(generators)))
+    captured = from_bytes(to_bytes(capture_random(generators)))
+    everywhere = torch.get_rng_state()
     expected = [torch.randperm(9, generator=generator).tolist() for generator in generators]
     torch.rand(1)
-    everywhere = torch.get_rng_state()
-    restore_order(states, generators)
+    orders = [generator.get_state() for generator in generators]
+    restore_random(captured)
     assert torch.equal(torch.get_rng_state(), everywhere)
+    assert all(torch.equal(one.get_state(), order) for one, order in zip(generators, orders, strict=True))
+    restore_random(captured, generators)
     assert [torch.randperm(9, generator=generator).tolist() for generator in generators] == expected
     with pytest.raises(ValueError, match="zip"):
-        restore_order(states, generators[:1])
+        restore_random(captured, generators[:1])

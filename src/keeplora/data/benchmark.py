@@ -4,6 +4,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import PositiveInt
+
 from keeplora.config import Config, parse, read_toml
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
@@ -32,7 +34,7 @@ class TaskSpec(Config):
     """Column of the labels (reader dataset)."""
     metric: str = "accuracy"
     """What its predictions are scored by."""
-    epochs: int | None = None
+    epochs: PositiveInt | None = None
     """Number of epochs of this task, where it differs from the run's."""
     hub: str = ""
     """`path` as it was written, for a dataset of the hub; filled in."""
@@ -45,8 +47,6 @@ class TaskSpec(Config):
             raise ValueError(f"task name {self.name[:20] + '...'!r} is too long for a folder; give a shorter one")
         if "{}" not in self.template:
             raise ValueError(f"task {self.name!r}: template {self.template!r} has no {{}} for the class name")
-        if self.epochs is not None and self.epochs < 1:
-            raise ValueError(f"task {self.name!r}: epochs = {self.epochs} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,30 +63,21 @@ class Benchmark(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names = [task.name for task in self.tasks]
-        if not names:
+        if not self.tasks:
             raise ValueError("a benchmark needs at least one [[tasks]]")
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"two tasks are named {sorted(twice)[0]!r}; names must differ")
+        names = [task.name for task in self.tasks]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two tasks are named {min(twice)!r}; names must differ")
 
 
 def read_benchmark(name: str) -> Benchmark:
-    """Read a benchmark that comes with the package by its name, or any by the path of its TOML file.
-
-    Raises:
-        ValueError: If there is none, or the file is wrong; the message names the key or lists the known names.
-    """
+    """Read a benchmark that comes with the package by its name, or any by the path of its TOML file."""
     path = Path(name) if name.endswith(".toml") else BENCHMARKS / f"{name}.toml"
     if not name.endswith(".toml") and not path.is_file():
         known = ", ".join(sorted(file.stem for file in BENCHMARKS.glob("*.toml")))
         raise ValueError(f"unknown benchmark {name!r}; known: {known}, or give the path of a .toml file")
-    values = read_toml(path)
-    if any(isinstance(task, dict) and "hub" in task for task in _as_list(values.get("tasks"))):
+    benchmark = parse(Benchmark, {"name": path.stem} | read_toml(path), source=str(path))
+    if any(task.hub for task in benchmark.tasks):
         raise ValueError(f"{path}: tasks have no key 'hub'; give the name of a dataset as path")
-    benchmark = parse(Benchmark, {"name": path.stem} | values, source=str(path))
     tasks = tuple(replace(task, path=path.parent / task.path, hub=str(task.path)) for task in benchmark.tasks)
     return replace(benchmark, tasks=tasks)
-
-
-def _as_list(value: object) -> list[Any]:
-    return value if isinstance(value, list) else []

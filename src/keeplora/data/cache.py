@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -27,18 +27,13 @@ MEMORY_LIMIT = 4 * 2**30
 READ_AT_ONCE = 64
 
 
-@dataclass(frozen=True)
+@dataclass
 class Shelf:
-    """Where pixels are kept, by processor and origin, and how many bytes of them may be in memory."""
+    """Where pixels are kept, by processor and origin."""
 
-    memory_limit: int = MEMORY_LIMIT
-    in_memory: dict[Any, Tensor] = field(default_factory=dict)
-    mapped: dict[Any, Tensor] = field(default_factory=dict)
-
-    @property
-    def left(self) -> int:
-        """The bytes that may still be put in memory."""
-        return self.memory_limit - sum(pixels.numel() for pixels in self.in_memory.values())
+    memory_left: int = MEMORY_LIMIT
+    """The bytes of further ones that may be in memory."""
+    pixels: dict[Any, Tensor] = field(default_factory=dict)
 
 
 _KEPT: list[Shelf] = []
@@ -55,13 +50,13 @@ def kept(memory_limit: int = MEMORY_LIMIT) -> Iterator[None]:
         _KEPT.pop()
 
 
+@dataclass(frozen=True, eq=False)
 class Pixels(Dataset[Item]):
     """A split as uint8 images `[n, 3, height, width]` and labels."""
 
-    def __init__(self, labels: tuple[int, ...], pixels: Tensor, normalise: Callable[[Tensor], Tensor]) -> None:
-        self.labels = labels
-        self.pixels = pixels
-        self.normalise = normalise
+    labels: tuple[int, ...]
+    pixels: Tensor
+    normalise: Callable[[Tensor], Tensor]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -71,8 +66,8 @@ class Pixels(Dataset[Item]):
 
     def collate(self, items: list[Item]) -> dict[str, Tensor]:
         """Stack items to `pixel_values [n, 3, height, width]`, float and normalised, and `labels [n]`."""
-        pixels = torch.stack([item[0] for item in items])
-        return {"pixel_values": self.normalise(pixels), "labels": torch.tensor([item[1] for item in items])}
+        pixels, labels = zip(*items, strict=True)
+        return {"pixel_values": self.normalise(torch.stack(pixels)), "labels": torch.tensor(labels)}
 
 
 class PixelStore:
@@ -80,35 +75,27 @@ class PixelStore:
 
     def __init__(self, processor: Any, memory_limit: int | None = None) -> None:
         self.processor = processor
-        self.normalise = normaliser(processor)
-        shelf = _KEPT[-1] if _KEPT else Shelf()
-        self.shelf = shelf if memory_limit is None else replace(shelf, memory_limit=memory_limit)
+        factor = processor.rescale_factor if processor.do_rescale else 1.0
+        mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
+        shift, scale = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+        self.normalise = lambda pixels: (pixels.float() * factor - shift) / scale
+        self.shelf = Shelf(memory_limit) if memory_limit is not None else _KEPT[-1] if _KEPT else Shelf()
 
     def read(self, examples: Examples, track: Track, description: str) -> Pixels:
-        """Decode and resize every image once, so that an unreadable one is found now.
-
-        Raises:
-            ValueError: If an image cannot be read; the message names it. If images come out in different sizes. If
-                neither memory nor the folder for temporary files has room for them.
-        """
+        """Decode and resize every image once, so that an unreadable one is found now."""
         key = (self.processor.to_json_string(), *(examples.origin(i) for i in range(len(examples))))
-        if key not in self.shelf.in_memory and key not in self.shelf.mapped:
-            self._keep(key, self._chunks(examples, track, description), len(examples))
-        kept_in = self.shelf.in_memory if key in self.shelf.in_memory else self.shelf.mapped
-        return Pixels(examples.labels, kept_in[key], self.normalise)
-
-    def _keep(self, key: Any, chunks: Iterator[Tensor], num_images: int) -> None:
-        """Put the pixels in memory if they fit, otherwise in a file; nothing is kept of a split that fails."""
-        first = next(chunks)
-        shape = (num_images, *first.shape[1:])
-        if first[0].numel() * num_images > self.shelf.left:
-            self.shelf.mapped[key] = map_bytes(chain([first], chunks), shape)
-            return
-        pixels, start = first.new_empty(shape), 0
-        for chunk in chain([first], chunks):
-            pixels[start : start + len(chunk)] = chunk
-            start += len(chunk)
-        self.shelf.in_memory[key] = pixels
+        if key not in self.shelf.pixels:
+            first = next(rest := self._chunks(examples, track, description))
+            chunks, shape = chain([first], rest), (len(examples), *first.shape[1:])
+            if math.prod(shape) > self.shelf.memory_left:
+                pixels = map_bytes(chunks, shape)
+            else:
+                pixels = first.new_empty(shape)
+                for place, chunk in zip(pixels.split(len(first)), chunks, strict=True):
+                    place.copy_(chunk)
+                self.shelf.memory_left -= pixels.numel()
+            self.shelf.pixels[key] = pixels
+        return Pixels(examples.labels, self.shelf.pixels[key], self.normalise)
 
     def _chunks(self, examples: Examples, track: Track, description: str) -> Iterator[Tensor]:
         """Decode and resize the images in their order, some at a time."""
@@ -130,60 +117,35 @@ class PixelStore:
         return [np.asarray(value) for value in values]
 
 
-def normaliser(processor: Any) -> Callable[[Tensor], Tensor]:
-    """Return the last steps of an image processor, rescaling and normalisation, as a function on uint8 batches."""
-    factor = processor.rescale_factor if processor.do_rescale else 1.0
-    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
-    shift = torch.tensor(mean).view(3, 1, 1)
-    scale = torch.tensor(std).view(3, 1, 1)
-
-    def normalise(pixels: Tensor) -> Tensor:
-        return (pixels.float() * factor - shift) / scale
-
-    return normalise
-
-
 def map_bytes(chunks: Iterable[Tensor], shape: tuple[int, ...]) -> Tensor:
     """Write chunks of uint8 one after the other to a temporary file and return them as one tensor that reads from it.
 
     On POSIX the file has no name once it is open: a process that is killed leaves nothing behind.
-
-    Args:
-        chunks: Together as many bytes as the shape has.
-        shape: Of the result.
-
-    Raises:
-        ValueError: If the folder for temporary files has no room for so much, or cannot be written or mapped.
     """
     size = math.prod(shape)
-    with _naming("the folder for temporary files", size):
-        folder = tempfile.gettempdir()
-    with _naming(folder, size):
-        if (free := shutil.disk_usage(folder).free) < size:
+    with _refusals_named(size):
+        if (free := shutil.disk_usage(tempfile.gettempdir()).free) < size:
             raise OSError(errno.ENOSPC, f"{free:,} bytes are free")
-        file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (only what fails in the file is named)
+        # Without a buffer: what one could not write, it would try again when it is closed.
+        file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (only what fails in the file is named)
     with file:
         for chunk in chunks:
-            with _naming(folder, size):
-                _write(file.fileno(), chunk)
-        with _naming(folder, size):
+            left = np.ascontiguousarray(chunk.numpy()).reshape(-1).data
+            while left:
+                with _refusals_named(size):
+                    left = left[os.write(file.fileno(), left) :]
+        with _refusals_named(size):
             os.fsync(file.fileno())  # Some file systems tell only now that they are full.
             return torch.from_numpy(np.memmap(file, np.uint8, mode="r+", shape=shape))
 
 
-def _write(number: int, chunk: Tensor) -> None:
-    """Write all of a chunk past any buffer: what a buffer could not write, it would try again when it is closed."""
-    left = np.ascontiguousarray(chunk.numpy()).reshape(-1).data
-    while left:
-        left = left[os.write(number, left) :]
-
-
 @contextmanager
-def _naming(folder: str, size: int) -> Iterator[None]:
+def _refusals_named(size: int) -> Iterator[None]:
     """Name the folder, the bytes and the cure where the system refuses."""
     try:
         yield
     except OSError as error:
+        folder = tempfile.tempdir or "the folder for temporary files"
         raise ValueError(
             f"{size:,} bytes of images, more than is kept in memory, cannot be put in {folder} ({error}); set TMPDIR to"
             " a folder with so much space"

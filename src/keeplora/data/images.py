@@ -3,9 +3,9 @@
 import zipfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 UNREADABLE_IMAGE = (OSError, SyntaxError, ValueError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error)
 """What Pillow and zipfile raise for a damaged, encrypted or missing image."""
@@ -25,25 +25,17 @@ class Examples:
         return len(self.labels)
 
     def image(self, index: int) -> Image.Image:
-        """Decode image `index` as RGB: turned as its EXIF data say, transparent parts on white, 16 bits cut to 8.
-
-        Raises:
-            ValueError: If it cannot be read; the message names it.
-        """
+        """Decode image `index` as RGB: turned as its EXIF data say, transparent parts on white, 16 bits cut to 8."""
         try:
             with self.load(index) as image:
                 return _as_rgb(image)
-        except (*UNREADABLE_IMAGE, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        except (*UNREADABLE_IMAGE, Image.DecompressionBombError) as error:
             raise ValueError(f"{self.origin(index)} is not a readable image ({error}); replace or remove it") from None
 
     def subset(self, indices: list[int]) -> "Examples":
         """Return some of the examples."""
-        return replace(
-            self,
-            labels=tuple(self.labels[i] for i in indices),
-            load=lambda i: self.load(indices[i]),
-            origin=lambda i: self.origin(indices[i]),
-        )
+        labels = tuple(self.labels[i] for i in indices)
+        return Examples(self.class_names, labels, lambda i: self.load(indices[i]), lambda i: self.origin(indices[i]))
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

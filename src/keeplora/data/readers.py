@@ -6,13 +6,14 @@ Everything that can be wrong with a user's data is found here, before training s
 import io
 import os
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import datasets as hf_datasets
+import datasets as hf
 import torch
 from PIL import Image
 
@@ -32,11 +33,8 @@ HOLD_OUT_SEED = 42
 def read_splits(spec: TaskSpec, evaluation: str) -> tuple[Examples, Examples]:
     """Read the training split of a task and the one to evaluate on (`test` or `validation`).
 
-    A task without a validation split gets one from its training images, drawn with a fixed seed, and trains on the
-    rest.
-
-    Raises:
-        ValueError: If data is missing, empty, or inconsistent; the message names the task and the place.
+    A missing validation split is drawn from the training images with a fixed seed, and the task trains on the rest. A
+    `ValueError` names the task, the place, and the first of all that is missing, empty, or inconsistent.
     """
     splits, problems = examine_splits(spec, evaluation)
     if problems:
@@ -50,10 +48,9 @@ def examine_splits(spec: TaskSpec, evaluation: str) -> tuple[dict[str, Examples]
     Where there is a problem, classes have the names and numbers that are stored.
     """
     try:
-        read = READERS.find(spec.reader)
+        stored = READERS.find(spec.reader)(spec)
     except ValueError as error:
         raise ValueError(f"task {spec.name!r}: {error}") from None
-    stored = read(spec)
     splits = {name: stored[name] for name in ("train", evaluation) if name in stored}
     if evaluation == "validation" and list(splits) == ["train"]:
         splits["train"], splits["validation"] = _hold_out(stored["train"])
@@ -102,49 +99,43 @@ def _named_for_prompts(spec: TaskSpec, splits: dict[str, Examples]) -> dict[str,
 
 
 def _read_folder(spec: TaskSpec) -> dict[str, Examples]:
-    """Read `SPLIT/CLASS/IMAGE` from a folder or a zip archive."""
+    """Read `SPLIT/CLASS/IMAGE` from a folder, through symbolic links too, or from a zip archive."""
     if spec.path.is_dir():
-        names = [path.relative_to(spec.path).as_posix() + "/" * path.is_dir() for path in _walk(spec.path)]
+        inside = os.walk(spec.path, followlinks=True)
+        paths = [Path(folder) / name for folder, folders, files in inside for name in [*folders, *files]]
+        names = [path.relative_to(spec.path).as_posix() + "/" * path.is_dir() for path in paths]
     elif zipfile.is_zipfile(spec.path):
         try:
             names = _archive(spec.path, os.getpid()).namelist()
         except zipfile.BadZipFile as error:
-            raise ValueError(f"task {spec.name!r}: {spec.path} is a damaged zip archive: {error}") from None
+            raise ValueError(f"{spec.path} is a damaged zip archive: {error}") from None
     else:
-        raise ValueError(
-            f"task {spec.name!r}: {spec.path} is neither a folder nor a zip archive; expected SPLIT/CLASS/IMAGE in it"
-        )
-    images = sorted(name for name in names if _is_image(name))
-    classes: dict[str, set[str]] = {}
-    for name in [*images, *(name for name in names if _is_class_folder(name))]:
-        split, label = PurePosixPath(name).parts[:2]
-        classes.setdefault(split, set()).add(label)
+        raise ValueError(f"{spec.path} is neither a folder nor a zip archive; expected SPLIT/CLASS/IMAGE in it")
+    images: dict[str, list[str]] = defaultdict(list)
+    classes: dict[str, set[str]] = defaultdict(set)
+    for name in sorted(names):
+        path = PurePosixPath(name)
+        if any(part.startswith((".", "__MACOSX")) for part in path.parts):
+            continue
+        is_image = path.suffix.lower() in IMAGE_SUFFIXES and len(path.parts) >= 3
+        if is_image:
+            images[path.parts[0]].append(name)
+        if is_image or (name.endswith("/") and len(path.parts) == 2):
+            classes[path.parts[0]].add(path.parts[1])
     if not classes:
-        raise ValueError(f"task {spec.name!r}: {spec.path} holds no image at SPLIT/CLASS/IMAGE")
-    return {split: _folder_split(spec, split, images, tuple(sorted(labels))) for split, labels in classes.items()}
+        raise ValueError(f"{spec.path} holds no image at SPLIT/CLASS/IMAGE")
+    return {split: _folder_split(spec, images[split], sorted(labels)) for split, labels in classes.items()}
 
 
-def _folder_split(spec: TaskSpec, split: str, images: list[str], class_names: tuple[str, ...]) -> Examples:
-    mine = [name for name in images if name.startswith(f"{split}/")]
-    number = {label: i for i, label in enumerate(class_names)}
-
+def _folder_split(spec: TaskSpec, names: list[str], class_names: list[str]) -> Examples:
     def load(i: int) -> Image.Image:
         if spec.path.is_dir():
-            return Image.open(spec.path / mine[i])
-        return Image.open(io.BytesIO(_archive(spec.path, os.getpid()).read(mine[i])))
+            return Image.open(spec.path / names[i])
+        return Image.open(io.BytesIO(_archive(spec.path, os.getpid()).read(names[i])))
 
-    return Examples(
-        class_names=class_names,
-        labels=tuple(number[PurePosixPath(name).parts[1]] for name in mine),
-        load=load,
-        origin=lambda i: f"task {spec.name!r}: {spec.path / mine[i]}",
-    )
-
-
-def _walk(root: Path) -> Iterator[Path]:
-    """Yield everything below a folder, through symbolic links too."""
-    for folder, folders, files in os.walk(root, followlinks=True):
-        yield from (Path(folder) / name for name in [*folders, *files])
+    number = {label: i for i, label in enumerate(class_names)}
+    labels = tuple(number[PurePosixPath(name).parts[1]] for name in names)
+    return Examples(tuple(class_names), labels, load, lambda i: f"task {spec.name!r}: {spec.path / names[i]}")
 
 
 @lru_cache(maxsize=64)
@@ -156,38 +147,29 @@ def _archive(path: Path, process: int) -> zipfile.ZipFile:
 def _read_dataset(spec: TaskSpec) -> dict[str, Examples]:
     """Read a Hugging Face `DatasetDict` saved to disk, or one of the hub by name."""
     try:
-        loaded = (
-            hf_datasets.load_from_disk(str(spec.path)) if spec.path.is_dir() else hf_datasets.load_dataset(spec.hub)
-        )
-    except (FileNotFoundError, ConnectionError, hf_datasets.exceptions.DatasetNotFoundError) as error:
-        raise ValueError(
-            f"task {spec.name!r}: {spec.path} is no dataset on disk, nor can the hub be asked: {error}"
-        ) from None
-    if not isinstance(loaded, hf_datasets.DatasetDict):
-        raise ValueError(f"task {spec.name!r}: {spec.path} is one split; save a DatasetDict with train and test")
+        loaded = hf.load_from_disk(str(spec.path)) if spec.path.is_dir() else hf.load_dataset(spec.hub)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise ValueError(f"{spec.path} is no dataset on disk, nor can the hub be asked: {error}") from None
+    if not isinstance(loaded, hf.DatasetDict):
+        raise ValueError(f"{spec.path} is one split; save a DatasetDict with train and test")
     return {split: _dataset_split(spec, split, rows) for split, rows in loaded.items()}
 
 
 def _dataset_split(spec: TaskSpec, split: str, rows: Any) -> Examples:
     for column in (spec.image_column, spec.label_column):
         if column not in rows.column_names:
-            raise ValueError(
-                f"task {spec.name!r}: {split} has no column {column!r}; it has {', '.join(rows.column_names)}."
-                " Set image_column and label_column"
-            )
-    feature = rows.features[spec.label_column]
-    labels = rows[spec.label_column]
-    if isinstance(feature, hf_datasets.ClassLabel):
+            there = ", ".join(rows.column_names)
+            raise ValueError(f"{split} has no column {column!r}; it has {there}. Set image_column and label_column")
+    feature, labels = rows.features[spec.label_column], rows[spec.label_column]
+    if isinstance(feature, hf.ClassLabel):
         class_names = tuple(feature.names)
     else:
         class_names = tuple(sorted({str(label) for label in labels if label is not None}))
         labels = [None if label is None else class_names.index(str(label)) for label in labels]
     for i, label in enumerate(labels):
         if label is None or not 0 <= label < len(class_names):
-            raise ValueError(
-                f"task {spec.name!r}: {split} row {i} has label {label}, out of range for {len(class_names)} classes"
-            )
-    images = rows.cast_column(spec.image_column, hf_datasets.Image(decode=False))
+            raise ValueError(f"{split} row {i} has label {label}, out of range for {len(class_names)} classes")
+    images = rows.cast_column(spec.image_column, hf.Image(decode=False))
 
     def load(i: int) -> Image.Image:
         stored = images[i][spec.image_column]
@@ -201,29 +183,13 @@ Reader = Callable[[TaskSpec], dict[str, Examples]]
 READERS: Registry[Reader] = Registry("reader", {"folder": _read_folder, "dataset": _read_dataset})
 
 
-def _is_image(name: str) -> bool:
-    path = PurePosixPath(name)
-    return path.suffix.lower() in IMAGE_SUFFIXES and len(path.parts) >= 3 and not _is_hidden(path)
-
-
-def _is_class_folder(name: str) -> bool:
-    path = PurePosixPath(name)
-    return name.endswith("/") and len(path.parts) == 2 and not _is_hidden(path)
-
-
-def _is_hidden(path: PurePosixPath) -> bool:
-    return any(part.startswith((".", "__MACOSX")) for part in path.parts)
-
-
 def _hold_out(train: Examples) -> tuple[Examples, Examples]:
     """Split every class, so that none loses all its images to one side."""
     generator = torch.Generator().manual_seed(HOLD_OUT_SEED)
-    kept: list[int] = []
-    held: list[int] = []
+    held: set[int] = set()
     for label in range(len(train.class_names)):
         members = [i for i, other in enumerate(train.labels) if other == label]
-        order = [members[i] for i in torch.randperm(len(members), generator=generator)]
-        cut = max(1, round(HELD_OUT * len(order)))
-        held += order[:cut]
-        kept += order[cut:]
-    return train.subset(sorted(kept)), train.subset(sorted(held))
+        order = torch.randperm(len(members), generator=generator)
+        held |= {members[i] for i in order[: max(1, round(HELD_OUT * len(members)))]}
+    kept = [i for i in range(len(train)) if i not in held]
+    return train.subset(kept), train.subset(sorted(held))

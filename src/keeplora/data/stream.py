@@ -8,33 +8,21 @@ from pathlib import Path
 
 from keeplora.data.benchmark import TaskSpec, read_benchmark
 
+Names = tuple[str, ...]
+
 
 def stream_of(
-    benchmark: str,
-    *,
-    order: int = 0,
-    first_tasks: int | None = None,
-    more: tuple[str, ...] = (),
-    without: tuple[str, ...] = (),
+    benchmark: str, *, order: int = 0, first_tasks: int | None = None, more: Names = (), without: Names = ()
 ) -> tuple[TaskSpec, ...]:
-    """Return the tasks of a stream, in their order.
+    """Return the tasks of a stream: those of a benchmark, given by name or path, then those of more benchmarks.
 
-    Args:
-        benchmark: Name of a benchmark, or path of its TOML file.
-        order: 0 for the benchmark's own order, k for the k-th random one, each another than those before.
-        first_tasks: Take only this many tasks of it, the first ones.
-        more: Benchmarks whose tasks follow; a task of the same name and data comes once.
-        without: Names of tasks to leave out.
-
-    Raises:
-        ValueError: If a benchmark is wrong, its tasks have fewer orders than the number of this one, two different
-            tasks have one name, or a task to leave out is not there.
+    Order 0 is the benchmark's own, k the k-th random one, each another than those before; of it come the first tasks. A
+    task of the same name and data comes once, one that is named in `without` not at all.
     """
     specs = read_benchmark(benchmark).tasks
     if order >= (num_orders := math.factorial(len(specs))):
         raise ValueError(f"order = {order}: {len(specs)} tasks have only the orders 0 to {num_orders - 1}")
-    first = [specs[place] for place in _permutation(order, len(specs))][:first_tasks]
-    stream = {spec.name: spec for spec in first}
+    stream = {specs[i].name: specs[i] for i in _permutation(order, len(specs))[:first_tasks]}
     for another in more:
         for spec in read_benchmark(another).tasks:
             if resolved(stream.setdefault(spec.name, spec)) != resolved(spec):
@@ -61,11 +49,11 @@ def absolute(benchmark: str) -> str:
 @cache
 def _permutation(number: int, size: int) -> tuple[int, ...]:
     """Return 0 to size - 1 in the number-th distinct order; number 0 is the identity, the others are random."""
-    found = {(identity := tuple(range(size))): None}
+    found = {tuple(range(size)): None}
     seed = 0
     while len(found) <= number:
         seed += 1
-        places = list(identity)
+        places = list(range(size))
         random.Random(seed).shuffle(places)
         found[tuple(places)] = None
     return list(found)[number]

@@ -14,7 +14,6 @@ from keeplora.layers.named_tensors import NamedTensors
 from keeplora.layers.statistics import Accumulator, ExactGradient, collect, require_finite
 from keeplora.progress import Track, silent
 from keeplora.subspace import linear_algebra as linalg
-from keeplora.subspace.certificate import share_of_norm
 from keeplora.subspace.gradient_sketch import GradientSketch
 from keeplora.task import Task
 
@@ -119,7 +118,7 @@ def residuals_of(gradients: dict[str, Tensor], bases: dict[str, Tensor]) -> Resi
         gradient = gradients.pop(name)  # Given free at once, so that not all of them are there twice.
         found.rows[name] = linalg.project_out(gradient, basis)
         found.norms[name] = float(gradient.norm())
-        found.surviving[name] = share_of_norm(found.rows[name], gradient)
+        found.surviving[name] = linalg.share_of_norm(found.rows[name], gradient)
     return found
 
 

@@ -1,8 +1,7 @@
 """The last layer of a CLIP vision tower, computed for the one row that its features are read from.
 
-The tower's answer is the first row of the last layer's output. That layer's keys and values need all rows; its queries,
-output projection and feed-forward part need the first alone. What is left out is about five sixths of the layer's work,
-in both directions. Features, gradients and everything before the layer are the same.
+The tower's answer is the first row of the last layer's output. Only that layer's keys and values need the other rows:
+about five sixths of its work, in both directions, are left out. Features and gradients are the same.
 """
 
 from collections.abc import Iterator
@@ -23,9 +22,8 @@ from keeplora.layers.module_state import is_compiled, is_watched
 def only_the_pooled_row(model: nn.Module) -> Iterator[None]:
     """Let the vision tower's last layer compute only the first row, and so return it alone: `[n, 1, d]`.
 
-    For what reads the tower's pooled features and nothing else. A tower that is watched by hooks, recomputed in the
-    backward pass, or of other parts than CLIP's and LoRA's computes all rows as ever: the inputs of its projections are
-    then what a statistic expects. So does a compiled one: it would be compiled anew each time.
+    For what reads the tower's pooled features and nothing else. A tower that is watched by hooks (statistics expect all
+    rows), recomputed in the backward pass, compiled, or of other parts than CLIP's and LoRA's computes all rows.
     """
     lent = {layer: partial(_forward, layer) for layer in _last_layers(model) if "forward" not in vars(layer)}
     for layer, forward in lent.items():
@@ -42,9 +40,7 @@ def _last_layers(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the last vision layer of every CLIP inside a model that is as transformers made it."""
     if any(map(is_compiled, model.modules())):
         return
-    for clip in model.modules():
-        if type(clip) is not CLIPModel:
-            continue
+    for clip in (module for module in model.modules() if type(module) is CLIPModel):
         tower: Any = clip.vision_model
         encoder: Any = getattr(tower, "encoder", None)
         is_stock = type(tower) is CLIPVisionModel and type(encoder) is CLIPEncoder
@@ -54,11 +50,7 @@ def _last_layers(model: nn.Module) -> Iterator[nn.Module]:
 
 def _is_plain(layer: Any) -> bool:
     """Say whether a layer is CLIP's own, and nobody looks at what happens inside."""
-    if (
-        type(layer) is not CLIPEncoderLayer
-        or type(layer.self_attn) is not CLIPAttention
-        or type(layer.mlp) is not CLIPMLP
-    ):
+    if type(layer) is not CLIPEncoderLayer or (type(layer.self_attn), type(layer.mlp)) != (CLIPAttention, CLIPMLP):
         return False
     attention, mlp = layer.self_attn, layer.mlp
     linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj, mlp.fc1, mlp.fc2)

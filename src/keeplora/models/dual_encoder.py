@@ -1,7 +1,6 @@
 """Dual encoders of Hugging Face (CLIP, SigLIP): images and class prompts meet in one space.
 
-The classifier of a task is the text features of its class prompts. The loss is the cross-entropy over them at the
-model's own logit scale, so that both towers learn.
+The classifier of a task is the text features of its class prompts; the loss is the cross-entropy over them.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,7 +20,7 @@ from keeplora.data.cache import Pixels, PixelStore
 from keeplora.data.readers import read_splits
 from keeplora.layers.module_state import device_of, evaluation_mode
 from keeplora.models.clip_last_layer import only_the_pooled_row
-from keeplora.models.interfaces import StreamTask
+from keeplora.models.interfaces import Family, StreamTask
 from keeplora.progress import Track
 from keeplora.task import Batch, DeferredGradient, to_device
 
@@ -59,11 +58,9 @@ class ClassificationTask(StreamTask):
         self._is_frozen = False
 
     def batches(self) -> Iterable[Batch]:
-        """Return the training batches, in a new order each time; the orders follow from the seed."""
         return self._train
 
     def test_batches(self) -> Iterable[Batch]:
-        """Return the held-out batches."""
         return self._test
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -84,16 +81,10 @@ class ClassificationTask(StreamTask):
         return logits if self.head is None else logits + scale * self.head.to(images.device)(images)
 
     def predict(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the most likely class of every image, `[n]`."""
         return self.outputs(model, batch).argmax(dim=-1)
 
     def references(self, batch: Batch) -> Tensor:
-        """Return the labels, `[n]`."""
         return cast(Tensor, batch["labels"])
-
-    def weight(self, batch: Batch) -> int:
-        """Return the number of images in a batch."""
-        return len(batch["labels"])
 
     def padding_mask(self, layer: str, batch: Batch) -> Tensor | None:
         """Leave the padding of the prompts out of the text tower's statistics."""
@@ -101,25 +92,21 @@ class ClassificationTask(StreamTask):
 
     def start_head(self, model: nn.Module) -> nn.Module:
         """Start the task's cosine classifier from the class means of its normalised training features."""
-        num_classes = len(self.prompts["input_ids"])
-        sums: Tensor | None = None
+        num_classes, sums = len(self.prompts["input_ids"]), None
         with torch.no_grad(), evaluation_mode(model):
-            on_device = (to_device(batch, device_of(model)) for batch in self.batches())
-            for part in (part for batch in on_device for part in self.micro_batches(batch)):
-                features = F.normalize(_image_features(model, part).float(), dim=-1)
-                sums = features.new_zeros(num_classes, features.shape[1]) if sums is None else sums
-                sums.index_add_(0, part["labels"], features)
+            for batch in self.batches():
+                for part in self.micro_batches(to_device(batch, device_of(model))):
+                    features = F.normalize(_image_features(model, part).float(), dim=-1)
+                    sums = features.new_zeros(num_classes, features.shape[1]) if sums is None else sums
+                    sums.index_add_(0, part["labels"], features)
         assert sums is not None
-        self.head = CosineHead(F.normalize(sums, dim=-1))
-        return self.head
+        return self.load_head({"weight": F.normalize(sums, dim=-1)})
 
     def load_head(self, weights: dict[str, Tensor]) -> nn.Module:
-        """Take up a classifier again from its weights."""
         self.head = CosineHead(weights["weight"])
         return self.head
 
     def generators(self) -> tuple[torch.Generator, ...]:
-        """Return the generator of the order of the training batches."""
         return (self._order,)
 
     def micro_batches(self, batch: Batch) -> Iterable[Batch]:
@@ -147,24 +134,17 @@ class ClassificationTask(StreamTask):
             return self._text_features
         prompts = to_device(self.prompts, device_of(model))
         features = F.normalize(_pooled(cast(Any, model).get_text_features(**prompts)), dim=-1)
-        if not self._is_frozen:
-            return features
-        if features.requires_grad:
+        if self._is_frozen and features.requires_grad:
             self._deferred.append(DeferredGradient(features))
             features = self._deferred[-1].leaf
-        self._text_features = features
+        self._text_features = features if self._is_frozen else None
         return features
 
 
-class DualEncoder:
+class DualEncoder(Family):
     """Loads a dual encoder and makes classification tasks for it."""
 
     def load(self, name: str) -> nn.Module:
-        """Load a model in float32 by hub name or folder.
-
-        Raises:
-            ValueError: If its weights cannot be read, or some are missing.
-        """
         try:
             model, info = AutoModel.from_pretrained(
                 name, dtype=torch.float32, output_loading_info=True, use_safetensors=True
@@ -181,11 +161,6 @@ class DualEncoder:
     def tasks(
         self, name: str, specs: tuple[TaskSpec, ...], *, batch_size: int, evaluation: str, seed: int, track: Track
     ) -> list[StreamTask]:
-        """Read every task's images and tokenise its prompts.
-
-        Raises:
-            ValueError: If data is missing, inconsistent, or unreadable, or a prompt is longer than the context.
-        """
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
             processor = AutoImageProcessor.from_pretrained(name, backend="pil")
@@ -194,24 +169,18 @@ class DualEncoder:
         store = PixelStore(processor)
         tasks: list[StreamTask] = []
         for index, spec in enumerate(specs):
-            train, test = read_splits(spec, evaluation)
-            prompts = tokenise(
-                tokenizer, [spec.template.replace("{}", label) for label in train.class_names], spec.name
+            splits = dict(zip(("train", evaluation), read_splits(spec, evaluation), strict=True))
+            texts = [spec.template.replace("{}", label) for label in splits["train"].class_names]
+            prompts = tokenise(tokenizer, texts, spec.name)
+            train, test = (
+                store.read(examples, track, f"{spec.name}: reading {split}") for split, examples in splits.items()
             )
-            task = ClassificationTask(
-                spec.name,
-                store.read(train, track, f"{spec.name}: reading train"),
-                store.read(test, track, f"{spec.name}: reading {evaluation}"),
-                prompts,
-                batch_size=batch_size,
-                seed=seed + index,
-            )
+            task = ClassificationTask(spec.name, train, test, prompts, batch_size=batch_size, seed=seed + index)
             task.epochs, task.metric = spec.epochs, spec.metric
             tasks.append(task)
         return tasks
 
     def save(self, model: nn.Module, name: str, folder: Path) -> None:
-        """Write the model with its tokenizer and image processor."""
         cast(Any, model).save_pretrained(folder)
         AutoTokenizer.from_pretrained(name).save_pretrained(folder)
         AutoImageProcessor.from_pretrained(name, backend="pil").save_pretrained(folder)
@@ -222,9 +191,6 @@ def tokenise(tokenizer: Any, texts: list[str], task: str) -> dict[str, Tensor]:
 
     A tokenizer that gives no attention mask (SigLIP's) belongs to a model that was trained on full-length prompts and
     reads its answer at the last position; there every row is real, and prompts are padded to the whole context.
-
-    Raises:
-        ValueError: If a prompt is longer than the model's context.
     """
     masked = "attention_mask" in tokenizer.model_input_names
     longest = max(len(ids) for ids in tokenizer(texts)["input_ids"])

@@ -35,12 +35,12 @@ class Family(Protocol):
     """How to load one kind of model, make tasks for it, and save it again."""
 
     def load(self, name: str) -> nn.Module:
-        """Load a model in float32 by hub name or folder."""
+        """Load a model in float32 by hub name or folder; raise a `ValueError` if weights are unreadable or missing."""
 
     def tasks(
         self, name: str, specs: tuple[TaskSpec, ...], *, batch_size: int, evaluation: str, seed: int, track: Track
     ) -> list[StreamTask]:
-        """Read, check and prepare the data of every task for the model called `name`."""
+        """Read, check and prepare the data of every task for the model `name`; a `ValueError` says what is wrong."""
 
     def save(self, model: nn.Module, name: str, folder: Path) -> None:
         """Write the model, and what is needed to use it, so that `from_pretrained` loads the folder."""

@@ -8,13 +8,7 @@ from keeplora.models.dual_encoder import DualEncoder
 from keeplora.models.interfaces import Family
 from keeplora.registry import Registry, load_extensions
 
-FAMILIES: Registry[type[Family]] = Registry(
-    "model type",
-    {
-        "clip": DualEncoder,
-        "siglip": DualEncoder,
-    },
-)
+FAMILIES: Registry[type[Family]] = Registry("model type", {"clip": DualEncoder, "siglip": DualEncoder})
 
 EMBEDDED = {"mini": Path(__file__).parents[1] / "data" / "mini" / "model"}
 """Models that come with the package, by name."""
@@ -26,25 +20,17 @@ def locate(model: str) -> str:
 
 
 def family_of(model: str) -> Family:
-    """Find the family of a model by its hub name or folder.
-
-    Raises:
-        ValueError: If the model cannot be found or is of no known family; the message lists the known ones.
-    """
+    """Find the family of a model by its hub name or folder, or raise a `ValueError` that lists the known ones."""
     load_extensions()  # They may teach transformers new types.
     try:
         if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).is_dir():
             raise ValueError("there is no such folder, and no name on the hub looks like this")
         model_type = AutoConfig.from_pretrained(locate(model)).model_type
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        known = ", ".join(EMBEDDED)
         raise ValueError(
-            f"model {model!r} is neither an embedded model ({known}), nor a folder with a Hugging Face model, nor on"
-            f" the hub: {reason}"
+            f"model {model!r} is neither an embedded model ({', '.join(EMBEDDED)}), nor a folder with a Hugging Face"
+            f" model, nor on the hub: {str(error).strip().splitlines()[0]}"
         ) from None
-    try:
-        return FAMILIES.find(model_type)()
-    except ValueError:
-        known = ", ".join(FAMILIES)
-        raise ValueError(f"model {model!r} is of type {model_type!r}; known types: {known}") from None
+    if model_type not in FAMILIES:
+        raise ValueError(f"model {model!r} is of type {model_type!r}; known types: {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]()

@@ -18,7 +18,6 @@ from keeplora.layers.module_state import device_of
 from keeplora.layers.weights import digest_of
 from keeplora.methods.base import Method, Step, TaskRecord
 from keeplora.methods.registry import find_method
-
 from keeplora.models.interfaces import StreamTask
 from keeplora.progress import Track, silent
 from keeplora.report.html import page

@@ -18,8 +18,7 @@ from keeplora.runs.directory import UNFINISHED, RunDirectory
 from keeplora.task import to_device
 from keeplora.training.checkpoints import Checkpoints
 from keeplora.training.profiling import Clock
-from keeplora.training.random_state import capture_random, restore_random
-from keeplora.training.state_file import State, from_bytes, pack
+from keeplora.training.state_file import State, capture_random, from_bytes, pack, restore_random
 
 
 @dataclass

@@ -1,10 +1,9 @@
 """A gradient that is never formed: a two-sided random sketch of the sum of outer products that it is.
 
-The gradient of a linear layer is `deltas.T @ inputs` over the rows of all batches, `[d_out, d_in]`. Two random maps,
-drawn once from a seed, shrink it from either side while the rows pass by; afterwards the two small pictures give its
-leading directions (the one-pass algorithm of Tropp, Yurtsever, Udell and Cevher, "Practical sketching algorithms for
-low-rank matrix approximation", SIAM J. Matrix Anal. Appl. 2017). Memory is `(d_out + d_in) * (k + l)` numbers a layer
-in place of `d_out * d_in`. Sketches are linear: those of several processes add up to the sketch of all.
+Two random maps, drawn once from a seed, shrink the gradient `deltas.T @ inputs` of a linear layer from either side
+while the rows pass by; afterwards the two small pictures give its leading directions (the one-pass algorithm of Tropp,
+Yurtsever, Udell and Cevher, "Practical sketching algorithms for low-rank matrix approximation", SIAM J. Matrix Anal.
+Appl. 2017). Sketches are linear: those of several processes add up to the sketch of all.
 """
 
 import math
@@ -25,16 +24,8 @@ class GradientSketch:
     """The sketch of one layer's gradient."""
 
     def __init__(self, d_out: int, basis: Tensor, rank: int, *, seed: int) -> None:
-        """Draw the random maps.
-
-        Args:
-            d_out: The outputs of the layer.
-            basis: `[d_in, k]`, what will be projected out of the inputs.
-            rank: How many directions will be asked for.
-            seed: Of the random maps; processes that share a layer must use the same.
-        """
-        d_in = len(basis)
-        generator = torch.Generator().manual_seed(seed)
+        """Draw the maps, by one seed in all processes; `basis` is projected out, and `rank` directions are wanted."""
+        generator, d_in = torch.Generator().manual_seed(seed), len(basis)
         k, m = (min(width * rank, d_out, d_in) for width in (RANGE, CORANGE))
         self.basis = basis
         right = torch.randn(k, d_in, generator=generator).to(basis)
@@ -42,17 +33,14 @@ class GradientSketch:
         self.left = torch.randn(m, d_out, generator=generator).to(basis)
         self.range = basis.new_zeros(d_out, k)
         self.corange = basis.new_zeros(m, d_in)
+        self.sums = (self.range, self.corange)
+        """What several processes have to add up, in place."""
 
     def add(self, inputs: Tensor, output_gradients: Tensor, weight: float = 1.0) -> None:
         """Add `weight * output_gradients.T @ inputs`, for rows `[n, d_in]` and `[n, d_out]` of any floating type."""
         deltas, inputs = output_gradients.float(), inputs.float()
         self.range.addmm_(deltas.T, inputs @ self.right, alpha=weight)
         self.corange.addmm_(self.left @ deltas.T, inputs, alpha=weight)
-
-    @property
-    def sums(self) -> tuple[Tensor, Tensor]:
-        """What several processes have to add up, in place."""
-        return self.range, self.corange
 
     @property
     def norm(self) -> float:
@@ -62,14 +50,10 @@ class GradientSketch:
     @property
     def surviving_share(self) -> float:
         """An estimate of the share of that norm that projecting the basis out leaves."""
-        norm = float(self.corange.norm())
-        return float(linalg.project_out(self.corange, self.basis).norm()) / norm if norm > 0 else 0.0
+        return linalg.share_of_norm(linalg.project_out(self.corange, self.basis), self.corange)
 
     def top(self, rank: int) -> tuple[Tensor, Tensor]:
-        """Return the leading singular values `[n]` and right singular vectors `[n, d_in]` of the residual, `n <= rank`.
-
-        They are approximate, and the better the faster the singular values fall off.
-        """
+        """Approximate the leading singular values `[n]` and right singular vectors `[n, d_in]` left, `n <= rank`."""
         u, sizes, _ = torch.linalg.svd(self.range, full_matrices=False)
         q = u[:, sizes > NOISE * sizes.max()]  # What a gradient of lower rank leaves empty holds rounding alone.
         if q.shape[1] == 0:

@@ -1,4 +1,4 @@
-"""Linear algebra of protected subspaces: pure functions on tensors, no model, no configuration, no file.
+"""Linear algebra of protected subspaces, in float32 or float64, whichever the caller hands in.
 
 Shapes, everywhere in this project (weights are stored as `nn.Linear` stores them):
 
@@ -8,8 +8,6 @@ Shapes, everywhere in this project (weights are stored as `nn.Linear` stores the
     rows              [n, d_in]      any stack of vectors on the input side
     gram              [d_in, d_in]   sum of outer products of input rows
     a, b              [r, d_in], [d_out, r]   LoRA factors; the update is `scaling * b @ a`
-
-All computations are in float32 or float64, whichever the caller hands in; half precision is refused.
 """
 
 from typing import cast
@@ -37,17 +35,9 @@ EXACT_BELOW = 256
 
 
 def energy_rank(energies: Tensor, share: float, *, covered: float = 0.0, total: float | None = None) -> int:
-    """Count the fewest leading directions whose energy reaches a share of the total.
+    """Return the smallest `n` with `covered + energies[:n].sum() >= share * total`, at most `len(energies)`.
 
-    Args:
-        energies: `[n]`, squared singular values or eigenvalues of a gram, largest first.
-        share: The share of the total energy to reach, in (0, 1].
-        covered: Energy that is already covered by directions outside `energies`.
-        total: The energy that `share` refers to; `covered + energies.sum()` if not given.
-
-    Returns:
-        The smallest `n` with `covered + energies[:n].sum() >= share * total`, or `len(energies)` where rounding
-        keeps the sum below it.
+    The energies are squared singular values or eigenvalues, largest first; the total is theirs and what is covered.
     """
     reached = covered + energies.cpu().double().clamp_min(0).cumsum(0)
     total = float(reached[-1]) if total is None else total
@@ -57,37 +47,25 @@ def energy_rank(energies: Tensor, share: float, *, covered: float = 0.0, total: 
 
 
 def top_directions(gram: Tensor, share: float, *, covered: float = 0.0, total: float | None = None) -> Tensor:
-    """Return the fewest leading eigenvectors of a gram that reach a share of the energy, `[d_in, m]`.
-
-    With `gram = weight.T @ weight` these are the leading right singular vectors of the weight. A gram is symmetric: its
-    lower half is read.
-    """
-    _require_full_precision(gram)
-    eigenvalues, eigenvectors = torch.linalg.eigh(gram)
-    m = energy_rank(eigenvalues.flip(0), share, covered=covered, total=total)
-    return cast(Tensor, eigenvectors.T[len(gram) - m :].flip(0).T)  # Its memory is column by column, as LAPACK's.
+    """Return the fewest leading eigenvectors of a gram that reach a share of the energy, `[d_in, m]`."""
+    energies, directions = spectrum(gram)
+    return directions[:, : energy_rank(energies, share, covered=covered, total=total)]
 
 
 def principal_directions(weight: Tensor, share: float) -> Tensor:
-    """Return the fewest leading right singular vectors of a weight that reach a share of its energy, `[d_in, m]`.
-
-    The eigenproblem is that of the smaller side: where a layer has fewer outputs than inputs, the left singular vectors
-    come first and give the right ones.
-    """
+    """Return the fewest leading right singular vectors of a weight that reach a share of its energy, `[d_in, m]`."""
     d_out, d_in = weight.shape
     if d_out >= d_in:
         return top_directions(weight.T @ weight, share)
-    left = top_directions(weight @ weight.T, share)
-    rows = left.T @ weight
+    rows = top_directions(weight @ weight.T, share).T @ weight  # The smaller eigenproblem: left vectors give the right.
     return _orthonormalised(rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)).T
 
 
 def residual_directions(gram: Tensor, basis: Tensor, share: float) -> Tensor:
     """Return the fewest directions `[d_in, m]` outside a basis that bring the energy it covers to a share of the total.
 
-    They are the leading eigenvectors of `residual_gram`, orthonormal and orthogonal to the basis. A basis that takes a
-    good part of the space leaves a smaller eigenproblem: that of the gram in coordinates of its orthogonal complement,
-    to which Householder reflections lead and bring back.
+    They are the leading eigenvectors of `residual_gram`, orthonormal and orthogonal to the basis. Where a basis takes a
+    good part of the space, Householder reflections lead to the smaller eigenproblem of its complement and back.
     """
     _require_full_precision(gram)
     d_in, k = basis.shape
@@ -106,11 +84,10 @@ def residual_directions(gram: Tensor, basis: Tensor, share: float) -> Tensor:
 def spectrum(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Return the eigenvalues `[d_in]` of a gram, largest first, and its eigenvectors `[d_in, d_in]` in that order.
 
-    With `gram = weight.T @ weight` these are the squared singular values and the right singular vectors of the weight.
-    A gram is symmetric: its lower half is read.
+    For `weight.T @ weight` these are a weight's squared singular values and right singular vectors.
     """
     _require_full_precision(gram)
-    eigenvalues, eigenvectors = torch.linalg.eigh(gram)
+    eigenvalues, eigenvectors = torch.linalg.eigh(gram)  # Reads the lower half: a gram is symmetric.
     return eigenvalues.flip(0), eigenvectors.flip(1)
 
 
@@ -135,11 +112,10 @@ def residual_gram(gram: Tensor, basis: Tensor) -> Tensor:
 def orthonormal_rows(rows: Tensor, basis: Tensor) -> Tensor:
     """Turn unit rows into orthonormal ones that are orthogonal to a basis, `[<= n, d_in]`, spanning what is left.
 
-    Projects twice, so that rows which were nearly inside the basis lose what rounding left of it. What the basis and
-    the other rows already span is dropped.
+    What the basis and the other rows already span is dropped.
     """
     _require_full_precision(rows)
-    for _ in range(2):
+    for _ in range(2):  # Rows that were nearly inside the basis lose what rounding left of it.
         rows = _orthonormalised(project_out(rows, basis))
     return rows.contiguous()
 
@@ -165,18 +141,13 @@ def extend(basis: Tensor, directions: Tensor) -> Tensor:
     """
     if directions.shape[1] == 0 or basis.shape[0] == basis.shape[1]:
         return basis
-    added = orthonormal_rows(directions.T, basis).T
-    return torch.cat([basis, added], dim=1)
+    return torch.cat([basis, orthonormal_rows(directions.T, basis).T], dim=1)
 
 
 def low_rank(matrix: Tensor, r: int, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Return the best rank-r factors `(u [m, r], s [r], vh [r, n])`, so that `u * s @ vh` is close to `matrix`.
 
-    Small matrices take the exact SVD; large ones the randomised SVD of Halko, Martinsson and Tropp (2011) with
-    oversampling and power iterations, seeded, so that equal input gives equal output.
-
-    Raises:
-        ValueError: If `r` is not between 1 and the smaller side of the matrix.
+    Small matrices take the exact SVD; large ones the seeded randomised SVD of Halko, Martinsson and Tropp (2011).
     """
     _require_full_precision(matrix)
     smaller = min(matrix.shape)
@@ -186,35 +157,20 @@ def low_rank(matrix: Tensor, r: int, *, seed: int = 0) -> tuple[Tensor, Tensor, 
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     else:
         with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
-            _seed(matrix.device, seed)
+            if matrix.is_cuda:  # Only what draws is seeded, and restored.
+                torch.cuda.default_generators[matrix.device.index].manual_seed(seed)
+            else:
+                (torch.default_generator if matrix.is_cpu else torch).manual_seed(seed)
             u, s, v = torch.svd_lowrank(matrix, q=OVERSAMPLING * r, niter=POWER_ITERATIONS)
         vh = v.T
     return u[:, :r].contiguous(), s[:r].contiguous(), vh[:r].contiguous()
 
 
-def _seed(device: torch.device, seed: int) -> None:
-    """Seed the generator that draws on a device, and on a CPU or a CUDA device no other."""
-    if device.type == "cpu":
-        torch.default_generator.manual_seed(seed)
-    elif device.type == "cuda":
-        torch.cuda.default_generators[device.index].manual_seed(seed)
-    else:
-        torch.manual_seed(seed)
-
-
 def truncated(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the best rank-r approximation of the product `b @ a` as factors, without ever forming the product.
+    """Return the best rank-r factors `a [m, d_in]` and `b [d_out, m]` of a product `b @ a`, and its singular values.
 
-    QR of both factors leaves a core no larger than their rank, whose SVD is that of the product.
-
-    Args:
-        a: `[n, d_in]`.
-        b: `[d_out, n]`.
-        r: The rank to keep, at least 1.
-
-    Returns:
-        Factors `a [m, d_in]` and `b [d_out, m]` that share the singular values evenly, with `m <= r`, and all singular
-        values of the product, largest first; those from `m` on are what is lost.
+    The factors share the values evenly; those from `m <= r` on are lost. The product is never formed: QR of both
+    factors leaves a core no larger than their rank, whose SVD is that of the product.
     """
     _require_full_precision(a)
     q_in, core_in = torch.linalg.qr(a.T)
@@ -226,10 +182,15 @@ def truncated(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def orthonormality_error(basis: Tensor) -> float:
     """Return `max |basis^T basis - I|`, 0 for an empty basis."""
-    if basis.shape[1] == 0:
-        return 0.0
-    identity = torch.eye(basis.shape[1], dtype=basis.dtype, device=basis.device)
-    return float((basis.T @ basis - identity).abs().max())
+    error = basis.T @ basis
+    error.diagonal().sub_(1)
+    return float(error.abs().max()) if error.numel() else 0.0
+
+
+def share_of_norm(part: Tensor, whole: Tensor) -> float:
+    """Return `||part||_F / ||whole||_F`, 0 for nothing of nothing."""
+    norm = float(whole.norm())
+    return float(part.norm()) / norm if norm > 0 else 0.0
 
 
 def _require_full_precision(matrix: Tensor) -> None:

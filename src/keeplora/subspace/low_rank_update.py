@@ -29,23 +29,16 @@ class Cut:
 
 
 def summed(adapters: list[Factors]) -> Factors:
-    """Return factors whose product is the sum of all updates of a layer: `a [n, d_in]` and `b [d_out, n]`.
-
-    Exact, since the factors are only put side by side; n is the sum of the ranks. A layer may be missing in some.
-    """
-    layers = sorted({name for factors in adapters for name in factors})
-    parts = {name: [factors[name] for factors in adapters if name in factors] for name in layers}
-    return {
-        name: (torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1))
-        for name, pairs in parts.items()
-    }
+    """Return factors `a [n, d_in]` and `b [d_out, n]` whose product is the sum of all updates of a layer, exactly."""
+    sums = {}
+    for name in sorted({name for factors in adapters for name in factors}):
+        a, b = zip(*(factors[name] for factors in adapters if name in factors), strict=True)
+        sums[name] = (torch.cat(a), torch.cat(b, dim=1))
+    return sums
 
 
 def cut_to(factors: Factors, rank: int, *, track: Track = silent) -> tuple[Factors, Cut]:
-    """Return the best approximation of every update with at most this rank, and what it loses.
-
-    A layer whose factors have no higher rank stays as it is.
-    """
+    """Return the best approximation of every update whose factors have a higher rank than this, and what it loses."""
     kept, errors = dict(factors), dict.fromkeys(factors, 0.0)
     lost = total = 0.0
     for name, (a, b) in track(factors.items(), f"cutting to rank {rank}", len(factors)):

@@ -14,14 +14,9 @@ ROUNDING = 1e-6
 
 
 def principal_bases(weights: dict[str, Tensor], shares: dict[str, float]) -> dict[str, Tensor]:
-    """Return the principal input directions of each weight: the fewest with a share of its squared norm (Eq. 2).
+    """Return the principal input directions of each weight, `[d_in, p]` in float32 (Eq. 2).
 
-    Args:
-        weights: `[d_out, d_in]` for each layer.
-        shares: The energy share (eps_w) for each layer.
-
-    Returns:
-        For each layer the leading right singular vectors `[d_in, p]` in float32.
+    They are the fewest leading right singular vectors with the layer's share (eps_w) of the squared norm.
     """
     return {
         name: linalg.principal_directions(weight.detach().float(), shares[name]).contiguous()
@@ -30,12 +25,9 @@ def principal_bases(weights: dict[str, Tensor], shares: dict[str, float]) -> dic
 
 
 def new_directions(bases: dict[str, Tensor], grams: dict[str, Tensor], share: float) -> dict[str, Tensor]:
-    """Find the fewest directions that bring the covered energy of each layer's inputs to a share (Eq. 9 and 10).
+    """Find the fewest directions `[d_in, m]` to cover a share (eps_f) of the TOTAL energy of each layer's inputs.
 
-    The share (eps_f) is of the inputs' TOTAL energy; what the basis covers already counts.
-
-    Returns:
-        For each layer `[d_in, m]`, orthonormal and orthogonal to its basis; `m` is 0 where the basis suffices.
+    What the basis covers already counts (Eq. 9 and 10).
     """
     return {name: linalg.residual_directions(grams[name], basis, share).contiguous() for name, basis in bases.items()}
 
@@ -45,10 +37,10 @@ def leading_inputs(gram: Tensor, basis: Tensor, rank: int, *, seed: int = 0) -> 
 
     Fewer than `rank` where fewer dimensions are free, or carry more energy than rounding explains; perhaps none.
     """
-    room = min(rank, basis.shape[0] - basis.shape[1])
-    if room == 0:
-        return gram.new_zeros(0, basis.shape[0])
-    _, energies, rows = linalg.low_rank(linalg.residual_gram(gram, basis), room, seed=seed)
+    d_in, k = basis.shape
+    if (capacity := min(rank, d_in - k)) == 0:
+        return gram.new_zeros(0, d_in)
+    _, energies, rows = linalg.low_rank(linalg.residual_gram(gram, basis), capacity, seed=seed)
     return linalg.orthonormal_rows(rows[energies > ROUNDING * float(gram.trace())], basis)
 
 
@@ -61,8 +53,7 @@ def remove_directions(bases: dict[str, Tensor], directions: dict[str, Tensor]) -
     """Return bases without the columns that a task once appended to them."""
     rest = {}
     for name, basis in bases.items():
-        added = directions[name].to(basis.device)
-        n = added.shape[1]
+        added, n = directions[name].to(basis.device), directions[name].shape[1]
         places = [i for i in range(basis.shape[1] - n + 1) if torch.equal(basis[:, i : i + n], added)]
         assert places, f"the directions of layer {name!r} are not in its basis"
         rest[name] = torch.cat([basis[:, : places[0]], basis[:, places[0] + n :]], dim=1)

@@ -1,4 +1,4 @@
-"""The places at which training can be cut off and taken up again: all that changes in it, as one state."""
+"""Checkpoints of training: all that changes in it, as one state that it resumes from."""
 
 import itertools
 import math
@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from keeplora.layers.module_state import device_of
-from keeplora.training.random_state import capture_order, capture_random, restore_order, restore_random
-from keeplora.training.state_file import State
+from keeplora.training.state_file import State, capture_random, restore_random
 
 EXTRA = "_extra_state"
 """Ends the names of what modules keep beside their parameters and buffers (`nn.Module.get_extra_state`)."""
@@ -22,87 +21,69 @@ EXTRA = "_extra_state"
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Where training can be taken up again, and where it puts such places."""
+    """What training resumes from, and what happens to its checkpoints."""
 
     last: State | None = None
-    """What `keep` was given last, if training was cut off after it."""
-    keep: Callable[[State], None] = lambda state: None
-    """Puts a state away for later."""
+    """The last checkpoint, if training was cut off after one."""
+    keep: Callable[[State], None] | None = None
+    """Puts a checkpoint away for later; without it none is made."""
     steps: int | None = None
-    """Optimiser steps from one to the next; only at the end of each epoch if not given."""
-    seconds: float = float("inf")
-    """The most seconds from one to the next."""
+    """Optimiser steps from one checkpoint to the next; one at the end of each epoch if not given."""
+    seconds: float = math.inf
+    """The most seconds from one checkpoint to the next."""
     generators: tuple[torch.Generator, ...] = ()
     """What the order of the batches is drawn from."""
 
 
-NO_CHECKPOINTS = Checkpoints()
-"""Training that starts at the beginning and is lost when it is cut off."""
-
-
 class TrainingState:
-    """How far training is. Takes up the last checkpoint, and makes one when it is time.
+    """How far training is. Resumes from the last checkpoint, and makes one when it is due.
 
     A checkpoint holds what is trained, the optimiser, the schedule, the scaler of mixed precision, every random
     generator, the order of the epoch's batches and how many of them are done, and the losses.
     """
 
-    def __init__(
-        self, checkpoints: Checkpoints, model: nn.Module, parts: dict[str, Any], scaler: Any, epochs: int
-    ) -> None:
+    def __init__(self, checkpoints: Checkpoints, model: nn.Module, parts: dict[str, Any], epochs: int) -> None:
         self.checkpoints = checkpoints
-        self.epochs = epochs
         self.model = model
-        self.parts = parts if scaler is None else {**parts, "scaler": scaler}
-        self.epoch = 0
-        self.batch = 0
+        self.parts = {name: part for name, part in parts.items() if part is not None}
+        self.epochs = epochs
+        self._trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.losses: list[float] = []
-        self._of_epoch: list[tuple[float, float]] = []
+        """Of the epochs that are done."""
+        self.of_epoch: list[tuple[float, float]] = []
+        """Losses and weights of the batches that are done of the epoch after them."""
         self._order = capture_random(checkpoints.generators)
         self._random: State | None = None
-        self._steps = 0
-        self._since = time.monotonic()
+        self._steps, self._since = 0, time.monotonic()
         if checkpoints.last is not None:
-            self._take_up(checkpoints.last)
+            self._resume(checkpoints.last)
 
     def rest_of_epoch(self, batches: Iterable[Any], skip: Callable[[int], Iterable[Any]]) -> Iterator[Any]:
-        """Yield the batches of an epoch that are not done yet, in the order that the epoch began with.
-
-        Args:
-            batches: All batches of an epoch.
-            skip: Returns a data loader without its first ones.
-        """
+        """Yield the batches of an epoch that are not done yet; `skip` returns a data loader without its first ones."""
         if self._random is None:
             self._order = capture_random(self.checkpoints.generators)
-            yield from batches
-            return
-        restore_random(self._order, self.checkpoints.generators)
-        is_loader = isinstance(batches, DataLoader)
-        rest = skip(self.batch) if is_loader and self.batch else itertools.islice(batches, self.batch, None)
-        for number, batch in enumerate(rest):
-            if number == 0:
-                # Finding the place has drawn from the generators; training goes on with what it had.
-                order, random, self._random = capture_order(self.checkpoints.generators), self._random, None
-                restore_random(random, self.checkpoints.generators)
-                restore_order(order, self.checkpoints.generators)
+        else:
+            restore_random(self._order, self.checkpoints.generators)
+        done = len(self.of_epoch)
+        rest = skip(done) if done and isinstance(batches, DataLoader) else itertools.islice(batches, done, None)
+        for batch in rest:
+            if self._random is not None:
+                # Skipping has drawn numbers: all but the order of the batches is drawn as from the checkpoint on.
+                restore_random(self._random)
+                self._random = None
             yield batch
 
-    def add(self, loss: float, weight: float) -> None:
-        """Count a batch, its loss and its weight."""
-        self.batch += 1
-        self._of_epoch.append((loss, weight))
-
     def after_step(self, *, is_last: bool) -> None:
-        """Count an optimiser step, the last one of an epoch or not, and put a checkpoint away if it is time."""
+        """Count an optimiser step, the last one of an epoch or not, and put a checkpoint away if one is due."""
         self._steps += 1
         if is_last:
-            total = sum(weight for _, weight in self._of_epoch)
-            self.losses.append(sum(loss * weight for loss, weight in self._of_epoch) / total)
-            self.epoch, self.batch, self._of_epoch = self.epoch + 1, 0, []
-        every = self.checkpoints.steps
-        due = (self._steps >= every if every else is_last) or self.epoch == self.epochs
-        if self.checkpoints is not NO_CHECKPOINTS and (due or self._is_late()):
-            self.checkpoints.keep(self._state())
+            total = sum(weight for _, weight in self.of_epoch)
+            self.losses.append(sum(loss * weight for loss, weight in self.of_epoch) / total)
+            self.of_epoch = []
+        every, keep = self.checkpoints.steps, self.checkpoints.keep
+        is_due = (self._steps >= every if every else is_last) or len(self.losses) == self.epochs
+        if keep and (is_due or self._is_late()):
+            keep(self._state())
             self._steps, self._since = 0, time.monotonic()
 
     def _is_late(self) -> bool:
@@ -115,46 +96,36 @@ class TrainingState:
         return is_late
 
     def _state(self) -> State:
+        extra = {name: value for name, value in self.model.state_dict().items() if name.endswith(EXTRA)}
         return {
-            "epoch": self.epoch,
-            "batch": self.batch,
+            "epoch": len(self.losses),
+            "batch": len(self.of_epoch),
             "losses": self.losses,
-            "of_epoch": self._of_epoch,
+            "of_epoch": self.of_epoch,
             "order": self._order,
             "random": capture_random(self.checkpoints.generators),
-            "trained": dict(self._trained()),
-            "extra": _of_all_processes(
-                {name: value for name, value in self.model.state_dict().items() if name.endswith(EXTRA)},
-                device_of(self.model),
-            ),
+            "trained": self._trained,
+            "extra": _of_all_processes(extra, device_of(self.model)),
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
         }
 
-    def _take_up(self, state: State) -> None:
-        self.epoch, self.batch = state["epoch"], state["batch"]
-        self.losses, self._of_epoch = state["losses"], state["of_epoch"]
+    def _resume(self, state: State) -> None:
+        self.losses, self.of_epoch = state["losses"], state["of_epoch"]
         self._order, self._random = state["order"], state["random"]
         with torch.no_grad():
-            for name, parameter in self._trained():
+            for name, parameter in self._trained.items():
                 parameter.copy_(state["trained"][name])
         if dist.is_initialized() and len(state["extra"]) != dist.get_world_size():
             raise ValueError(
-                f"training was cut off in {len(state['extra'])} processes and cannot go on in {dist.get_world_size()};"
+                f"training was cut off in {len(state['extra'])} processes and cannot resume in {dist.get_world_size()};"
                 " start as many"
             )
         self.model.load_state_dict(state["extra"][dist.get_rank() if dist.is_initialized() else 0], strict=False)
         for name, part in self.parts.items():
             part.load_state_dict(state["parts"][name])
-        if self.batch == 0:
-            self._resume_between_epochs()
-
-    def _resume_between_epochs(self) -> None:
-        assert self._random is not None
-        restore_random(self._random, self.checkpoints.generators)
-        self._random = None
-
-    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((name, value) for name, value in self.model.named_parameters() if value.requires_grad)
+        if not self.of_epoch:  # Between two epochs there is no order to follow.
+            restore_random(self._random, self.checkpoints.generators)
+            self._random = None
 
 
 def _of_all_processes(extra: dict[str, Tensor], device: torch.device) -> list[dict[str, Tensor]]:
@@ -163,9 +134,8 @@ def _of_all_processes(extra: dict[str, Tensor], device: torch.device) -> list[di
         return [extra]
     found: list[dict[str, Tensor]] = [{} for _ in range(dist.get_world_size())]
     for name, value in extra.items():
-        value = value.to(device)
-        parts = [torch.empty_like(value) for _ in found]
-        dist.all_gather(parts, value)
-        for mine, part in zip(found, parts, strict=True):
-            mine[name] = part
+        copies = [torch.empty_like(value, device=device) for _ in found]
+        dist.all_gather(copies, value.to(device))
+        for one, copy in zip(found, copies, strict=True):
+            one[name] = copy
     return found

@@ -54,7 +54,10 @@ class Clock:
 
     def _start(self) -> None:
         self._since = time.perf_counter()
-        _start_peak()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        elif CLEAR.exists():
+            CLEAR.write_text("5")
 
 
 @contextmanager
@@ -66,20 +69,11 @@ def measured(phases: Costs, name: str) -> Iterator[None]:
     phases |= clock.read()
 
 
-def _start_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    elif CLEAR.exists():
-        CLEAR.write_text("5")
-
-
 def _peak_memory_mb() -> float:
-    """Return the peak since `_start_peak`; systems other than Linux know only that of the process's whole life."""
+    """Return the peak since `Clock._start`; systems other than Linux know only that of the process's whole life."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    if STATUS.exists():
-        lines = [line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM")]
-        if lines:  # Some sandboxes' kernels leave it out.
-            return int(lines[0].split()[1]) / 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    lines = STATUS.read_text().splitlines() if STATUS.exists() else []
+    if found := [line for line in lines if line.startswith("VmHWM")]:  # Some sandboxes' kernels leave it out.
+        return int(found[0].split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

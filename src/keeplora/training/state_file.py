@@ -1,10 +1,12 @@
 """State as one safetensors file: tensors by number, everything around them as JSON in its metadata. No pickle.
 
-A state is nested dicts, lists, tuples, numbers, strings, None and tensors, as the `state_dict` of torch's optimisers
-and schedulers is. Random generators are captured and restored here too.
+A state is nested dicts, lists, tuples, numbers, strings, None and tensors, as the `state_dict` of torch's optimisers.
+That of the random generators lets a resumed run draw what an uninterrupted one would have drawn.
 """
 
 import json
+import random
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -19,16 +21,11 @@ State = Any
 def pack(state: State) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the metadata of a safetensors file that holds a state; the tensors are not copied."""
     tensors: dict[str, Tensor] = {}
-    skeleton = _strip(state, tensors)
-    return tensors, {"state": json.dumps(skeleton)}
+    return tensors, {"state": json.dumps(_strip(state, tensors))}
 
 
 def from_bytes(content: bytes) -> State:
-    """Return the state of a file that `pack` was written to; its tensors are on the CPU.
-
-    Raises:
-        ValueError: If the bytes are no such state.
-    """
+    """Return the state of a file that `pack` was written to, its tensors on the CPU, or raise a `ValueError`."""
     try:
         tensors = aligned(load(content))
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
@@ -50,16 +47,14 @@ def _strip(value: State, tensors: dict[str, Tensor]) -> State:
         return {"kind": "array", "items": _strip(whole, tensors), "dtype": str(value.dtype)}
     if isinstance(value, Tensor):
         number = str(len(tensors))
-        is_shared = any(
-            value.untyped_storage().data_ptr() == one.untyped_storage().data_ptr() for one in tensors.values()
-        )
+        is_shared = value.untyped_storage().data_ptr() in {x.untyped_storage().data_ptr() for x in tensors.values()}
         tensors[number] = value.detach().clone() if is_shared else value.detach()
         return {"kind": "tensor", "items": number}
     if isinstance(value, dict):
         return {"kind": "dict", "items": [[_strip(key, tensors), _strip(item, tensors)] for key, item in value.items()]}
     if isinstance(value, list | tuple):
-        kind = "tuple" if isinstance(value, tuple) else "list"
-        return {"kind": kind, "items": [_strip(item, tensors) for item in value]}
+        items = [_strip(item, tensors) for item in value]
+        return {"kind": "tuple" if isinstance(value, tuple) else "list", "items": items}
     assert value is None or isinstance(value, str | bool | int | float), f"{type(value)} cannot be kept"
     return value
 
@@ -80,3 +75,26 @@ def _fill(value: State, tensors: dict[str, Tensor]) -> State:
         return {_fill(key, tensors): _fill(item, tensors) for key, item in items}
     filled = [_fill(item, tensors) for item in items]
     return tuple(filled) if kind == "tuple" else filled
+
+
+def capture_random(generators: Iterable[torch.Generator] = ()) -> State:
+    """Return the state of every global random generator, the current GPU's included, and of those given."""
+    return {
+        "python": random.getstate(),
+        "numpy": list(np.random.get_state()),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "generators": [generator.get_state() for generator in generators],
+    }
+
+
+def restore_random(state: State, generators: Iterable[torch.Generator] | None = None) -> None:
+    """Give random generators the state that `capture_random` found: the global ones, and all of those given, if any."""
+    random.setstate(state["python"])
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    if generators is not None:
+        for generator, captured in zip(generators, state["generators"], strict=True):
+            generator.set_state(captured)

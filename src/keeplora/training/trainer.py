@@ -8,13 +8,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, set_seed
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from torch.utils.data import DataLoader
@@ -26,7 +26,7 @@ from keeplora.layers.fused_forward import fused_layers
 from keeplora.layers.module_state import is_wrapped
 from keeplora.progress import Track, silent
 from keeplora.task import Task, to_device
-from keeplora.training.checkpoints import NO_CHECKPOINTS, Checkpoints, TrainingState
+from keeplora.training.checkpoints import Checkpoints, TrainingState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,17 +43,12 @@ class TrainConfig(Config):
     """Decay of AdamW; it acts on trained parameters only."""
     schedule: Literal["one_cycle", "cosine"] = "one_cycle"
     """Learning rate over a task's steps."""
-    warmup: float = 0.03
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
     """Share of the steps over which the rate of `cosine` rises."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Precision of the forward and backward pass; the statistics stay in float32."""
     accumulation: PositiveInt = 1
     """Batches whose gradients are added up before a step."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup = {self.warmup} is a share; give a number from 0 to below 1")
 
 
 def seed_everything(seed: int) -> None:
@@ -73,7 +68,7 @@ def fit(
     *,
     penalty: Callable[[nn.Module], Tensor | None] = lambda model: None,
     track: Track = silent,
-    checkpoints: Checkpoints = NO_CHECKPOINTS,
+    checkpoints: Checkpoints | None = None,
 ) -> list[float]:
     """Minimise a task's loss plus a penalty over the parameters that require a gradient.
 
@@ -81,11 +76,11 @@ def fit(
 
     Args:
         model: The model to train, in place.
-        task: Gives sized `batches()` and the loss, in a single process for one of a batch's `parts()` after the other.
+        task: Gives sized `batches()` and the loss, in a single process of one micro-batch after the other.
         config: Epochs, optimiser, schedule and precision.
         penalty: What to add to each batch's loss, of the weights alone, or None.
         track: Shows progress over the batches.
-        checkpoints: Where to go on, and where to put the places at which one can.
+        checkpoints: The checkpoint to resume from, and what happens to further ones; none are made if not given.
 
     Returns:
         The mean loss of each epoch; empty if nothing requires a gradient.
@@ -98,21 +93,26 @@ def fit(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         return []
-    accelerator = _accelerator(config.mixed_precision)
-    batches = _prepared_batches(accelerator, task)
+    accelerator: Any = _accelerator(config.mixed_precision)
+    batches = task.batches()
+    if not isinstance(batches, Sized):
+        raise ValueError(f"task {task.name!r}: training needs the number of batches; let batches() return a DataLoader")
+    if len(batches) == 0:
+        raise ValueError(f"task {task.name!r} has no training batch")
+    batches = accelerator.prepare(batches) if isinstance(batches, DataLoader) else batches
     steps = config.epochs * math.ceil(len(batches) / config.accumulation)
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     optimizer.zero_grad()  # A training that was cut off may have left something.
     scheduler = _schedule(optimizer, config, steps)
     with fused_layers(model), _prepared(accelerator, model) as prepared:
         optimizer = accelerator.prepare(optimizer)
-        state = {"optimizer": optimizer, "scheduler": scheduler}
-        places = TrainingState(checkpoints, model, state, accelerator.scaler, config.epochs)
+        parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": accelerator.scaler}
+        state = TrainingState(checkpoints or Checkpoints(), model, parts, config.epochs)
         step = _Step(accelerator, prepared, optimizer, scheduler, task, penalty, config.accumulation)
-        for epoch in range(places.epoch, config.epochs):
-            rest = places.rest_of_epoch(batches, lambda n: accelerator.skip_first_batches(batches, n))
-            step.epoch(rest, len(batches), places, track, f"{task.name}: epoch {epoch + 1}/{config.epochs}")
-        return places.losses
+        for epoch in range(len(state.losses), config.epochs):
+            rest = state.rest_of_epoch(batches, lambda n: accelerator.skip_first_batches(batches, n))
+            step.epoch(rest, len(batches), state, track, f"{task.name}: epoch {epoch + 1}/{config.epochs}")
+        return state.losses
 
 
 @dataclass(frozen=True)
@@ -127,87 +127,78 @@ class _Step:
     penalty: Callable[[nn.Module], Tensor | None]
     accumulation: int
 
-    def epoch(self, rest: Iterable[Any], total: int, places: TrainingState, track: Track, description: str) -> None:
+    def epoch(self, rest: Iterable[Any], total: int, state: TrainingState, track: Track, description: str) -> None:
         """Go through what is left of an epoch of so many batches, a group of them for each step."""
-        done = places.batch
+        done = len(state.of_epoch)
         batches = iter(track(rest, description, total - done))
         while done < total:
             group = list(itertools.islice(batches, min(self.accumulation, total - done)))  # The last may be smaller.
             shares = self._shares([to_device(batch, self.accelerator.device) for batch in group])
             for number, (batch, weight, share) in enumerate(shares, done + 1):
-                place = f"{description}, batch {number}"
+                name = f"{description}, batch {number}"
                 with nullcontext() if number == done + len(group) else self.accelerator.no_sync(self.model):
-                    places.add(self._backward(batch, place, share), weight)
+                    state.of_epoch.append((self._backward(batch, name, share), weight))
             done += len(group)
-            self._update(place)
-            places.after_step(is_last=done == total)
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            # A scaler expects overflow: it skips the step and lowers the scale.
+            if self.accelerator.scaler is None and not torch.isfinite(nn.utils.get_total_norm(gradients)):
+                raise LearningError(f"{name}: the gradient is not finite. Lower learning_rate; finished tasks are kept")
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            if not self.accelerator.optimizer_step_was_skipped:
+                self.scheduler.step()
+            state.after_step(is_last=done == total)
 
     def _shares(self, group: list[Any]) -> list[tuple[Any, float, float]]:
         """Return each batch of a step, its weight, and its share of the loss: by the mean over processes of all."""
         weights = [float(self.task.weight(batch)) for batch in group]
-        num_processes = self.accelerator.num_processes  # Gradients of processes are averaged, not added up.
-        total = total_of(sum(weights), self.accelerator.device) / num_processes
+        # Gradients of processes are averaged, not added up.
+        total = total_of(sum(weights), self.accelerator.device) / self.accelerator.num_processes
         if total <= 0:
             raise ValueError(f"task {self.task.name!r}: the batches of a step have no weight; leave out what is empty")
         return [(batch, weight, weight / total) for batch, weight in zip(group, weights, strict=True)]
 
-    def _backward(self, batch: Any, place: str, share: float) -> float:
+    def _backward(self, batch: Any, name: str, share: float) -> float:
         """Add a batch's share of the gradient of its step; return the batch's loss."""
-        if self._takes_micro_batches() and len(parts := list(self.task.micro_batches(batch))) > 1:
-            return self._backward_by_micro_batches(parts, place, share)
+        # What stands around a model wants to be called once for a batch.
+        is_bare = self.accelerator.distributed_type == DistributedType.NO and not is_wrapped(self.model)
+        if is_bare and len(micro_batches := list(self.task.micro_batches(batch))) > 1:
+            return self._backward_by_micro_batches(micro_batches, name, share)
         with self.accelerator.autocast():
             loss = self.task.loss(self.model, batch)
             extra = self.penalty(self.model)
-        return self._add(loss if extra is None else loss + extra, place, share)
+        return self._add(loss if extra is None else loss + extra, name, share)
 
-    def _takes_micro_batches(self) -> bool:
-        """Say whether nothing stands around the model that wants to be called once for a batch."""
-        return bool(self.accelerator.distributed_type == DistributedType.NO) and not is_wrapped(self.model)
-
-    def _backward_by_micro_batches(self, parts: list[Any], place: str, share: float) -> float:
-        """Do the same part after part, so that what is kept for the backward pass is that of one part."""
-        weights = [float(self.task.weight(part)) for part in parts]
+    def _backward_by_micro_batches(self, micro_batches: list[Any], name: str, share: float) -> float:
+        """Do the same for one micro-batch after the other: what the backward pass needs is kept of a single one."""
+        weights = [float(self.task.weight(one)) for one in micro_batches]
         value = 0.0
-        with self.task.frozen(self.model) as deferred:
-            for part, weight in zip(parts, weights, strict=True):
+        with self.task.frozen(self.model) as deferred_gradients:
+            for micro_batch, weight in zip(micro_batches, weights, strict=True):
                 with self.accelerator.autocast():
-                    loss = self.task.loss(self.model, part)
+                    loss = self.task.loss(self.model, micro_batch)
                 if weight:
-                    value += weight / sum(weights) * self._add(loss, place, share * weight / sum(weights))
-                for one in deferred:
-                    one.take()  # With the loss's weight, and the scaler's scale, in it.
-            for one in deferred:
-                one.backward()
+                    value += weight / sum(weights) * self._add(loss, name, share * weight / sum(weights))
+                for deferred in deferred_gradients:
+                    deferred.take()  # With the loss's weight, and the scaler's scale, in it.
+            for deferred in deferred_gradients:
+                deferred.backward()
         with self.accelerator.autocast():
             extra = self.penalty(self.model)
         if extra is None:
             return value
-        return value + (self._add(extra, place, share) if extra.requires_grad else float(extra))
+        return value + (self._add(extra, name, share) if extra.requires_grad else float(extra))
 
-    def _add(self, loss: Tensor, place: str, share: float) -> float:
+    def _add(self, loss: Tensor, name: str, share: float) -> float:
         """Add a share of the gradient of a loss; return the loss."""
         value = float(loss.detach())
         if not math.isfinite(value):
             raise LearningError(
-                f"{place}: the loss is {value}. Lower learning_rate, or set mixed_precision to no;"
+                f"{name}: the loss is {value}. Lower learning_rate, or set mixed_precision to no;"
                 " finished tasks are kept"
             )
         self.accelerator.backward(loss if share == 1 else loss * share)
         return value
-
-    def _update(self, place: str) -> None:
-        self._require_finite_gradient(place)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if not self.accelerator.optimizer_step_was_skipped:
-            self.scheduler.step()
-
-    def _require_finite_gradient(self, place: str) -> None:
-        if self.accelerator.scaler is not None:
-            return  # Overflow is expected with a loss scale: the scaler skips the step and lowers the scale.
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-            raise LearningError(f"{place}: the gradient is not finite. Lower learning_rate; finished tasks are kept")
 
 
 def _accelerator(precision: str) -> Accelerator:
@@ -228,15 +219,6 @@ def _prepared(accelerator: Any, model: nn.Module) -> Iterator[nn.Module]:
         accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
         for module, training in modes.items():
             module.training = training
-
-
-def _prepared_batches(accelerator: Any, task: Task) -> Any:
-    batches = task.batches()
-    if not isinstance(batches, Sized):
-        raise ValueError(f"task {task.name!r}: training needs the number of batches; let batches() return a DataLoader")
-    if len(batches) == 0:
-        raise ValueError(f"task {task.name!r} has no training batch")
-    return accelerator.prepare(batches) if isinstance(batches, DataLoader) else batches
 
 
 def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> LRScheduler:
