@@ -159,18 +159,18 @@ class _Step:
         return [(batch, weight, weight / total) for batch, weight in zip(group, weights, strict=True)]
 
     def _backward(self, batch: Any, name: str, share: float) -> float:
-        """Add a batch's share of the gradient of its step; return the batch's loss."""
-        # What stands around a model wants to be called once for a batch.
-        is_bare = self.accelerator.distributed_type == DistributedType.NO and not is_wrapped(self.model)
-        if is_bare and len(micro_batches := list(self.task.micro_batches(batch))) > 1:
-            return self._backward_by_micro_batches(micro_batches, name, share)
-        with self.accelerator.autocast():
-            loss = self.task.loss(self.model, batch)
-            extra = self.penalty(self.model)
-        return self._add(loss if extra is None else loss + extra, name, share)
+        """Add a batch's share of the gradient of its step, and return the batch's loss.
 
-    def _backward_by_micro_batches(self, micro_batches: list[Any], name: str, share: float) -> float:
-        """Do the same for one micro-batch after the other: what the backward pass needs is kept of a single one."""
+        One micro-batch goes after the other: what the backward pass needs is kept of a single one. What stands around a
+        model wants to be called once for a batch.
+        """
+        is_bare = self.accelerator.distributed_type == DistributedType.NO and not is_wrapped(self.model)
+        micro_batches = list(self.task.micro_batches(batch)) if is_bare else []
+        if len(micro_batches) < 2:
+            with self.accelerator.autocast():
+                loss = self.task.loss(self.model, batch)
+                extra = self.penalty(self.model)
+            return self._add(loss if extra is None else loss + extra, name, share)
         weights = [float(self.task.weight(one)) for one in micro_batches]
         value = 0.0
         with self.task.frozen(self.model) as deferred_gradients:
