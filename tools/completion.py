@@ -19,7 +19,7 @@ def flags_of(name: str) -> list[str]:
 
 def all_flags() -> dict[str, list[str]]:
     """Return the flags of every command."""
-    return {name: flags_of(name) for name in cli.COMMANDS}
+    return {name: flags_of(name) for name in cli.commands()}
 
 
 if __name__ == "__main__":

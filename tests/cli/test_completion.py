@@ -68,10 +68,10 @@ def test_every_public_name_loads_and_an_unknown_one_is_named():
         _ = keeplora.nothing
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize("name", cli.commands())
 def test_the_list_of_commands_says_what_each_says_itself(name):
     function = cli._function(name)
-    assert function.__doc__.splitlines()[0] == cli.COMMANDS[name][1]
+    assert function.__doc__.splitlines()[0] == cli.commands()[name]["summary"]
 
 
 def tool():

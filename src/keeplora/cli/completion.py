@@ -14,13 +14,7 @@ FLAGS = Path(__file__).with_name("completion.json")
 
 
 def completion(shell: Annotated[Literal["bash", "zsh", "fish"], tyro.conf.Positional]) -> None:
-    """Print the completion script of a shell: bash, zsh or fish.
-
-    Example: keeplora completion bash >> ~/.bashrc
-
-    Args:
-        shell: The shell.
-    """
+    """Print the completion script of a shell: bash, zsh or fish."""
     console.print(script_of(shell), markup=False, highlight=False, soft_wrap=True)
 
 

@@ -32,20 +32,7 @@ PHASES = {
 
 
 def doctor(settings: Any, train: Any, method: Any, *, duplicates: bool = True, strict: bool = False) -> None:
-    """Examine data, model, time, memory and disk of a run before hours are spent on it.
-
-    Example: keeplora doctor --benchmark birds.toml --model openai/clip-vit-base-patch16 --method keeplora
-
-    Takes the flags of keeplora run. Ends with exit code 0 if a run can start, 1 if something would stop or spoil it.
-
-    Args:
-        settings: What to learn; the output directory is looked at, not touched.
-        train: How each task is optimised.
-        method: The method's own options.
-        duplicates: Decode every image and look for the same or alike ones in two splits; without it only headers are
-            read.
-        strict: Let warnings count as problems in the exit code.
-    """
+    """Examine data, model, time, memory and disk of a run before hours are spent on it."""
     config = resolve(*sourced(settings, train, method))
     with Display(console) as display:
         found = diagnose(config, duplicates=duplicates, track=display.track)

@@ -31,14 +31,7 @@ DEMO_METHODS = ("zero_shot", "lora_ft", "keeplora")
 
 
 def demo(output: Path = Path("runs/demo"), *, seed: int = 0) -> None:
-    """Watch the embedded model learn the embedded tasks: untouched, by plain LoRA, and by KeepLoRA.
-
-    Writes a run directory for each and a report with the three accuracy matrices.
-
-    Args:
-        output: Folder of the three runs and of report.html.
-        seed: Seed of every random draw.
-    """
+    """Watch the embedded model learn the embedded tasks: untouched, by plain LoRA, and by KeepLoRA."""
     runs = {}
     with Display(console) as display, kept():
         for method in DEMO_METHODS:
@@ -52,24 +45,7 @@ def demo(output: Path = Path("runs/demo"), *, seed: int = 0) -> None:
 
 
 def run(settings: Any, train: Any, method: Any) -> None:
-    """Learn a stream of tasks with a model and a method.
-
-    Example: keeplora run --benchmark mini --model mini --method keeplora --seed 0 --output runs/mini
-
-    Example: keeplora run --continue runs/birds --benchmark more_birds.toml
-
-    Example: keeplora run --fork runs/birds --learning-rate 0.0003 --output runs/birds-slower
-
-    Example: keeplora run --config settings.toml --show-settings
-
-    A flag goes before the file, the file before what the benchmark sets, that before the library's own defaults, which
-    are those shown here. --show-settings tells what a run would use, and where each value comes from.
-
-    Args:
-        settings: What to learn, and where to write it.
-        train: How each task is optimised.
-        method: The method's own options; those of another method are an error.
-    """
+    """Learn a stream of tasks with a model and a method."""
     given = dict(settings)
     continued, fork = given.pop("continue", None), given.pop("fork", None)
     is_shown = given.pop("show_settings", False)
@@ -126,13 +102,7 @@ def analyze(
         ]
     ],
 ) -> None:
-    """Look into a model without training it.
-
-    Example: keeplora analyze principal --model mini --benchmark mini --output runs/principal
-
-    Args:
-        what: The analysis; keeplora analyze principal --help lists its settings.
-    """
+    """Look into a model without training it."""
     assert what is not None, "a union needs a second member, but nobody can ask for it"
     with Display(console) as display:
         curve = analyze_principal(what, track=display.track)
@@ -141,10 +111,7 @@ def analyze(
 
 
 def compare(flags: tyro.conf.OmitArgPrefixes[CompareConfig]) -> None:
-    """Compare methods on equal terms: equal data, epochs and search, several seeds, intervals.
-
-    Example: keeplora compare --benchmark mini --methods zero_shot,lora_ft,keeplora --seeds 5 --output runs/compare
-    """
+    """Compare methods on equal terms: equal data, epochs and search, several seeds, intervals."""
     with Display(console) as display:
         comparison = compare_methods(flags, track=display.track)
     for table in comparison_tables(comparison):

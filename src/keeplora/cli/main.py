@@ -5,8 +5,11 @@ import importlib
 import logging
 import os
 import sys
+import tomllib
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -19,23 +22,14 @@ errors = Console(stderr=True)
 
 DESCRIPTION = "Teach a pre-trained vision-language model one new domain after another, without losing what it knew."
 
-COMMANDS = {
-    "demo": ("learn", "Watch the embedded model learn the embedded tasks: untouched, by plain LoRA, and by KeepLoRA."),
-    "run": ("learn", "Learn a stream of tasks with a model and a method."),
-    "compare": ("learn", "Compare methods on equal terms: equal data, epochs and search, several seeds, intervals."),
-    "evaluate": ("runs", "Evaluate the model of a run on all tasks, and compare with what the run recorded."),
-    "resume": ("runs", "Resume a run after its last completed phase or checkpoint; a complete one is shown."),
-    "undo": ("runs", "Write a run directory that is another one without one of its tasks."),
-    "export": ("runs", "Write what a run learned as a folder that works without keeplora, with a model card."),
-    "certify": ("runs", "Check a run directory against its own files: hashes, certificates, merged model."),
-    "analyze": ("learn", "Look into a model without training it."),
-    "doctor": ("doctor", "Examine data, model, time, memory and disk of a run before hours are spent on it."),
-    "completion": ("completion", "Print the completion script of a shell: bash, zsh or fish."),
-}
-"""Of each command, the file of this folder that has its function, and the function's first line."""
-
 TRACEBACK = "KEEPLORA_TRACEBACK"
 """Set this variable to see where an error was raised."""
+
+
+@cache
+def commands() -> dict[str, dict[str, Any]]:
+    """Return what `commands.toml` says of every command: its file in this folder, and its help."""
+    return tomllib.loads(Path(__file__).with_name("commands.toml").read_text())
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -49,11 +43,11 @@ def main(arguments: list[str] | None = None) -> None:
         _show_help()
     elif name == "--version":
         console.print(f"keeplora {version('keeplora')}", highlight=False)
-    elif name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1)
+    elif name not in commands():
+        near = difflib.get_close_matches(name, commands(), 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         errors.print(f"[bold red]error:[/] unknown command {escape(repr(name))}{hint}", highlight=False)
-        errors.print(f"Commands: {', '.join(COMMANDS)}", highlight=False)
+        errors.print(f"Commands: {', '.join(commands())}", highlight=False)
         sys.exit(2)
     else:
         _call(name, arguments[1:])
@@ -62,8 +56,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _function(name: str) -> Callable[..., Any]:
-    module = importlib.import_module(f"keeplora.cli.{COMMANDS[name][0]}")
-    function: Callable[..., Any] = getattr(module, name)
+    """Return a command's function; tyro shows the help of `commands.toml` as it finds it, in the docstring."""
+    told = commands()[name]
+    function: Callable[..., Any] = getattr(importlib.import_module(f"keeplora.cli.{told['file']}"), name)
+    arguments = [f"    {argument}: {text}" for argument, text in told.get("arguments", {}).items()]
+    args = ["Args:", *arguments] if arguments else []
+    function.__doc__ = "\n".join([told["summary"], "", told.get("text", ""), "", *args])
     return function
 
 
@@ -90,8 +88,8 @@ def _show_help() -> None:
     console.print(f"usage: keeplora COMMAND [OPTIONS]\n\n{DESCRIPTION}\n", highlight=False, markup=False)
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
     table.add_column(no_wrap=True, style="bold")
-    for name, (_, summary) in COMMANDS.items():
-        table.add_row(name, summary)
+    for name, told in commands().items():
+        table.add_row(name, told["summary"])
     console.print(table)
     console.print("\nStart with keeplora demo. keeplora COMMAND --help explains each command.", highlight=False)
     console.print("Example: keeplora run --benchmark birds.toml --output runs/birds", highlight=False)

@@ -26,12 +26,7 @@ console = Console()
 
 
 def evaluate(run: tyro.conf.Positional[Path], *, split: Literal["test", "validation"] | None = None) -> None:
-    """Evaluate the model of a run on all tasks, and compare with what the run recorded.
-
-    Args:
-        run: The run directory.
-        split: The examples to evaluate on; the run's own if not given.
-    """
+    """Evaluate the model of a run on all tasks, and compare with what the run recorded."""
     with Display(console) as display:
         directory, model, tasks = reopen(run, split=split, track=display.track)
         scores = evaluate_model(model, tasks, track=display.track)
@@ -40,16 +35,7 @@ def evaluate(run: tyro.conf.Positional[Path], *, split: Literal["test", "validat
 
 
 def export(run: tyro.conf.Positional[Path], flags: tyro.conf.OmitArgPrefixes[ExportConfig]) -> None:
-    """Write what a run learned as a folder that works without keeplora, with a model card.
-
-    Example: keeplora export runs/mini --format merged --output exports/mini
-
-    Example: keeplora export runs/mini --format adapter --rank 32 --dtype bfloat16 --output exports/mini-lora
-
-    Args:
-        run: The run directory.
-        flags: The settings.
-    """
+    """Write what a run learned as a folder that works without keeplora, with a model card."""
     with Display(console) as display:
         card = export_run(run, flags, track=display.track)
     for line in export_lines(card, flags.output):
@@ -57,17 +43,7 @@ def export(run: tyro.conf.Positional[Path], flags: tyro.conf.OmitArgPrefixes[Exp
 
 
 def certify(run: tyro.conf.Positional[Path], *, layers: bool = False, json: Path | None = None) -> None:
-    """Check a run directory against its own files: hashes, certificates, merged model.
-
-    Ends with exit code 1 if a check fails.
-
-    Example: keeplora certify runs/mini --layers
-
-    Args:
-        run: The run directory.
-        layers: Show every layer, not only the worst one of each task.
-        json: Also write what was measured, and every breach, to this file.
-    """
+    """Check a run directory against its own files: hashes, certificates, merged model."""
     if json is not None and (json.is_dir() or run.resolve() in json.resolve().parents):
         raise ValueError(f"{json} is a folder or inside the run, which stays as it is; give --json another file")
     with Display(console) as display:
@@ -83,15 +59,7 @@ def certify(run: tyro.conf.Positional[Path], *, layers: bool = False, json: Path
 def resume(
     run: tyro.conf.Positional[Path], *, checkpoint_steps: int | None = None, checkpoint_minutes: float = 5.0
 ) -> None:
-    """Resume a run after its last completed phase or checkpoint; a complete one is shown.
-
-    Example: keeplora resume runs/mini
-
-    Args:
-        run: The run directory.
-        checkpoint_steps: Optimiser steps from one checkpoint to the next; at the end of each epoch if not given.
-        checkpoint_minutes: The most minutes from one checkpoint to the next.
-    """
+    """Resume a run after its last completed phase or checkpoint; a complete one is shown."""
     config = config_of(read_run(run))
     config = replace(config, checkpoint_steps=checkpoint_steps, checkpoint_minutes=checkpoint_minutes)
     with Display(console) as display:
@@ -100,17 +68,7 @@ def resume(
 
 
 def undo(run: tyro.conf.Positional[Path], task: tyro.conf.Positional[str], *, output: Path) -> None:
-    """Write a run directory that is another one without one of its tasks.
-
-    The model is made again, the task's directions are protected no longer, and states that never were are evaluated.
-
-    Example: keeplora undo runs/mini food --output runs/mini-without-food
-
-    Args:
-        run: The run directory; it stays as it is.
-        task: The name of the task.
-        output: The new run directory.
-    """
+    """Write a run directory that is another one without one of its tasks."""
     with Display(console) as display:
         results = undo_task(run, task, output, track=display.track)
     console.print(f"Undone: {escape(task)}")
