@@ -7,10 +7,7 @@ Every target layer has n LoRA experts E_i, weighed as the paper's Dual-Router Mo
 G^I the softmax of a linear map of the layer's input, G^T(t) the average of G^I over task t, frozen when t ends. Dynamic
 Momentum MoE then sets theta_t = lambda * theta_{t-1} + (1 - lambda) * phi_t expert by expert, phi_t being what was
 trained. Nothing is merged: the experts lie beside the base model, as hooks. At inference each tower takes the task
-whose mean input of the first adapted layer is closest (padding of prompts counts in these means). Departures from the
-release: both routers are on in training (there G^I alone); G^T is averaged over all batches (there counted in one
-second of sixty); roles go by layer, and an expert that is new among the top ones keeps 1 - gamma of itself, every other
-gamma (there over the whole model, and 1 - gamma for those that only the task before used).
+whose mean input of the first adapted layer is closest. docs/methods.md tells what differs from the release.
 """
 
 import re

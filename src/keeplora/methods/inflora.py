@@ -2,12 +2,7 @@
 
 Before a task, `a` is the top of its inputs after the memory of earlier tasks' inputs is projected out, and is frozen;
 only `b` is trained. After it, the memory grows by the fewest directions that bring the covered share of the task's
-input energy to a threshold that rises from task to task.
-
-The thresholds are the released code's, and so is what they are shares of: it takes the gram's singular values for the
-inputs' and squares them again. With the paper's rule, `energy="inputs"`, they protect several times as many directions.
-Elsewhere the paper is followed: the first task keeps all directions it needs, and `a` is orthonormal, not divided by
-the root of 3. The threshold rises as the code's, `first + (last - first) t / T` at task t = 0 to T - 1.
+input energy to a threshold, which rises as `first + (last - first) t / T` at task t = 0 to T - 1.
 """
 
 import math

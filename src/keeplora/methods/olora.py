@@ -1,10 +1,7 @@
 """O-LoRA: each task's `a` is kept orthogonal to those of all earlier tasks by a penalty (arXiv 2310.14152).
 
 The input directions that a task's update reads are the rows of its `a`; where they are orthogonal to another task's,
-the two updates do not touch. The paper's penalty is `lambda_1 * sum_i L_orth(A_i, A_t)` over the earlier tasks i, where
-`L_orth` is the sum of the SQUARED entries of the product of the two factors. The released code sums their ABSOLUTE
-values (`overlap="absolute"`), and has a second term, `lambda_2` times the norms of both new factors, off by default.
-Paper and release merge all adapters at the end; here each is merged after its task, which is the same function.
+the two updates do not touch. The penalty is `lambda_1 * sum_i L_orth(A_i, A_t)` over the earlier tasks i.
 """
 
 from dataclasses import dataclass

@@ -4,10 +4,6 @@ The weight is `W0 + sum_k alpha_k D_k + b_t a_t` (arXiv 2501.13198): `D_k` is wh
 Frobenius norm and frozen; the magnitudes `alpha_k`, one for each earlier task and layer, are trained together with the
 new pair. Every task is merged, so its adapter holds only the changes: a stock LoRA of all ranks so far, whose first
 blocks are the earlier directions times the change of their magnitude, which starts at 0; the last is the new pair.
-
-The paper is followed: the released code divides by the product of the factors' norms, shares one magnitude a task
-between all layers, and starts them again at 0.8 with every task, which changes the function before anything is learned.
-As there, the new pair is not normalised while it is trained. SD-LoRA-RR and SD-LoRA-KD are not built.
 """
 
 from dataclasses import dataclass

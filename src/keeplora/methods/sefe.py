@@ -1,13 +1,9 @@
 """SEFE, its RegLoRA part: the largest elements of earlier updates stay as they are (arXiv 2505.02486).
 
 The elements of the update `dW = scaling * b @ a` that are largest in magnitude, 2 % of every layer, are where a task is
-taken to have left its knowledge. While later tasks are learned, the elements of the new update at those places are
-penalised by their mean magnitude. Norm and weight are those of the released code: L1, a mean over the places of a
-layer, a mean over layers, times 2500. A place that two earlier tasks hold counts twice in the mean, as it does there.
-The release leaves `scaling` out of the penalty; here it is in, so that the penalty is on what the weight changes by:
-with the release's scaling, 2, its penalty is that of `strength = 1250` here. The places do not depend on it.
-
-SEFE's other part, answer-style diversification, rewrites the data of generative tasks, and is not built.
+taken to have left its knowledge. Later updates are penalised at those places: L1, a mean over the places of a layer, a
+mean over layers, times 2500, as in the released code; a place that two tasks hold counts twice. docs/methods.md tells
+what differs from the release.
 """
 
 import math
