@@ -15,8 +15,7 @@ from keeplora.cli import main as cli
 from keeplora.layers import lora
 from keeplora.layers.lora import SavedAdapter
 from keeplora.methods.base import TaskRecord
-from keeplora.methods.cl_moe import CLMoE, CLMoEConfig, kept_shares
-from keeplora.methods.cl_moe_router import Router
+from keeplora.methods.cl_moe import CLMoE, CLMoEConfig, Router, kept_shares
 from keeplora.runs.config import RunConfig
 from keeplora.runs.loop import run
 from keeplora.training.trainer import TrainConfig

@@ -20,9 +20,9 @@ from keeplora.layers.lora import SavedAdapter
 from keeplora.methods.registry import find_method
 from keeplora.models.dual_encoder import DualEncoder
 from keeplora.models.registry import EMBEDDED
+from keeplora.runs import export as export_module
 from keeplora.runs.config import RunConfig
-from keeplora.runs.export import formats
-from keeplora.runs.export.formats import ExportConfig, export_run
+from keeplora.runs.export import ExportConfig, export_run
 from keeplora.runs.loop import run
 from keeplora.runs.manifest import read_manifest
 from keeplora.runs.open import reopen
@@ -416,7 +416,7 @@ def test_the_card_tells_tasks_in_order_scores_settings_and_licences(place, tmp_p
 
 @pytest.mark.slow
 def test_a_model_of_the_hub_is_named_in_front_matter_and_adapter(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "locate", lambda name: "openai/clip-tiny")
+    monkeypatch.setattr(export_module, "locate", lambda name: "openai/clip-tiny")
     monkeypatch.setattr(DualEncoder, "load", lambda self, name: tiny.clip_model())
     exported(place, "reduced", tmp_path / "out", "adapter")
     front = (tmp_path / "out" / "README.md").read_text().split("---\n")[1]
@@ -431,7 +431,7 @@ def test_what_came_with_keeplora_takes_its_notice_along(place, tmp_path, monkeyp
     run(config_of(place, tmp_path / "run", Case(options={"rank": 2}), model="mini"))
     export_run(tmp_path / "run", ExportConfig(format="adapter", output=tmp_path / "out"))
     text = (tmp_path / "out" / "README.md").read_text()
-    assert (tmp_path / "out" / "NOTICE").read_bytes() == formats.NOTICE.read_bytes()
+    assert (tmp_path / "out" / "NOTICE").read_bytes() == export_module.NOTICE.read_bytes()
     assert "the weights of the base model are under Apache-2.0" in text
     assert "keeplora does not know the licence of\nthe training data" in text
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
@@ -556,7 +556,7 @@ def test_an_export_that_breaks_off_leaves_nothing(place, tmp_path, monkeypatch, 
     def broken(card):
         raise CutOff
 
-    monkeypatch.setattr(formats, "render_card", broken)
+    monkeypatch.setattr(export_module, "render_card", broken)
     with pytest.raises(CutOff):
         exported(place, "heads", tmp_path / "deep" / "out", format)
     assert not list((tmp_path / "deep").iterdir())

@@ -16,7 +16,7 @@ from keeplora.methods.registry import METHODS
 from keeplora.models.registry import family_of
 from keeplora.runs.manifest import manifest_bytes, new_manifest
 from keeplora.studies.doctor import diagnose as doctor
-from keeplora.studies.doctor import dry_run, output_directory
+from keeplora.studies.doctor import dry_run
 from keeplora.studies.doctor.diagnose import diagnose
 from keeplora.studies.doctor.findings import Finding, merged
 
@@ -304,7 +304,7 @@ def test_spread_takes_the_ends_first_and_everything_once(count):
 
 
 def test_a_disk_without_space_is_a_problem(stream, model, monkeypatch):
-    monkeypatch.setattr(output_directory.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 9, 1))
     assert "MB free" in only(examine(stream, model), "problem")
 
 
@@ -324,7 +324,7 @@ def test_an_output_directory_that_cannot_be_written_is_a_problem(stream, model, 
     def refuse(dir):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(output_directory.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(doctor.tempfile, "TemporaryFile", refuse)
     assert "cannot be written: Read-only file system" in only(examine(stream, model), "problem")
 
 

@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import replace
-from json import dumps
 from pathlib import Path
 from typing import Literal
 
@@ -15,9 +14,9 @@ from keeplora.cli.tables import capacity_lines, evaluation_table, export_lines, 
 from keeplora.evaluation.accuracy_matrix import Results
 from keeplora.evaluation.capacity import capacity_of
 from keeplora.evaluation.evaluate import evaluate as evaluate_model
-from keeplora.runs.atomic_store import write_atomically
+from keeplora.runs.atomic_store import write_json
 from keeplora.runs.branch import undo as undo_task
-from keeplora.runs.export.formats import ExportConfig, export_run
+from keeplora.runs.export import ExportConfig, export_run
 from keeplora.runs.loop import run as run_stream
 from keeplora.runs.open import config_of, read_run, reopen
 from keeplora.runs.verify import certify as certify_run
@@ -49,7 +48,7 @@ def certify(run: tyro.conf.Positional[Path], *, layers: bool = False, json: Path
     with Display(console) as display:
         proof = certify_run(run, track=display.track)
     if json is not None:
-        write_atomically(json, (dumps(proof.to_json(), indent=1) + "\n").encode())
+        write_json(json, proof.to_json())
     for line in proof_lines(proof, layers=layers):
         console.print(line, highlight=False)
     if proof.breaches:

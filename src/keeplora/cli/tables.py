@@ -15,7 +15,7 @@ from keeplora.evaluation.accuracy_matrix import METRIC_NAMES, Results
 from keeplora.evaluation.capacity import MOST, Capacity, LayerCapacity, forecast
 from keeplora.evaluation.intervals import Estimate
 from keeplora.runs.config import RunConfig
-from keeplora.runs.export.card import Card
+from keeplora.runs.export import Card
 from keeplora.runs.verify import Proof
 from keeplora.studies.compare.comparison import COSTS, SCORES, Comparison
 from keeplora.studies.principal import PrincipalCurve

@@ -1,8 +1,8 @@
 """Gradients of the target weights on a task: exact ones, sketches of them, and what of them lies outside a subspace."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +10,34 @@ from torch import Tensor, nn
 from keeplora.layers import weights
 from keeplora.layers.distributed import add_up
 from keeplora.layers.module_state import device_of
-from keeplora.layers.named_tensors import NamedTensors
 from keeplora.layers.statistics import Accumulator, ExactGradient, collect, require_finite
 from keeplora.progress import Track, silent
 from keeplora.subspace import linear_algebra as linalg
 from keeplora.subspace.gradient_sketch import GradientSketch
 from keeplora.task import Task
+
+
+@dataclass(frozen=True)
+class NamedTensors:
+    """Base of results whose every field holds, by the layer's name, a tensor or a number."""
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return every value by its field and name; a number is a tensor without dimensions, in float64."""
+        return {
+            f"{field.name}/{name}": value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+            for field in fields(self)
+            for name, value in getattr(self, field.name).items()
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> Self:
+        """Return the result that `to_tensors` was called on."""
+        values: dict[str, dict[str, Tensor | float]] = {field.name: {} for field in fields(cls)}
+        for key, value in tensors.items():
+            field, _, name = key.partition("/")
+            is_number = value.dim() == 0 and value.dtype == torch.float64
+            values[field][name] = value.item() if is_number else value
+        return cls(**values)
 
 
 def mean_gradients(

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from keeplora.errors import LearningError
 from keeplora.layers import lora
-from keeplora.layers.named_tensors import NamedTensors
+from keeplora.layers.gradients import NamedTensors
 from keeplora.methods.base import HEAD, Method, TaskRecord
 from keeplora.subspace import protected
 from keeplora.subspace.certificate import certificates, require_no_leak

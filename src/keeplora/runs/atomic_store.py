@@ -6,6 +6,7 @@ new files; a crash after it is made up for by `recover`. Of several processes, t
 """
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -129,6 +130,11 @@ def write_atomically(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + ".part")
     write_through(temporary, content)
     rename(temporary, path)
+
+
+def write_json(path: Path, values: object) -> None:
+    """Write a JSON file in the same way."""
+    write_atomically(path, (json.dumps(values, indent=1) + "\n").encode())
 
 
 def write_through(path: Path, content: bytes) -> None:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from keeplora.config import differences
-from keeplora.data.stream import absolute, resolved
+from keeplora.data.benchmark import absolute, resolved
 from keeplora.evaluation.accuracy_matrix import Results
 from keeplora.evaluation.evaluate import evaluate
 from keeplora.methods.registry import find_method, method_behind

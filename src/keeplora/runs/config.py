@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt
 
 from keeplora.config import Config, parse
-from keeplora.data.benchmark import TaskSpec, read_benchmark
-from keeplora.data.stream import absolute, stream_of
+from keeplora.data.benchmark import TaskSpec, absolute, read_benchmark, stream_of
 from keeplora.methods.base import MethodConfig
 from keeplora.methods.registry import find_method, known_methods, method_behind
 from keeplora.models.registry import EMBEDDED

@@ -23,6 +23,9 @@ from keeplora.runs.directory import RunDirectory
 from keeplora.runs.manifest import Form, Settings, locked, new_manifest, read_manifest
 from keeplora.training.trainer import TrainConfig, best_device
 
+LEFT_BY_A_START = {"run.json.part", "lock", STAGED}
+"""What a run that was cut off before its first commit can leave in its directory."""
+
 
 @contextmanager
 def open_run(
@@ -38,7 +41,7 @@ def open_run(
         raise ValueError(f"{folder} is a file; give another --output")
     folder.mkdir(parents=True, exist_ok=True)
     found = {path.name for path in folder.iterdir()}
-    if "run.json" not in found and found - {"run.json.part", "lock", STAGED}:
+    if "run.json" not in found and found - LEFT_BY_A_START:
         raise ValueError(f"{folder} is not empty and holds no run; give another --output, or empty it")
     require_no_links(folder)
     with locked(folder) if is_main_process() else nullcontext():

@@ -240,8 +240,7 @@ class _Replay:
 
 def updates_of(record: TaskRecord, device: torch.device) -> Updates:
     """Return the factors `(a, scaling * b)` of every layer that a task adapted, on a device."""
-    factors = {} if record.adapter is None else record.adapter.factors()
-    return {layer: (a.to(device), b.to(device)) for layer, (a, b) in factors.items()}
+    return {layer: (a.to(device), b.to(device)) for layer, (a, b) in record.factors().items()}
 
 
 def breaches_of(measured: dict[str, LayerCertificate], leak_allowed: float) -> list[str]:

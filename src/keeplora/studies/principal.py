@@ -5,7 +5,6 @@ The target weights are rebuilt from only their principal input directions, the f
 draws the first of the two curves in its Figure 1.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -26,7 +25,7 @@ from keeplora.methods.base import MethodConfig
 from keeplora.models.interfaces import StreamTask
 from keeplora.progress import Track, silent
 from keeplora.report.charts import png
-from keeplora.runs.atomic_store import write_atomically
+from keeplora.runs.atomic_store import write_atomically, write_json
 from keeplora.runs.open import load_stream
 from keeplora.subspace import linear_algebra as linalg
 
@@ -108,7 +107,7 @@ def analyze_principal(config: PrincipalConfig, *, track: Track = silent) -> Prin
     config.output.mkdir(parents=True, exist_ok=True)
     model, tasks = load_stream(config.model, config.benchmark, evaluation=config.split, track=track)
     curve = principal_curve(model, tasks, config, track=track)
-    write_atomically(config.output / "principal.json", (json.dumps(curve.to_json(), indent=2) + "\n").encode())
+    write_json(config.output / "principal.json", curve.to_json())
     write_atomically(config.output / "principal.png", draw(curve))
     return curve
 

@@ -9,17 +9,16 @@ import os
 import statistics
 from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from keeplora.config import differences, read_json, require
-from keeplora.data.stream import absolute
+from keeplora.data.benchmark import absolute
 from keeplora.evaluation.accuracy_matrix import Results
 from keeplora.methods.registry import find_method, settings_of
 from keeplora.progress import Track, silent
 from keeplora.report.charts import trade_off
 from keeplora.report.html import render
-from keeplora.runs.atomic_store import write_atomically
+from keeplora.runs.atomic_store import write_atomically, write_json
 from keeplora.runs.config import RunConfig
 from keeplora.runs.manifest import locked
 from keeplora.runs.open import read_run
@@ -58,7 +57,7 @@ def compare(config: CompareConfig, *, track: Track = silent) -> Comparison:
         score, methods = comparison.score, comparison.methods
         chart = trade_off({name: (score(name, "transfer"), score(name, "last")) for name in methods}, config.reference)
         page = render("compare.html.j2", comparison=comparison, metric_names=SCORES, costs=COSTS, chart=chart)
-        _write_json(output / "compare.json", comparison.to_json())
+        write_json(output / "compare.json", comparison.to_json())
         write_atomically(output / "compare.png", chart)
         write_atomically(output / "report.html", page.encode())
     return comparison
@@ -74,7 +73,7 @@ def require_same_settings(config: CompareConfig) -> None:
     settings: dict[str, Any] = json.loads(json.dumps({"benchmark": absolute(config.benchmark), **values}))
     if not path.exists():
         versions = {name: version(name) for name in VERSIONS_OF}
-        _write_json(path, {"format": SETTINGS_FORMAT, "versions": versions, **settings})
+        write_json(path, {"format": SETTINGS_FORMAT, "versions": versions, **settings})
         return
     found = require(dict[str, Any], read_json(path.read_bytes(), path), str(path))
     if found.get("format") != SETTINGS_FORMAT:
@@ -84,10 +83,6 @@ def require_same_settings(config: CompareConfig) -> None:
         more = len(different) - MOST_DIFFERENCES
         shown = different[:MOST_DIFFERENCES] + ([f"and {more} more"] if more > 0 else [])
         raise ValueError(f"{config.output} holds another comparison ({'; '.join(shown)}); give another --output")
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    write_atomically(path, (json.dumps(values, indent=1) + "\n").encode())
 
 
 def _compared(config: CompareConfig, workers: Workers, track: Track) -> Comparison:

@@ -5,9 +5,12 @@ It continues after what it finds, so that one call names all that is wrong. Noth
 
 import math
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -15,13 +18,52 @@ from keeplora.data.cache import MEMORY_LIMIT, kept
 from keeplora.models.interfaces import StreamTask
 from keeplora.progress import Track, silent
 from keeplora.runs.config import RunConfig
+from keeplora.runs.manifest import read_manifest
+from keeplora.runs.open import LEFT_BY_A_START
 from keeplora.studies.doctor.data import TaskData, examine_data
 from keeplora.studies.doctor.dry_run import DryRun
 from keeplora.studies.doctor.duplicates import duplicate_findings
 from keeplora.studies.doctor.findings import FAILURES, Finding, merged
 from keeplora.studies.doctor.model import Subject, load_subject, prompt_findings
-from keeplora.studies.doctor.output_directory import Disk, output_findings
 from keeplora.studies.doctor.resource_estimate import Load, estimate_disk, estimate_seconds
+
+
+class Disk:
+    """What a run needs on disk at most, by what it is for, and how many bytes are free where it would write."""
+
+    def __init__(self, needs: dict[str, int], output: Path) -> None:
+        self.needs, self.total = needs, sum(needs.values())
+        self.folder = nearest_folder(output)
+        self.free = shutil.disk_usage(self.folder).free
+
+
+def output_findings(output: Path) -> list[Finding]:
+    """Say what keeps a run from writing to its directory, or that there is one; nothing is left behind."""
+    folder, cure = nearest_folder(output), "give another --output"
+    if output.exists() and not output.is_dir():
+        return [Finding("problem", "", f"{output} is a file", cure)]
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        return [Finding("problem", "", f"{folder} cannot be written: {error.strerror}", cure)]
+    if not (output / "run.json").exists():
+        if not output.is_dir() or {path.name for path in output.iterdir()} <= LEFT_BY_A_START:
+            return []
+        return [Finding("problem", "", f"{output} is not empty and holds no run", f"{cure}, or empty it")]
+    try:
+        manifest = read_manifest(output)
+    except ValueError as error:
+        return [Finding("problem", "", str(error), cure)]
+    finished = f"{manifest['tasks_finished']} of {len(manifest['tasks'])} tasks finished"
+    cure = "the same command resumes it; a run with other settings needs another --output"
+    return [Finding("note", "", f"{output} holds a run already, with {finished}", cure)]
+
+
+def nearest_folder(output: Path) -> Path:
+    """Return the folder of a run directory, or the nearest one above it that exists."""
+    return next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.is_dir())
+
 
 READING_SECONDS = 60.0
 """No further task is read for the dry run once reading took this long; the smallest tasks come first."""

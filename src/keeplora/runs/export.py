@@ -7,10 +7,11 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import jinja2
 import torch
 from pydantic import PositiveInt
 from safetensors.torch import save
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from keeplora.config import Config
 from keeplora.data.readers import read_splits
+from keeplora.evaluation.accuracy_matrix import METRIC_NAMES, Results
 from keeplora.layers import lora
 from keeplora.layers.lora import SavedAdapter
 from keeplora.methods.base import TaskRecord
@@ -27,9 +29,53 @@ from keeplora.progress import Track, silent
 from keeplora.runs.atomic_store import flush, made_whole
 from keeplora.runs.config import RunConfig
 from keeplora.runs.directory import RunDirectory
-from keeplora.runs.export.card import Card, render_card
 from keeplora.runs.open import config_of, read_run
-from keeplora.subspace.low_rank_update import cut_to, summed
+from keeplora.subspace.low_rank_update import Cut, cut_to, summed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """All that a card says."""
+
+    format: str
+    dtype: str
+    base: str
+    """Hub name or absolute folder of the base model."""
+    model_class: str
+    """Its class in transformers."""
+    has_text_tower: bool
+    """Whether it tells images apart by prompts."""
+    embedded: tuple[str, ...]
+    """What of the run came with keeplora, so that its licence is known: model, benchmark, both or none."""
+    results: Results
+    prompts: dict[str, str]
+    """The template of the prompts of each task."""
+    evaluation: str
+    one_by_one: bool
+    settings: dict[str, Any]
+    folders: dict[str, str] = field(default_factory=dict)
+    """Task and folder of each adapter."""
+    heads: dict[str, str] = field(default_factory=dict)
+    """Task and file, without its ending, of each classifier."""
+    cut: Cut | None = None
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Names to load the adapters under, and the folder of each; PEFT allows no dot in a name."""
+        return {f"task{number}": folder for number, folder in enumerate(self.folders.values(), 1)}
+
+
+def render_card(card: Card) -> str:
+    """Return the card as Markdown."""
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters["literal"] = lambda value: json.dumps(value, ensure_ascii=False)
+    template = environment.from_string(Path(__file__).with_name("card.md.j2").read_text(encoding="utf-8"))
+    return template.render(
+        **vars(card), names=card.names, is_on_hub=not Path(card.base).is_absolute(), metric_names=METRIC_NAMES
+    )
+
 
 NOTICE = Path(__file__).parents[2] / "data" / "mini" / "NOTICE"
 

@@ -1,1 +1,0 @@
-"""What a run learned, for use without keeplora."""
