@@ -189,6 +189,50 @@ def test_nothing_prints_but_the_command_line(name):
 
 PROJECT = ROOT.parents[1]
 
+TESTED_BY = {
+    # Commands are tried as a user types them.
+    "cli/test_main": ("__main__", "cli/flags", "cli/learn", "cli/progress", "cli/runs", "cli/tables"),
+    "studies/test_doctor": (
+        "cli/doctor", "studies/doctor/data", "studies/doctor/diagnose", "studies/doctor/dry_run",
+        "studies/doctor/duplicates", "studies/doctor/findings", "studies/doctor/model",
+    ),
+    "studies/test_image_fingerprints": ("studies/doctor/image_fingerprints",),
+    "studies/test_resource_estimate": ("studies/doctor/resource_estimate",),
+    "studies/test_compare": (
+        "studies/compare/comparison", "studies/compare/config", "studies/compare/process_pool", "studies/compare/run",
+    ),
+    # What every method has is tested on all methods.
+    "methods/test_contract": ("methods/base", "methods/keeplora", "methods/protecting", "layers/names"),
+    "methods/test_guards": ("layers/module_state", "layers/weights"),
+    "methods/test_variants": ("methods/registry",),
+    "methods/test_ewc": ("layers/fisher",),
+    # Passes over layers are tried where what they find is.
+    "layers/test_statistics": ("layers/outside_uses",),
+    "system/test_processes": ("layers/distributed",),
+    "subspace/test_protected": ("subspace/certificate",),
+    "runs/test_export": ("subspace/low_rank_update",),
+    "evaluation/test_accuracy_matrix": ("evaluation/metrics",),
+    "data/test_readers": ("data/images",),
+    "models/test_families": ("models/dual_encoder", "models/registry", "models/interfaces"),
+    "report/test_html": ("report/charts",),
+    "runs/test_loop": ("runs/phases", "progress"),
+    "training/test_trainer": ("training/checkpoints",),
+    "test_config": ("errors",),
+}  # fmt: skip
+"""Which test has the files of the library that have none of their own, named like them in the same folder."""
+
+
+def test_every_file_has_a_test():
+    tests = PROJECT / "tests"
+    elsewhere = {name for names in TESTED_BY.values() for name in names}
+    assert all((tests / f"{place}.py").is_file() for place in TESTED_BY)
+    for name in FILES:
+        package, _, file = name.rpartition("/")
+        has_own = (tests / package / f"test_{file}.py").is_file()
+        assert has_own != (name in elsewhere) or file == "__init__", f"{name} has no test, or is named for nothing"
+    assert elsewhere <= set(FILES)
+
+
 OF_THE_PROJECT = sorted(
     [
         *ROOT.rglob("*.py"),
