@@ -14,10 +14,7 @@ Batch = Any
 
 
 class DeferredGradient:
-    """What a task computed once for many batches, and the leaf that takes its place in their losses.
-
-    Gradients with respect to the leaf add up, so that what lies behind it is differentiated once for all batches.
-    """
+    """A tensor made once for many batches, and the leaf in its place in their losses: one backward pass for all."""
 
     def __init__(self, made: Tensor) -> None:
         self.made = made

@@ -17,10 +17,7 @@ SECONDS_BETWEEN_LINES = 60.0
 
 
 class Display(Live):
-    """A live table of the runs so far above a progress bar; without a terminal, lines, and the table at the end.
-
-    Its `track` and `watch` are what a run calls.
-    """
+    """A live table of the runs so far above a progress bar; without a terminal, lines, and the table at the end."""
 
     def __init__(self, console: Console) -> None:
         self.runs: dict[str, Results] = {}

@@ -118,10 +118,7 @@ class PixelStore:
 
 
 def map_bytes(chunks: Iterable[Tensor], shape: tuple[int, ...]) -> Tensor:
-    """Write chunks of uint8 one after the other to a temporary file and return them as one tensor that reads from it.
-
-    On POSIX the file has no name once it is open: a process that is killed leaves nothing behind.
-    """
+    """Write chunks of uint8 to a temporary file, nameless where POSIX allows it, and return a tensor that maps it."""
     size = math.prod(shape)
     with _refusals_named(size):
         if (free := shutil.disk_usage(tempfile.gettempdir()).free) < size:

@@ -1,7 +1,4 @@
-"""Named readers: from a folder, an archive or a Hugging Face dataset to labelled images.
-
-Everything that can be wrong with a user's data is found here, before training starts, and named.
-"""
+"""Named readers: from a folder, an archive or a Hugging Face dataset to labelled images; all that is wrong is named."""
 
 import io
 import os

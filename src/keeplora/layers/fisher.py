@@ -16,18 +16,12 @@ def fisher_diagonals(
 ) -> dict[str, Tensor]:
     """Estimate the diagonal of the empirical Fisher information of the target weights from one gradient pass.
 
-    The estimate is the mean over batches, each by its weight, of `n * gradient ** 2`: `n` is the weight of a batch, the
-    number of its examples, `gradient` that of their mean loss. For batches drawn at random its expectation is the mean
-    square of one example's gradient, which is the empirical Fisher's diagonal, plus `n - 1` times the square of the
-    task's mean gradient. The two are equal where the mean gradient vanishes, and always with batches of one example;
-    with few batches the estimate is noisy besides, so that smaller ones are better and slower.
-    The task's loss is a mean negative log-likelihood. Batches are cut into ones of at most `batch_size` examples, along
-    the first dimension of every tensor in them that has an entry for each example. Returned is for each target the
-    diagonal `[d_out, d_in]` in float32; zero where no gradient reached the layer.
-
-    Raises:
-        LearningError: If a loss or a gradient is not finite.
-        ValueError: If there is no batch, or the loss depends on a weight otherwise than through its layer.
+    The estimate `[d_out, d_in]` in float32 is the mean over batches of at most `batch_size` examples, each by its
+    weight, of `n * gradient ** 2`, with `n` the number of its examples and `gradient` that of their mean loss. Its
+    expectation is the mean square of one example's gradient, which is the diagonal, plus `n - 1` times the square of
+    the task's mean gradient: the two are equal where the mean gradient vanishes, and always for batches of one. The
+    loss is a mean negative log-likelihood. Batches are cut along the first dimension of every tensor with an entry for
+    each example. Raises what `mean_gradients` does.
     """
     return averages(SquaredGradient, model, _Cut(Task.of(task), batch_size), targets, 1.0, track)
 

@@ -1,10 +1,7 @@
 """Layers lent a faster forward pass while a model is trained or read: the same function, less memory, fewer passes.
 
-A frozen `a` is what makes LoRA cheap. With `W' = W + b @ a`, which costs little where rows are many, the forward pass
-is one product with `W'` and so is the gradient at the inputs; the gradient of `b` needs `x @ a.T` alone, and neither
-the inputs nor a second output are kept. Quick GELU, as transformers writes it, makes three tensors as large as its
-input and keeps two; here it makes one and keeps its input. Nothing of the model itself changes: the modules have their
-own forward pass again afterwards.
+With `W' = W + b @ a`, the forward pass of a LoRA with a frozen `a` is one product, and so is the gradient at the
+inputs; that of `b` needs `x @ a.T` alone. Quick GELU keeps its input in place of two tensors as large.
 """
 
 from collections.abc import Callable, Iterator

@@ -58,10 +58,7 @@ def mean_gradients(
 def averages(
     kind: Callable[[Tensor], Accumulator], model: nn.Module, task: Task, targets: list[str], share: float, track: Track
 ) -> dict[str, Tensor]:
-    """Return for each layer what accumulators of a kind find of its gradients, by the weight of all batches.
-
-    Layers that share a weight share an accumulator: its gradient is what is found by all of them.
-    """
+    """Average what accumulators of a kind find of each layer's gradients; layers that share a weight share one."""
     found: dict[Tensor, Accumulator] = {}
     for name in targets:
         zeros = torch.zeros(weights.shape_of(model, name), device=device_of(model))

@@ -25,13 +25,9 @@ def input_grams(
 ) -> dict[str, Tensor]:
     """Accumulate the second moment of every target layer's input over a task's examples (X X^T of Eq. 9).
 
-    Returned is for each target the gram `[d_in, d_in]` in float32, a sum over rows without the padding; its scale
-    carries no meaning. Layers that get the very same tensor, such as query, key and value of a block, share one object.
-    `features` is a key of `FEATURES`.
-
-    Raises:
-        LearningError: If the input of a layer is not finite.
-        ValueError: If a layer was never reached, or shares its input with another one in one batch and not in the next.
+    Returned is for each target the gram `[d_in, d_in]` in float32, a sum over rows without the padding; layers that get
+    the very same tensor share one object. `features` is a key of `FEATURES`. Raises a LearningError if an input is not
+    finite, and a ValueError if a layer was never reached, or shares its input in one batch and not in the next.
     """
     kind = FEATURES[features]
     watcher = collect(model, task, {name: [kind()] for name in targets}, track=track, what="features")
@@ -52,8 +48,7 @@ def _grams(watcher: Watcher, targets: list[str]) -> dict[str, Tensor]:
 class SeenInputs(nn.Module):
     """How many batches of training went by, and the second moments of what layers got in the last epoch's.
 
-    The model still changes during that epoch, so the statistic is one of slightly earlier weights. As part of the
-    adapted model's state it is in every checkpoint of training.
+    They are of slightly earlier weights than a pass of their own would see. Every checkpoint of training has them.
     """
 
     def __init__(self, task: Task, widths: dict[str, int]) -> None:
@@ -103,10 +98,7 @@ class Part(NamedTuple):
 
 
 class Watched(TaskLike):
-    """A task whose last epoch is watched while a model is trained on it.
-
-    `loss` is called once for each batch, or for each of its `micro_batches`.
-    """
+    """A task whose last epoch is watched while a model is trained on it, batch by batch or by its `micro_batches`."""
 
     def __init__(self, task: Task, seen: SeenInputs, layers: dict[str, nn.Module], epochs: int) -> None:
         super().__init__(task)

@@ -171,10 +171,9 @@ def attach(
 
 
 def _pattern(values: dict[str, N], default: N) -> dict[str, N]:
-    """List the layers whose value PEFT would not take from the default.
+    """List the layers whose value PEFT, which takes the first entry that ends a layer's name, would not take so.
 
-    PEFT takes the first entry that ends a layer's name. So longer names come first, and a layer with the default is
-    listed too where a shorter name would claim it.
+    Longer names come first, and a layer with the default is listed too where a shorter name would claim it.
     """
     different = {name for name in values if values[name] != default}
     claimed = {name for name in values if any(name.endswith(f".{other}") for other in different)}

@@ -19,10 +19,7 @@ HARMLESS = (Tensor.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
 def require_no_outside_uses(
     model: nn.Module, layers: Iterable[str], calls: Mapping[str, int], task: str
 ) -> Iterator[None]:
-    """Check that what runs inside uses the weights of linear layers no more often than `calls` says they were called.
-
-    A compiled model, and a layer that is more than `nn.Linear`, are not looked into. `task` is a name for the message.
-    """
+    """Check that what runs inside uses weights of plain, not compiled, linear layers only as often as `calls` says."""
     plain = [name for name in layers if type(model.get_submodule(name)) is nn.Linear]
     weights: dict[int, list[str]] = {}
     for name in plain:

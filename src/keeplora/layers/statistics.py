@@ -101,10 +101,7 @@ class InputCovariance(Accumulator):
 
 
 class BatchMean(Accumulator):
-    """Inputs averaged over batches by their place in the batch, as the released code does; then outer products.
-
-    A batch of another shape than the first is left out. Batches of several processes have no common places.
-    """
+    """Inputs averaged over batches by their place, as the released code does; batches of another shape are left out."""
 
     by_place: ClassVar[bool] = True
     num_batches = 0
@@ -133,13 +130,10 @@ def collect(
 ) -> "Watcher":
     """Feed accumulators, of all layers or a group of them, with a share of a task's batches, and reduce them.
 
-    With gradients, the model is in training mode, so that activation checkpointing works, but without dropout; what the
-    task keeps frozen is differentiated once, after all batches. Without, it is in evaluation mode. What is returned
-    tells the `total_weight` of the batches over all processes, and the `leaders` of the layers.
-
-    Raises:
-        LearningError: If a loss is not finite.
-        ValueError: If no loss depends on a layer, or one depends on a weight otherwise than through its layer.
+    With gradients, the model is in training mode without dropout, so that activation checkpointing works; what the task
+    keeps frozen is differentiated once, after all batches. What is returned tells the `total_weight` of the batches and
+    the `leaders` of the layers. Raises a LearningError if a loss is not finite, and a ValueError if none depends on a
+    layer, or one depends on a weight otherwise than through its layer.
     """
     task = Task.of(task)
     watcher = Watcher(task, accumulators)
@@ -190,8 +184,8 @@ def _checked_once(model: nn.Module, watcher: "Watcher") -> AbstractContextManage
 class Watcher:
     """Hands what goes through layers to their accumulators while a model runs.
 
-    `leaders` names for each layer the first one that gets the very same tensor: what is collected of the inputs alone
-    is collected for the leader. `calls` counts how often each layer ran, with a gradient to come, for the batch read.
+    `leaders` names for each layer the first one that gets the same tensor, for which what is collected of inputs alone
+    is collected. `calls` counts how often each layer ran, with a gradient to come, for the batch read.
     """
 
     def __init__(self, task: Task, accumulators: Accumulators) -> None:
@@ -343,9 +337,6 @@ class _Meet(torch.autograd.Function):
 
 
 def require_finite(tensor: Tensor, message: str) -> None:
-    """Raise a `LearningError` with this message unless every entry of a tensor is a finite number.
-
-    Looks at the extremes, which are NaN if any entry is: a mask would take more memory than the tensor.
-    """
+    """Raise a `LearningError` with this message unless a tensor is finite; a mask would take more memory than it."""
     if tensor.numel() > 0 and not all(math.isfinite(float(extreme)) for extreme in tensor.detach().aminmax()):
         raise LearningError(message)

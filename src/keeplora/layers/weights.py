@@ -1,7 +1,4 @@
-"""The weights of a model's layers: the one place that reads them, adds to them, or hashes them.
-
-Whoever asks gets the whole matrix of one layer at a time in float32, whatever it is stored as.
-"""
+"""The one place that reads the weights of layers, whole and in float32 one at a time, adds to them, or hashes them."""
 
 import hashlib
 from collections.abc import Iterable, Iterator

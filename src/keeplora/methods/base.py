@@ -1,7 +1,6 @@
 """The three verbs of a continual-learning method. This base class is sequential LoRA: train, merge, next.
 
-A method changes what happens in `before_task`, `penalty` and `after_task`. What it carries from task to task it takes
-up in `add_task`, from the task's record alone, so that a run can be resumed.
+What a method carries from task to task it takes up in `add_task`, from a task's record alone, so that runs resume.
 """
 
 from collections.abc import Sequence
@@ -88,10 +87,7 @@ class MethodConfig(Config):
 
 
 class Method:
-    """Sequential LoRA: each task trains a fresh adapter, which is then merged.
-
-    `record` holds what the last finished task left behind, `layers` the adapted layers while a task is learned.
-    """
+    """Sequential LoRA; `record` is what the last task left, `layers` are the adapted ones while a task is learned."""
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
 

@@ -1,8 +1,7 @@
 """Joint training: all tasks at once, from the untouched model. Not a continual method but the reference above them.
 
-The first place of the stream learns the union of all tasks, with as many steps as they have one by one and with the
-rank that their updates would have together; the other places learn nothing. Every row of the accuracy matrix is
-therefore the same model, and only Last speaks of it.
+The first place of the stream learns the union of all tasks, with as many steps and the rank that they have one by one;
+the others learn nothing. So every row of the accuracy matrix is the same model, and only Last speaks of it.
 """
 
 from collections.abc import Iterable, Iterator, Sequence, Sized

@@ -87,10 +87,7 @@ class Router(nn.Module):
 
 
 class Tower:
-    """What the routers of one tower share: the task of each instance, found by the first of them that runs.
-
-    The input of the first block does not pass any expert, so the mean inputs that it is compared with do not age.
-    """
+    """The task of each instance of one tower, found by its first router: no expert changes what that one reads."""
 
     def __init__(self) -> None:
         self.first: Router | None = None

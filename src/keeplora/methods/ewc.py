@@ -1,9 +1,8 @@
 """EWC: changes of weights that matter to earlier tasks are penalised (Kirkpatrick et al. 2017, arXiv 1612.00796).
 
-How much a weight matters is its entry in the Fisher information's diagonal. Eq. (3) penalises the distance of every
-trained parameter from its value after the earlier task: here the distance from the merged weights, which is the update
-`scaling * b @ a`, since each task's factors start anew. In place of one penalty a task, the Fishers are summed around
-the latest weights (Huszar 2017, arXiv 1712.03847), with the decay of Schwarz et al. (2018, arXiv 1805.06370).
+Eq. (3) penalises the distance of every trained parameter from its earlier value, here the update `scaling * b @ a`, by
+the diagonal of the Fisher information. In place of one penalty a task, the Fishers are summed around the latest weights
+(Huszar 2017, arXiv 1712.03847), with the decay of Schwarz et al. (2018, arXiv 1805.06370).
 """
 
 from dataclasses import dataclass

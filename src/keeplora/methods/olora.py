@@ -1,7 +1,6 @@
 """O-LoRA: each task's `a` is kept orthogonal to those of all earlier tasks by a penalty (arXiv 2310.14152).
 
-The input directions that a task's update reads are the rows of its `a`; where they are orthogonal to another task's,
-the two updates do not touch. The penalty is `lambda_1 * sum_i L_orth(A_i, A_t)` over the earlier tasks i.
+Updates whose `a` have orthogonal rows do not touch. The penalty is `lambda_1 * sum_i L_orth(A_i, A_t)`.
 """
 
 from dataclasses import dataclass
@@ -38,10 +37,7 @@ class OLoRA(Method):
         self.earlier: dict[str, Tensor] = {}
 
     def penalty(self, model: nn.Module) -> Tensor | None:
-        """Return `lambda_1 * sum_i L_orth(A_i, A_t)` over all layers, plus the norms' term; None if there is neither.
-
-        The earlier factors are stacked, so that one product a layer gives the overlaps with all of them.
-        """
+        """Return `lambda_1 * sum_i L_orth(A_i, A_t)` over all layers, plus the norms' term; None without either."""
         terms = []
         for name, layer in self.layers.items():
             a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight

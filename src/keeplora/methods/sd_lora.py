@@ -1,9 +1,8 @@
 """SD-LoRA: directions of earlier tasks stay fixed, their magnitudes are learned on with every new task.
 
-The weight is `W0 + sum_k alpha_k D_k + b_t a_t` (arXiv 2501.13198): `D_k` is what task k learned, `b_k a_k`, at unit
-Frobenius norm and frozen; the magnitudes `alpha_k`, one for each earlier task and layer, are trained together with the
-new pair. Every task is merged, so its adapter holds only the changes: a stock LoRA of all ranks so far, whose first
-blocks are the earlier directions times the change of their magnitude, which starts at 0; the last is the new pair.
+The weight is `W0 + sum_k alpha_k D_k + b_t a_t` (arXiv 2501.13198): `D_k` is task k's `b_k a_k` at unit Frobenius norm,
+frozen; the `alpha_k`, one a layer, are trained with the new pair. Each adapter holds only the changes: a stock LoRA of
+all ranks so far, whose first blocks are earlier directions times the change of their magnitude, which starts at 0.
 """
 
 from dataclasses import dataclass
@@ -90,10 +89,7 @@ class SDLoRA(Method):
 
 
 def _hold(adapted: nn.Module, directions: dict[str, tuple[Tensor, Tensor]], r: int) -> None:
-    """Put directions, without scaling, into the first blocks of adapted layers, times trained numbers that start at 0.
-
-    `r` is the rank of one block. Each layer has the rank of all its directions and `r` more.
-    """
+    """Put directions into the first blocks, of rank `r`, of adapted layers, times trained numbers that start at 0."""
     layers = lora.lora_layers(adapted)
     for name, (a, b) in directions.items():
         layer = layers[name]

@@ -1,9 +1,7 @@
 """SEFE, its RegLoRA part: the largest elements of earlier updates stay as they are (arXiv 2505.02486).
 
-The elements of the update `dW = scaling * b @ a` that are largest in magnitude, 2 % of every layer, are where a task is
-taken to have left its knowledge. Later updates are penalised at those places: L1, a mean over the places of a layer, a
-mean over layers, times 2500, as in the released code; a place that two tasks hold counts twice. docs/methods.md tells
-what differs from the release.
+Later updates are penalised where an earlier `dW = scaling * b @ a` has its 2 % largest elements: L1, a mean over the
+places of a layer, a mean over layers, times 2500, as in the released code; a place that two tasks hold counts twice.
 """
 
 import math

@@ -1,7 +1,4 @@
-"""Dual encoders of Hugging Face (CLIP, SigLIP): images and class prompts meet in one space.
-
-The classifier of a task is the text features of its class prompts; the loss is the cross-entropy over them.
-"""
+"""Dual encoders of Hugging Face (CLIP, SigLIP): images are classified by the text features of their class prompts."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -117,7 +114,7 @@ class ClassificationTask(StreamTask):
         return [{"pixel_values": images, "labels": classes} for images, classes in cut]
 
     def sample(self, batch: Batch) -> Batch:
-        """Return the first two images: with all classes these are logits enough to compare."""
+        """Return the first two images."""
         return {"pixel_values": batch["pixel_values"][:2], "labels": batch["labels"][:2]}
 
     @contextmanager

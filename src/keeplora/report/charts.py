@@ -12,10 +12,7 @@ from keeplora.evaluation.intervals import Estimate
 
 
 def trade_off(points: Mapping[str, tuple[Estimate | None, Estimate | None]], reference: str) -> bytes:
-    """Draw Last against Transfer for every method, with the 95 % intervals of both; the reference is a star.
-
-    `points` has Transfer and Last of each method. One without Transfer is a line at its Last, one without Last nothing.
-    """
+    """Draw Last against Transfer (None: a line) of each method with 95 % intervals; the reference is a star."""
     with matplotlib.rc_context({"font.size": 9, "text.parse_math": False}):
         figure = Figure(figsize=(7.5, 5.5), layout="constrained", dpi=120)
         axis = figure.subplots()
@@ -37,8 +34,8 @@ def trade_off(points: Mapping[str, tuple[Estimate | None, Estimate | None]], ref
 def heat_maps(runs: list[Results]) -> bytes:
     """Draw the accuracy matrix of every run, side by side on one colour scale.
 
-    A row is a state of the model, from the untouched one down to the last task learned; a column is a task. A frame
-    marks the entry right after a task was learned: left and below of it is memory, right and above transfer.
+    Rows are states of the model, from the untouched one down; columns are tasks. A frame marks the entry right after a
+    task was learned: left and below of it is memory, right and above transfer.
     """
     num_tasks = len(runs[0].tasks)
     with matplotlib.rc_context({"font.size": 8, "text.parse_math": False}):

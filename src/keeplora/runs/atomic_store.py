@@ -1,8 +1,7 @@
 """A folder whose files change together or not at all, listed with their SHA-256 in its manifest.
 
-New files wait in `staged/` until `run.json`, with their hashes and the names of the files that leave, takes its place:
-that is the commit. Then they take their names, and those that leave are removed. A crash before the commit drops the
-new files; a crash after it is made up for by `recover`. Of several processes, the first one alone touches the disk.
+New files wait in `staged/` until `run.json`, with their hashes and the names of those that leave, takes its place: that
+is the commit. A crash before it drops them, one after it is made up for by `recover`. Only the first process writes.
 """
 
 import hashlib

@@ -27,9 +27,9 @@ from keeplora.training.trainer import best_device
 def undo(folder: Path, task: str, output: Path, *, track: Track = silent) -> Results:
     """Make a run directory that is another one without one of its finished tasks, and return its scores.
 
-    The model is made from the base model and the updates of the other tasks, in float32; what the task protected is
-    protected no longer; states that the run never had are evaluated. Without the last task, all is exactly as if it had
-    not been learned. ValueError says that the task is not finished, later ones depend on it, or a file is damaged.
+    The model is made from base model and updates in float32, as if the last task had never been learned; what another
+    one protected is protected no longer, and new states are evaluated. ValueError says that the task is not finished,
+    later ones depend on it, or a file is damaged.
     """
     source = read_run(folder)
     finished = source.manifest["tasks"][: source.num_finished]
@@ -51,10 +51,9 @@ def undo(folder: Path, task: str, output: Path, *, track: Track = silent) -> Res
 
 
 def fork(folder: Path, config: RunConfig, *, track: Track = silent) -> Results:
-    """Make a run directory that begins with the finished tasks of another one; `run(config)` goes on with it.
+    """Make a run directory that begins with the finished tasks of another one; `run(config)` continues it.
 
-    ValueError says that something differs that would not fit the finished tasks, no task is finished or none is left to
-    learn, or a file is damaged.
+    ValueError says that a difference would not fit the finished tasks, there are none, or none is left to learn.
     """
     source = read_run(folder)
     if source.num_finished == 0:
@@ -81,10 +80,10 @@ def fork(folder: Path, config: RunConfig, *, track: Track = silent) -> Results:
 
 
 def continued(folder: Path, benchmark: str) -> RunConfig:
-    """Return the configuration of a run that goes on with the tasks of another benchmark behind its own.
+    """Return the configuration of a run that continues with the tasks of another benchmark after its own.
 
-    `run(config, extend=True)` learns them, and gives what one run with all tasks would have given. ValueError says that
-    the run is not complete, the benchmark has nothing new, or the method does not learn task by task.
+    `run(config, extend=True)` learns them as one run with all tasks would have. ValueError says that the run is not
+    complete, the benchmark has nothing new, or the method does not learn task by task.
     """
     source = read_run(folder)
     config = config_of(source)

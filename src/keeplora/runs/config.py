@@ -89,8 +89,7 @@ class RunConfig(Config):
 def resolve(*given: Sourced) -> RunConfig:
     """Return a run's settings: those given, then the benchmark's, then the method's, then the library's.
 
-    Of those given, the first ones go before the others: those of the command line, say, before those of a file.
-    ValueError names what is unknown, wrong, or a contradiction, and where it came from.
+    Of those given, the first ones go before the others. ValueError names what is wrong, and where it came from.
     """
     names = {"benchmark": RunConfig.benchmark, "method": RunConfig.method}
     for source, table in reversed(given):
@@ -113,10 +112,7 @@ def resolve(*given: Sourced) -> RunConfig:
 
 
 def settle(tables: list[Sourced]) -> RunConfig:
-    """Make a run's settings of tables: of each setting, the first table that has it decides.
-
-    ValueError names the source of a value that is wrong, or contradicts what makes the method's variant.
-    """
+    """Make settings of tables, the first with each decides; ValueError names the source of a wrong value."""
     method = next((table["method"] for _, table in tables if "method" in table), RunConfig.method)
     kind, variant = find_method(method)
     values: dict[str, dict[str, Any]] = {"": {}, "train": {}, "options": {}}

@@ -1,7 +1,4 @@
-"""The run directory: what was configured, what each task left behind, the scores, the merged model.
-
-Safetensors and JSON only. What belongs together is written together or not at all (see `atomic_store`).
-"""
+"""The run directory: configuration, what each task left, scores, merged model, as safetensors and JSON only."""
 
 import json
 from collections.abc import Iterable
@@ -105,8 +102,8 @@ class RunDirectory(Store):
     def add_task(self, record: TaskRecord, details: dict[str, Any], model: nn.Module | None) -> None:
         """Commit the next finished task: its adapter, directions, head and `task.json`, the merged model, the scores.
 
-        `details` is what else `task.json` holds (`scores`, `phases`, `losses`), and its certificate if that is not the
-        record's. `model` is the merged model; None if it is the one that is there, or none is to be written.
+        `details` is what else `task.json` holds, and a certificate in place of the record's. `model` is None to write
+        none.
         """
         folder = task_folder(self.num_finished, self.manifest["tasks"])
         if record.adapter is not None:

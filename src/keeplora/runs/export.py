@@ -1,7 +1,4 @@
-"""What a run learned, for use without keeplora: the merged model, one adapter, or the adapter of each task.
-
-All is made again in float32 from the base model and the recorded adapters, and cast once.
-"""
+"""What a run learned, for use without keeplora: made again in float32 from base model and adapters, cast once."""
 
 import dataclasses
 import json
@@ -126,8 +123,7 @@ class _Source:
 def export_run(folder: Path, config: ExportConfig, *, track: Track = silent) -> Card:
     """Write the finished tasks of a run to `config.output`, with a model card, and return what the card says.
 
-    ValueError says that no task is finished, a file is missing or damaged, the run cannot have this form, the output is
-    not empty, or a weight is too large for the precision.
+    ValueError says that there is none, a file is damaged, the run cannot have this form, or the output is not empty.
     """
     directory = read_run(folder)
     if directory.num_finished == 0:

@@ -37,15 +37,9 @@ def run(
 ) -> Results:
     """Learn a stream of tasks and return the scores; everything is written to `config.output` as it goes.
 
-    Args:
-        config: What to learn, and where to write it. A run that is there and was cut off is resumed.
-        extend: Whether a run that is there may be one of fewer tasks, the first ones of this stream.
-        track: Shows progress.
-        watch: Called with the results so far.
-
-    Raises:
-        ValueError: If something of the configuration or the data is wrong, or training diverges; the tasks that were
-            finished before stay in the run directory.
+    A run that is there is resumed; with `extend`, it may be one of fewer tasks, the first ones of this stream. `track`
+    shows progress, `watch` is called with the results so far. What is wrong with the configuration or the data, or
+    training that diverges, is a ValueError; the tasks that were finished before stay in the run directory.
     """
     best_device()  # Processes must have met before the run directory is opened: only the first one writes to it.
     values = plain_values(config)
@@ -99,10 +93,7 @@ def learn(config: RunConfig, directory: RunDirectory, track: Track, watch: Watch
 def catch_up(
     model: nn.Module, method: Method, tasks: list[StreamTask], config: RunConfig, directory: RunDirectory, track: Track
 ) -> nn.Module:
-    """Bring the untouched model and the method to where the run directory is; return the model.
-
-    What was never evaluated is evaluated on the way: the untouched model, and each state on tasks that came later.
-    """
+    """Bring the untouched model and the method to where the run is, evaluate what never was, and return the model."""
     if "zero_shot" not in directory.manifest:
         clock = Clock()
         with clock.phase("zero_shot"):

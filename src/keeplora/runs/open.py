@@ -93,8 +93,8 @@ def reopen(
 ) -> tuple[RunDirectory, nn.Module, list[StreamTask]]:
     """Load what a run left: its directory, its model after the last finished task, and its tasks in their order.
 
-    Its tasks evaluate on `split`, or on the run's own if none is given. ValueError says that no task is finished, the
-    model was not saved, or a file is missing or damaged.
+    They evaluate on `split`, or the run's own. ValueError: no task is finished, no model was saved, or a file is
+    damaged.
     """
     directory = read_run(folder)
     if directory.num_finished == 0:
@@ -158,16 +158,8 @@ def load_stream(
 ) -> tuple[nn.Module, list[StreamTask]]:
     """Load a model, in float32 on the best device, and the tasks of a benchmark for it.
 
-    Args:
-        model: The embedded model, a hub name, or a folder.
-        benchmark: Name of a benchmark, or path of its TOML file.
-        batch_size: Images in a batch.
-        evaluation: The split to evaluate on, test or validation.
-        seed: Seed of the order of the training batches.
-        track: Shows progress over the images that are read.
-
-    Raises:
-        ValueError: If the model, the benchmark or the data is wrong; the message names what.
+    `model` is the embedded model, a hub name, or a folder, `benchmark` a name or the path of a TOML file. The tasks
+    evaluate on the split `evaluation`; `seed` draws the order of training batches. A ValueError names what is wrong.
     """
     train = TrainConfig(batch_size=batch_size)
     config = RunConfig(benchmark=benchmark, model=model, seed=seed, evaluation=evaluation, train=train)

@@ -1,7 +1,6 @@
 """The durable phases of the task that is being learned: each is computed once, however often the run is cut off.
 
-What a phase found is put into the run directory together with the state of every random generator after it, so that a
-resumed run draws the same numbers. When the task is finished, all of it is removed.
+Its result is kept, until the task is finished, with the state of every random generator, so that the same is drawn.
 """
 
 from collections.abc import Callable

@@ -93,10 +93,7 @@ class Proof:
 
 
 def certify(folder: Path, *, track: Track = silent) -> Proof:
-    """Check a run directory against its own files and the base model that it names; the run itself is not changed.
-
-    Of a run that is not complete, the finished tasks are checked. ValueError says that `run.json` itself is damaged.
-    """
+    """Check a run's finished tasks against its files and base model; ValueError: `run.json` itself is damaged."""
     manifest = settled_manifest(folder)
     files, finished = manifest["files"], manifest["tasks"][: manifest["tasks_finished"]]
     proof = Proof(folder=folder, method=str(manifest["config"].get("method")), num_files=len(files))

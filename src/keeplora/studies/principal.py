@@ -1,8 +1,7 @@
 """What the principal and the residual directions of the weights know: zero-shot accuracy without training.
 
-The target weights are rebuilt from only their principal input directions, the fewest that hold a share of the energy
-(the squared singular values, as eps_w in Eq. 2 of arXiv 2601.19659), or from only the other ones. The KeepLoRA paper
-draws the first of the two curves in its Figure 1.
+The target weights are rebuilt from the fewest input directions that hold a share of their energy (eps_w in Eq. 2 of
+arXiv 2601.19659, whose Figure 1 draws that curve), or from the other ones.
 """
 
 from dataclasses import asdict, dataclass
@@ -34,10 +33,7 @@ Names = Annotated[tuple[str, ...], Field(min_length=1)]
 
 @dataclass(frozen=True, kw_only=True)
 class PrincipalConfig(Config):
-    """Score a model whose weights keep only their principal, or only their residual, directions, on every task.
-
-    The curve over the share of energy that the principal directions hold is Figure 1 of the KeepLoRA paper.
-    """
+    """Score a model whose weights keep only principal, or only residual, directions (Figure 1 of the paper)."""
 
     model: str = "mini"
     """The embedded model, a hub name, or a folder, such as RUN/model of a run."""
@@ -115,10 +111,7 @@ def analyze_principal(config: PrincipalConfig, *, track: Track = silent) -> Prin
 def principal_curve(
     model: nn.Module, tasks: list[StreamTask], config: PrincipalConfig, *, track: Track = silent
 ) -> PrincipalCurve:
-    """Score a model with rebuilt weights over the shares; its own weights are restored.
-
-    If no layer matches the targets, a tower has none, or a weight is not finite, this is a ValueError.
-    """
+    """Score a model with rebuilt weights over the shares, then restore them; ValueError: wrong targets or towers."""
     layers = _layers_to_rebuild(model, config)
     weights = {name: model.get_parameter(f"{name}.weight").detach().float() for name in layers}
     untouched = evaluate(model, tasks, track=track)
@@ -152,10 +145,7 @@ def _layers_to_rebuild(model: nn.Module, config: PrincipalConfig) -> list[str]:
 
 
 def principal_spectrum(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a weight's energies `[n]`, largest first, and its input directions `[d_in, n]`; `n = min(d_out, d_in)`.
-
-    The first `linalg.energy_rank(energies, share)` directions are the principal ones for a share.
-    """
+    """Return a weight's energies `[n]`, largest first, and input directions `[d_in, n]`; `n = min(d_out, d_in)`."""
     energies, directions = linalg.spectrum(weight.T @ weight)
     n = min(weight.shape)
     return energies[:n], directions[:, :n]

@@ -35,10 +35,7 @@ EXACT_BELOW = 256
 
 
 def energy_rank(energies: Tensor, share: float, *, covered: float = 0.0, total: float | None = None) -> int:
-    """Return the smallest `n` with `covered + energies[:n].sum() >= share * total`, at most `len(energies)`.
-
-    The energies are squared singular values or eigenvalues, largest first; the total is theirs and what is covered.
-    """
+    """Return the smallest `n <= len(energies)` with `covered + energies[:n].sum() >= share * total`, largest first."""
     reached = covered + energies.cpu().double().clamp_min(0).cumsum(0)
     total = float(reached[-1]) if total is None else total
     if total <= 0 or covered >= share * total:
@@ -82,10 +79,7 @@ def residual_directions(gram: Tensor, basis: Tensor, share: float) -> Tensor:
 
 
 def spectrum(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the eigenvalues `[d_in]` of a gram, largest first, and its eigenvectors `[d_in, d_in]` in that order.
-
-    For `weight.T @ weight` these are a weight's squared singular values and right singular vectors.
-    """
+    """Return the eigenvalues `[d_in]` of a gram, largest first, and its eigenvectors `[d_in, d_in]` in that order."""
     _require_full_precision(gram)
     eigenvalues, eigenvectors = torch.linalg.eigh(gram)  # Reads the lower half: a gram is symmetric.
     return eigenvalues.flip(0), eigenvectors.flip(1)
@@ -110,10 +104,7 @@ def residual_gram(gram: Tensor, basis: Tensor) -> Tensor:
 
 
 def orthonormal_rows(rows: Tensor, basis: Tensor) -> Tensor:
-    """Turn unit rows into orthonormal ones that are orthogonal to a basis, `[<= n, d_in]`, spanning what is left.
-
-    What the basis and the other rows already span is dropped.
-    """
+    """Turn unit rows into orthonormal ones that are orthogonal to a basis, `[<= n, d_in]`, spanning what is left."""
     _require_full_precision(rows)
     for _ in range(2):  # Rows that were nearly inside the basis lose what rounding left of it.
         rows = _orthonormalised(project_out(rows, basis))

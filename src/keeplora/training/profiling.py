@@ -17,10 +17,7 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Clock:
-    """Measures phases that may lie within each other; what runs inside an inner one counts for that one alone.
-
-    The memory is the GPU's where there is one, otherwise that of the whole process, its libraries included.
-    """
+    """Measures phases, without those within them: seconds, and the memory of the GPU, else of the whole process."""
 
     def __init__(self, before: Costs | None = None) -> None:
         self._phases: Costs = {name: dict(measured) for name, measured in (before or {}).items()}

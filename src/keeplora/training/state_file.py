@@ -1,7 +1,6 @@
 """State as one safetensors file: tensors by number, everything around them as JSON in its metadata. No pickle.
 
 A state is nested dicts, lists, tuples, numbers, strings, None and tensors, as the `state_dict` of torch's optimisers.
-That of the random generators lets a resumed run draw what an uninterrupted one would have drawn.
 """
 
 import json

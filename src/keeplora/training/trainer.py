@@ -1,7 +1,4 @@
-"""One task's optimisation on `accelerate`: AdamW, a schedule, mixed precision, accumulation. Its only importer.
-
-Trains whatever requires a gradient in the model it is given, and knows nothing of methods or families.
-"""
+"""One task's optimisation by `accelerate`, of whatever requires a gradient. The only importer of that library."""
 
 import itertools
 import math
@@ -70,24 +67,12 @@ def fit(
     track: Track = silent,
     checkpoints: Checkpoints | None = None,
 ) -> list[float]:
-    """Minimise a task's loss plus a penalty over the parameters that require a gradient.
+    """Minimise a task's loss plus a penalty over the parameters that require a gradient; return each epoch's mean loss.
 
-    The loss of a step is the mean over its batches, on all processes, by `task.weight`.
-
-    Args:
-        model: The model to train, in place.
-        task: Gives sized `batches()` and the loss, in a single process of one micro-batch after the other.
-        config: Epochs, optimiser, schedule and precision.
-        penalty: What to add to each batch's loss, of the weights alone, or None.
-        track: Shows progress over the batches.
-        checkpoints: The checkpoint to resume from, and what happens to further ones; none are made if not given.
-
-    Returns:
-        The mean loss of each epoch; empty if nothing requires a gradient.
-
-    Raises:
-        LearningError: If a loss or a gradient is not finite.
-        ValueError: If `batches()` has no length.
+    The loss of a step is the mean over its batches, on all processes, by `task.weight`, and over their micro-batches in
+    a single process. `penalty` gives what to add to each batch's, or None; `checkpoints` says what to resume from, and
+    what happens to further ones. Raises a LearningError if a loss or a gradient is not finite, and a ValueError if
+    `batches()` has no length.
     """
     task = Task.of(task)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -31,8 +31,8 @@ _PROCESS = contextlib.ExitStack()
 class Workers(contextlib.ExitStack):
     """Makes runs, some at the same time, in processes that live as long as the `with` block; one job needs none.
 
-    Each of several jobs computes on its share of the cores. Results do not depend on which process made a run, but in
-    the last bits on the number of threads, and so on the number of jobs.
+    Results do not depend on which process made a run, but in the last bits on the number of jobs, which share the
+    cores.
     """
 
     def __init__(self, jobs: int | None = None) -> None:
@@ -60,8 +60,7 @@ class Workers(contextlib.ExitStack):
     def run_all(self, configs: list[RunConfig], track: Track, what: str) -> list[Outcome]:
         """Make every run that is not finished yet; return what each gave, in the given order.
 
-        An error that leaves the `with` block ends the processes at once; their runs can be resumed. A configuration or
-        data that is wrong is a ValueError, and so is a process that was killed.
+        An error that leaves the `with` block ends the processes; wrong data or a killed process is a ValueError.
         """
         if self._pool is None:
             return [_outcome(config) for config in track(configs, what, len(configs))]

@@ -1,8 +1,4 @@
-"""Methods side by side on equal terms: a search on the validation splits, then every method for each seed and order.
-
-Each run is a run directory below the output, so a comparison that was cut off resumes, and a method or a seed can be
-added later. See docs/methods.md.
-"""
+"""Methods side by side on equal terms: a search on validation splits, then a run directory for each seed and order."""
 
 import json
 import os
@@ -39,8 +35,7 @@ MOST_DIFFERENCES = 3
 def compare(config: CompareConfig, *, track: Track = silent) -> Comparison:
     """Search settings for every method, run each with them for every seed and order, and write the comparison.
 
-    What is wrong with a method, the benchmark, the model, the data or the folder is a ValueError. A run that diverges
-    is no error but a failure, which the comparison lists.
+    What is wrong with what was given is a ValueError, a run that diverges a failure that the comparison lists.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("a comparison starts its own processes; start it without a launcher, and use --jobs")

@@ -76,7 +76,7 @@ class TaskData:
 def examine_data(data: TaskData, evaluation: str, side: int, track: Track, *, decode: bool) -> Iterator[Finding]:
     """Read a task into `data` and look at all its images; what a run would refuse is a problem each.
 
-    `side` is the width of the model's input, 0 if it is not known. Without `decode` only the images' headers are read.
+    `side` is the width of the model's input, 0 if unknown. Without `decode` only the images' headers are read.
     """
     try:
         data.splits, problems = examine_splits(data.spec, evaluation)

@@ -1,7 +1,4 @@
-"""A check before hours are spent: data, prompts, model, capacity, time, memory and disk of a run, without starting it.
-
-It continues after what it finds, so that one call names all that is wrong. Nothing is left behind.
-"""
+"""A check of a run without starting it, that names all that is wrong: data, model, capacity, time, memory, disk."""
 
 import math
 import os
@@ -140,10 +137,7 @@ def _try_out(found: Diagnosis, subject: Subject, track: Track) -> None:
 
 
 def _read_some(found: Diagnosis, subject: Subject, track: Track) -> tuple[list[StreamTask], float]:
-    """Read tasks as a run does, smallest first, until the time is spent.
-
-    Returns those tasks, from the fewest classes to the most, and the seconds that an image took.
-    """
+    """Read tasks as a run does, smallest first, until time is spent; return them by classes, and seconds an image."""
     config, images = found.config, 0
     read: list[tuple[int, StreamTask]] = []
     stopped = {finding.task for finding in found.findings if finding.level == "problem"}

@@ -1,6 +1,6 @@
 """A run in small: every verb of the method on a few real batches of each task, timed; what fails here fails there.
 
-The learning rate is so small that no weight changes in float32, so that one model serves all tasks. Nothing is written.
+Steps are so small that no float32 weight changes: one model serves all tasks.
 """
 
 import dataclasses

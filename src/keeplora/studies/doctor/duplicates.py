@@ -34,10 +34,7 @@ class _Side:
 
 
 def duplicate_findings(tasks: list[TaskData], evaluation: str, track: Track) -> Iterator[Finding]:
-    """Compare every held-out image with every training image, of its own task and of the others.
-
-    Writes into each task how many of its held-out images are in its training split.
-    """
+    """Compare held-out images with the training images of all tasks; each task's `exact` and `alike` are set."""
     trains, helds = ([_Side(data, split) for data in tasks if split in data.looks] for split in ("train", evaluation))
     for train in trains:
         yield from _twice_labelled(train)

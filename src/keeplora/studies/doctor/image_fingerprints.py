@@ -1,9 +1,7 @@
 """Fingerprints of images: equal for the same pixels, near for the same picture encoded, resized or recompressed.
 
-Two pictures are alike if their perceptual hashes differ in at most `BITS` of 64 bits AND their colour thumbnails by at
-most `COLOR` of 255 on average. The hash alone takes simple pictures for one, silhouettes and flags above all, because
-it sees neither colours nor contrast; the thumbnail alone takes all small drawings on white for one.
-docs/doctor.md has the measurements behind the two numbers.
+Alike are two whose perceptual hashes differ in at most `BITS` of 64 bits AND whose colour thumbnails in at most `COLOR`
+of 255 on average: the hash takes silhouettes for one, the thumbnail small drawings. Measured in docs/doctor.md.
 """
 
 import hashlib

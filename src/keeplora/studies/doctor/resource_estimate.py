@@ -44,8 +44,8 @@ class Load(NamedTuple):
 def pace_of(total: float, passes: Sequence[Sequence[float]]) -> Pace:
     """Split the total seconds of a phase into what it takes once and what every batch takes.
 
-    `passes` has the seconds of each batch, for every pass over the batches. A batch takes the median of all but the
-    first of a pass; what the first one takes more, such as encoding the prompts, is counted once.
+    `passes` has the seconds of each batch of every pass. A batch takes the median of all but the first of a pass; what
+    that takes more is counted once.
     """
     passes = [one for one in passes if one]
     usual = [median(one[1:] or one) for one in passes]
@@ -65,10 +65,9 @@ def estimate_seconds(
 ) -> dict[str, float]:
     """Return the seconds of each phase of a run, over all tasks.
 
-    The paces are of the tasks that were tried, by name. Those of another task are interpolated between its neighbours
-    in number of classes, because the prompts of all classes are encoded with every batch. `start` is spent once, before
-    the first task, and `per_image` to read an image; the gradient is taken from a share of the batches. All tasks are
-    evaluated before the first task and after each, unless a number of `evaluations` is given.
+    The paces of a task that was not tried are interpolated in the number of classes, whose prompts every batch encodes.
+    `start` is spent once, `per_image` to read an image, the gradient on a share of the batches. All tasks are evaluated
+    before the first one and after each, unless a number of `evaluations` is given.
     """
     assert paces, "no task was tried"
     seconds = dict.fromkeys(("read", "start", "gradient", "train", "merge", "evaluate"), 0.0) | {"start": start}
@@ -92,9 +91,8 @@ def estimate_disk(
 ) -> dict[str, int]:
     """Return the bytes that a run needs at most, by what they are for, without what needs none.
 
-    The merged model, of `model_bytes` if it is saved, counts twice: the new one is written before the old one goes.
-    Directions are bounded by those of each layer that are `free` at the start, if the method protects any, whatever the
-    number of tasks. Each task leaves `other` bytes more: a classifier, or what a method keeps beside the adapter.
+    A saved model of `model_bytes` counts twice: the new one is written before the old one goes. Directions are bounded
+    by those `free` at the start. Each task leaves `other` bytes more, a classifier for one.
     """
     needs = {
         "merged model, twice": 2 * model_bytes,
