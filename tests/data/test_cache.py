@@ -16,6 +16,7 @@ import tiny
 from keeplora.data import cache
 from keeplora.data.benchmark import read_benchmark
 from keeplora.data.cache import PixelStore, kept
+from keeplora.data.images import Examples
 from keeplora.data.readers import read_splits
 from keeplora.models.dual_encoder import DualEncoder
 from keeplora.progress import silent
@@ -234,8 +235,8 @@ def test_a_processor_that_leaves_images_of_different_sizes_is_refused(place, lim
 @pytest.mark.parametrize("limit", [10**9, 2 * BYTES, 0], ids=["in_memory", "some_mapped", "mapped"])
 def test_inside_kept_a_second_run_on_the_same_images_decodes_nothing_again(place, monkeypatch, limit):
     decoded = []
-    whole = PixelStore._resized
-    monkeypatch.setattr(PixelStore, "_resized", lambda self, images: decoded.append(len(images)) or whole(self, images))
+    image = Examples.image
+    monkeypatch.setattr(Examples, "image", lambda self, index: decoded.append(index) or image(self, index))
     with kept(limit):
         first = tasks_of(place)
         assert decoded

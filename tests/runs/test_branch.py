@@ -502,7 +502,7 @@ def test_more_tasks_come_with_the_settings_of_the_run_or_not_at_all(place, tmp_p
         ({"more": (str(second),)}, "more was"),
         ({"output": tmp_path / "other"}, "output was"),
     ):
-        with pytest.raises(ValueError, match=rf"goes on with the settings of .*{words}.*or --fork it"):
+        with pytest.raises(ValueError, match=rf"takes the settings of .*{words}.*or --fork it"):
             with_more(tmp_path / "run", replace(same, **changes))
     assert read_run(tmp_path / "run").is_complete
 
@@ -532,7 +532,7 @@ def test_the_commands_do_what_the_functions_do(place, tmp_path, parts, capsys, m
         "run --continue nowhere --benchmark mini": "nowhere holds no run",
         "resume nowhere": "nowhere holds no run",
         "run --fork half --seed 1": "needs a new run directory: give --output",
-        "run --fork half --method ewc --output x": "was learned by keeplora, and goes on with it",
+        "run --fork half --method ewc --output x": "was learned by keeplora, and continues with it",
         "certify half --json half/run.json": "is a folder or inside the run",
         "certify half --json .": "is a folder or inside the run",
         "undo run task7 --output x": "no finished task 'task7'",

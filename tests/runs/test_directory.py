@@ -217,7 +217,7 @@ def test_a_damaged_manifest_is_named(cut, content):
 
 def test_a_run_of_an_older_format_says_what_to_do(cut):
     (cut.output / "run.json").write_text('{"format": 1}')
-    with pytest.raises(ValueError, match="format 1, older than 3; go on with the keeplora that wrote it"):
+    with pytest.raises(ValueError, match="format 1, older than 3; resume it with the keeplora that wrote it"):
         run(cut)
 
 

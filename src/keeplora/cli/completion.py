@@ -30,7 +30,6 @@ def script_of(shell: str) -> str:
         ]
         return "\n".join([commands, *lines])
     cases = "\n".join(f'    *-{name}) words="{" ".join(own)}" ;;' for name, own in flags.items())
-    script = (
-        FLAGS.with_suffix(".bash").read_text().rstrip().replace("COMMANDS", " ".join(flags)).replace("CASES", cases)
-    )
+    script = FLAGS.with_suffix(".bash").read_text().rstrip()
+    script = script.replace("COMMANDS", " ".join(flags)).replace("CASES", cases)
     return f"autoload -U +X bashcompinit && bashcompinit\n{script}" if shell == "zsh" else script

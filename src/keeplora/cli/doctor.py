@@ -6,11 +6,12 @@ from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 from keeplora.cli.flags import flag, run_flags, sourced
 from keeplora.cli.progress import Display
+from keeplora.cli.tables import WITHOUT_LINES, table
 from keeplora.runs.config import resolve
 from keeplora.studies.doctor.diagnose import Diagnosis, diagnose
 from keeplora.studies.doctor.dry_run import BATCHES
@@ -66,18 +67,16 @@ def diagnosis_page(found: Diagnosis) -> RenderableType:
 
 
 def _data_table(found: Diagnosis) -> Table:
-    config, splits = found.config, ("train", found.config.evaluation)
-    names = ("classes", *splits, "images a class\n(train)", "width", "the same\nin both", "alike")
-    title = f"{escape(Path(config.benchmark).stem)} for {escape(config.method)}: the data"
-    table = Table("task", *[Column(name, justify="right") for name in names], title=title)
+    splits, rows = ("train", found.config.evaluation), []
     for data in found.tasks:
         numbers = [f"{len(data.splits[split]):,}" if split in data.splits else "-" for split in splits]
         widths = [min(look.size) for looks in data.looks.values() for look in looks if not look.error]
         compared = [split for split, looks in data.looks.items() if any(look.print is not None for look in looks)]
         shared = [str(data.exact), str(data.alike)] if len(compared) == 2 else ["-", "-"]
-        classes, sizes = str(len(data.class_names) or "-"), list(data.class_sizes.values())
-        table.add_row(escape(data.spec.name), classes, *numbers, _range(sizes), _range(widths), *shared)
-    return table
+        sizes = _range(list(data.class_sizes.values()))
+        rows.append((data.spec.name, len(data.class_names) or "-", *numbers, sizes, _range(widths), *shared))
+    headings = ("task", "classes", *splits, "images a class\n(train)", "width", "the same\nin both", "alike")
+    return table(f"{Path(found.config.benchmark).stem} for {found.config.method}: the data", headings, rows)
 
 
 def _model_line(found: Diagnosis, subject: Subject) -> str:
@@ -91,26 +90,22 @@ def _model_line(found: Diagnosis, subject: Subject) -> str:
 
 
 def _time_table(seconds: dict[str, float], peak_memory_mb: dict[str, float]) -> Table:
-    columns = ("phase", Column("time", justify="right"), Column("peak MiB", justify="right"))
-    table = Table(*columns, title="What a run would take")
-    for phase, name in PHASES.items():
-        peak = f"{peak_memory_mb[phase]:,.0f}" if phase in peak_memory_mb else ""
-        table.add_row(name, _duration(seconds[phase]), peak)
-    total, peak = _duration(sum(seconds.values())), f"{max(peak_memory_mb.values()):,.0f}"
-    table.add_section()
-    table.add_row("all", f"[bold]{total}[/]", f"[bold]{peak}[/]")
-    return table
+    peaks = {phase: f"{peak:,.0f}" for phase, peak in peak_memory_mb.items()}
+    rows = [(name, _duration(seconds[phase]), peaks.get(phase, "")) for phase, name in PHASES.items()]
+    made = table("What a run would take", ("phase", "time", "peak MiB"), rows)
+    made.add_section()
+    made.add_row("all", _duration(sum(seconds.values())), f"{max(peak_memory_mb.values()):,.0f}", style="bold")
+    return made
 
 
 def _finding_table(findings: list[Finding]) -> Table:
-    columns = (Column(no_wrap=True), Column(no_wrap=True), Column())
-    table = Table(*columns, title="Findings", show_header=False, box=None, padding=(0, 1, 0, 0))
+    rows = []
     for finding in findings:
-        text = Text(finding.message)
-        if finding.cure:
-            text.append(f" -> {finding.cure}", style="italic")
-        table.add_row(f"[{STYLES[finding.level]}]{finding.level}[/]", escape(finding.task), text)
-    return table
+        text = Text(finding.message).append(f" -> {finding.cure}" if finding.cure else "", style="italic")
+        rows.append((Text(finding.level, STYLES[finding.level]), finding.task, text))
+    made = table("Findings", ("", "", ""), rows, left=3, show_header=False, **WITHOUT_LINES)
+    made.columns[0].no_wrap = made.columns[1].no_wrap = True
+    return made
 
 
 def _range(values: list[int]) -> str:

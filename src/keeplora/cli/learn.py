@@ -54,10 +54,8 @@ def run(settings: Any, train: Any, method: Any) -> None:
     tables = sourced(given, train, method)
     if continued is not None:
         if "benchmark" not in given:
-            raise ValueError(
-                "--continue takes the new tasks from --benchmark FILE; to resume a run that was cut off: keeplora"
-                f" resume {continued}"
-            )
+            cure = f"to resume a run that was cut off: keeplora resume {continued}"
+            raise ValueError(f"--continue takes the new tasks from --benchmark FILE; {cure}")
         config = with_more(continued, settle([*tables, _of_run(continued, given, output=continued)]))
     elif fork is not None:
         config = settle([*tables, _of_run(fork, given, output=RunConfig.output)])
@@ -77,11 +75,7 @@ def run(settings: Any, train: Any, method: Any) -> None:
 
 run.__annotations__ |= run_flags(
     config=flag(Path, "TOML file with any of these settings: the keys of a run at the top, [train] and [options]."),
-    **{
-        "continue": flag(
-            Path, "A finished run that takes the tasks of --benchmark after its own, in its own directory."
-        )
-    },
+    **{"continue": flag(Path, "A finished run that takes the tasks of --benchmark after its own, in its directory.")},
     fork=flag(Path, "A run whose finished tasks are copied to --output; it continues there, with its settings."),
     show_settings=flag(bool, "Show each setting and where it comes from; learn and write nothing."),
 )
@@ -91,7 +85,7 @@ def _of_run(folder: Path, given: Mapping[str, Any], *, output: Path) -> Sourced:
     """Return the settings of a run as a table, for one that resumes with them."""
     source, values = settings_of_run(read_run(folder))
     if given.get("method", values["method"]) != values["method"]:
-        raise ValueError(f"{folder} was learned by {values['method']}, and goes on with it; leave out --method")
+        raise ValueError(f"{folder} was learned by {values['method']}, and continues with it; leave out --method")
     return source, {**values, "output": output}
 
 

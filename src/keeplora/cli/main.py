@@ -22,8 +22,7 @@ errors = Console(stderr=True)
 
 DESCRIPTION = "Teach a pre-trained vision-language model one new domain after another, without losing what it knew."
 
-TRACEBACK = "KEEPLORA_TRACEBACK"
-"""Set this variable to see where an error was raised."""
+TRACEBACK = "KEEPLORA_TRACEBACK"  # Set this variable to see where an error was raised.
 
 
 @cache

@@ -73,7 +73,7 @@ def undo(run: tyro.conf.Positional[Path], task: tyro.conf.Positional[str], *, ou
     console.print(f"Undone: {escape(task)}")
     show_run(results, output)
     if left := ", ".join(results.tasks[len(results.accuracy) :]):
-        console.print(f"Not finished: {escape(left)}; go on with keeplora resume {escape(str(output))}")
+        console.print(f"Not finished: {escape(left)}; resume it: keeplora resume {escape(str(output))}")
 
 
 def show_run(results: Results, folder: Path) -> None:

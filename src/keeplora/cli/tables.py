@@ -20,11 +20,8 @@ from keeplora.runs.verify import Proof
 from keeplora.studies.compare.comparison import COSTS, SCORES, Comparison
 from keeplora.studies.principal import PrincipalCurve
 
-WIDTH = 78
-"""Columns that every terminal is taken to have."""
-
-BAR = 16
-"""Width of a bar in characters."""
+WIDTH = 78  # Columns that every terminal is taken to have.
+BAR = 16  # Width of a bar in characters.
 
 WITHOUT_LINES: dict[str, Any] = {"box": None, "padding": (0, 1, 0, 0)}
 Row = Iterable[object]
@@ -91,15 +88,9 @@ def matrix_table(run: Results) -> Table:
     rows: list[Row] = [("(untouched)", *(f"{score:.0f}" for score in run.zero_shot))]
     for t, row in enumerate(run.accuracy):
         rows.append((run.tasks[t], *(Text(f"{score:.0f}", "bold" if i == t else "") for i, score in enumerate(row))))
-    made = table(
-        f"{run.method}: accuracy in %",
-        ("after learning", *run.tasks),
-        rows,
-        no_wrap=True,
-        caption=", ".join(f"{METRIC_NAMES[key]} {_number(value)}" for key, value in run.summary().items()),
-        min_width=WIDTH,
-        **WITHOUT_LINES,
-    )
+    title, headings = f"{run.method}: accuracy in %", ("after learning", *run.tasks)
+    caption = ", ".join(f"{METRIC_NAMES[key]} {_number(value)}" for key, value in run.summary().items())
+    made = table(title, headings, rows, no_wrap=True, caption=caption, min_width=WIDTH, **WITHOUT_LINES)
     for column in made.columns[1:]:
         column.width = min(max(map(len, run.tasks)), max(4, (WIDTH - 15) // len(run.tasks) - 1))
     return made
@@ -201,7 +192,7 @@ def _certificate_table(proof: Proof, *, layers: bool) -> Table:
 
 
 def capacity_lines(capacity: Capacity | None) -> Iterator[RenderableType]:
-    """Yield what to print of the remaining capacity: a table with a bar for each kind of layer, and the forecast."""
+    """Yield what to print of the remaining capacity: a table with a bar for each kind of layer, and the estimate."""
     if capacity is None:
         return
     kinds = capacity.by_kind()

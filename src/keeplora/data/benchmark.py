@@ -13,34 +13,25 @@ from keeplora.config import Config, parse, read_toml
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 
-LONGEST_NAME = 200
-"""Bytes of a task's name; file systems end at 255, and other names are made of it."""
+LONGEST_NAME = 200  # Bytes of a task's name; file systems end at 255, and other names are made of it.
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSpec(Config):
     """One task of a benchmark file."""
 
-    name: str
-    """Name of the task, and of its folder in a run."""
+    name: str  # Name of the task, and of its folder in a run.
     path: Path
     """Folder or zip archive with SPLIT/CLASS/IMAGE, or a Hugging Face dataset; relative to the benchmark file."""
-    reader: str = "folder"
-    """How to read `path`: folder (a zip archive is one too) or dataset."""
-    template: str = "a photo of a {}."
-    """The prompt of a class; {} is replaced by its name."""
+    reader: str = "folder"  # How to read `path`: folder (a zip archive is one too) or dataset.
+    template: str = "a photo of a {}."  # The prompt of a class; {} is replaced by its name.
     class_names: dict[str, str] = field(default_factory=dict)
     """The name to use in the prompt, for classes whose stored name does not read well."""
-    image_column: str = "image"
-    """Column of the images (reader dataset)."""
-    label_column: str = "label"
-    """Column of the labels (reader dataset)."""
-    metric: str = "accuracy"
-    """What its predictions are scored by."""
-    epochs: PositiveInt | None = None
-    """Number of epochs of this task, where it differs from the run's."""
-    hub: str = ""
-    """`path` as it was written, for a dataset of the hub; filled in."""
+    image_column: str = "image"  # Column of the images (reader dataset).
+    label_column: str = "label"  # Column of the labels (reader dataset).
+    metric: str = "accuracy"  # What its predictions are scored by.
+    epochs: PositiveInt | None = None  # Number of epochs of this task, where it differs from the run's.
+    hub: str = ""  # `path` as it was written, for a dataset of the hub; filled in.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,8 +52,7 @@ class Benchmark(Config):
     tasks: tuple[TaskSpec, ...]
     defaults: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Settings that suit this benchmark: a table [defaults.train], and one for a method by its name."""
-    compare: dict[str, Any] = field(default_factory=dict)
-    """What `keeplora compare` spends on each method."""
+    compare: dict[str, Any] = field(default_factory=dict)  # What `keeplora compare` spends on each method.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,9 +94,8 @@ def stream_of(
     for another in more:
         for spec in read_benchmark(another).tasks:
             if resolved(stream.setdefault(spec.name, spec)) != resolved(spec):
-                raise ValueError(
-                    f"benchmark {another!r} has another task {spec.name!r} than the stream before it; rename one"
-                )
+                flaw = f"has another task {spec.name!r} than the stream before it"
+                raise ValueError(f"benchmark {another!r} {flaw}; rename one")
     if unknown := [name for name in without if name not in stream]:
         raise ValueError(f"without = {unknown[0]!r} is no task of the stream; its tasks are {', '.join(stream)}")
     if not (left := tuple(spec for name, spec in stream.items() if name not in without)):

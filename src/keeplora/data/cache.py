@@ -31,13 +31,11 @@ READ_AT_ONCE = 64
 class Shelf:
     """Where pixels are kept, by processor and origin."""
 
-    memory_left: int = MEMORY_LIMIT
-    """The bytes of further ones that may be in memory."""
+    memory_left: int = MEMORY_LIMIT  # The bytes of further ones that may be in memory.
     pixels: dict[Any, Tensor] = field(default_factory=dict)
 
 
-_KEPT: list[Shelf] = []
-"""The innermost is where `kept` keeps what is read."""
+_KEPT: list[Shelf] = []  # The innermost is where `kept` keeps what is read.
 
 
 @contextmanager
@@ -102,7 +100,9 @@ class PixelStore:
         starts = range(0, len(examples), READ_AT_ONCE)
         sizes: dict[tuple[int, ...], None] = {}
         for start in track(starts, description, len(starts)):
-            images = self._resized([examples.image(i) for i in range(start, min(start + READ_AT_ONCE, len(examples)))])
+            decoded = [examples.image(i) for i in range(start, min(start + READ_AT_ONCE, len(examples)))]
+            values = self.processor(decoded, do_rescale=False, do_normalize=False)["pixel_values"]
+            images = [np.asarray(value) for value in values]
             sizes |= dict.fromkeys(image.shape[-2:] for image in images)
             if len(sizes) > 1:
                 named = " and ".join(" x ".join(map(str, size)) for size in list(sizes)[:2])
@@ -111,10 +111,6 @@ class PixelStore:
                     " them (do_center_crop) or give both height and width in its preprocessor_config.json"
                 )
             yield torch.from_numpy(np.stack(images).astype(np.uint8, copy=False))
-
-    def _resized(self, images: list[Any]) -> list[np.ndarray[Any, Any]]:
-        values = self.processor(images, do_rescale=False, do_normalize=False)["pixel_values"]
-        return [np.asarray(value) for value in values]
 
 
 def map_bytes(chunks: Iterable[Tensor], shape: tuple[int, ...]) -> Tensor:

@@ -18,8 +18,7 @@ class Examples:
     class_names: tuple[str, ...]
     labels: tuple[int, ...]
     load: Callable[[int], Image.Image]
-    origin: Callable[[int], str]
-    """Says where image i comes from, for messages."""
+    origin: Callable[[int], str]  # Says where image i comes from, for messages.
 
     def __len__(self) -> int:
         return len(self.labels)

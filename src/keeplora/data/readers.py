@@ -21,8 +21,7 @@ from keeplora.registry import Registry
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
-HELD_OUT = 0.2
-"""Share of the training images that becomes the validation split of a task that has none."""
+HELD_OUT = 0.2  # Share of the training images that becomes the validation split of a task that has none.
 
 HOLD_OUT_SEED = 42
 

@@ -1,7 +1,6 @@
 """Remaining capacity: the free input dimensions of every layer, and how many more tasks they are enough for.
 
-Read from the certificates of the finished tasks (`task.json`) alone. A layer's mean over its last three tasks is what a
-further task is expected to take; without the first, which takes more than any later one. See docs/certificates.md.
+A further task is expected to take what a layer's last three took on average, without the first, which takes more.
 """
 
 import logging
@@ -17,11 +16,8 @@ from pydantic import BaseModel
 
 from keeplora.config import Count, require
 
-RECENT = 3
-"""How many of the last tasks the forecast is made from."""
-
-MOST = 99
-"""A forecast of more tasks than this says just that."""
+RECENT = 3  # How many of the last tasks the estimate is made from.
+MOST = 99  # An estimate of more tasks than this says just that.
 
 logger = logging.getLogger(__name__)
 
@@ -33,21 +29,14 @@ class Layer(BaseModel, extra="allow", strict=True):
     protected_dims: Count
     rank: Count
 
-    @property
-    def d_in(self) -> int:
-        """The layer's input dimensions."""
-        return self.residual_dims + self.protected_dims
-
 
 @dataclass(frozen=True)
 class LayerCapacity:
     """The free input dimensions of one layer after each task, and how many tasks they are enough for."""
 
     d_in: int
-    left: tuple[int, ...]
-    """How many of the input dimensions no basis covered yet, after each task."""
-    rank: int
-    """Rank of an update where enough dimensions are free."""
+    left: tuple[int, ...]  # How many of the input dimensions no basis covered yet, after each task.
+    rank: int  # Rank of an update where enough dimensions are free.
 
     @property
     def share(self) -> float:
@@ -112,27 +101,23 @@ def _known(layer: LayerCapacity) -> float:
 
 
 def capacity_of(tasks: Sequence[Mapping[str, Any]]) -> Capacity | None:
-    """Return the capacity that finished tasks, as their `task.json` has them, leave; None if nothing is protected.
-
-    A damaged certificate is a ValueError that names the task.
-    """
-    certified = [(task.get("name", ""), layers) for task in tasks if (layers := _layers_of(task))]
+    """Return the capacity that finished tasks leave, None if none protects; ValueError: a damaged certificate."""
+    certified: list[tuple[str, dict[str, Layer]]] = []
+    for task in tasks:
+        place = f"the certificate in task.json of task {task.get('name')!r}"
+        layers = require(dict[str, Any], task["certificate"], place).get("layers", {})
+        certified += [(task.get("name", ""), require(dict[str, Layer], layers, place))] if layers != {} else []
     if not certified:
         return None
-    widths = {key: layer.d_in for key, layer in certified[-1][1].items()}
-    for name, layers in certified:
-        if {key: layer.d_in for key, layer in layers.items()} != widths or 0 in widths.values():
+    widths_of = [{key: it.residual_dims + it.protected_dims for key, it in layers.items()} for _, layers in certified]
+    for (name, _), widths in zip(certified, widths_of, strict=True):
+        if widths != widths_of[-1] or 0 in widths.values():
             raise ValueError(f"the certificate in task.json of task {name!r} is of other layers than the last one")
     # A rank is small where a task needs no more, or finds no more: the largest one is what updates ask for.
     rank = max(layer.rank for _, layers in certified for layer in layers.values())
     left = {key: tuple(layers[key].residual_dims for _, layers in certified) for key in widths}
     capacities = {key: LayerCapacity(d_in, left[key], min(max(rank, 1), d_in)) for key, d_in in widths.items()}
     return Capacity(tuple(name for name, _ in certified), capacities)
-
-
-def _layers_of(task: Mapping[str, Any]) -> dict[str, Layer]:
-    place = f"the certificate in task.json of task {task.get('name')!r}"
-    return require(dict[str, Layer], require(dict[str, Any], task["certificate"], place).get("layers", {}), place)
 
 
 def forecast(capacity: Capacity) -> str:
@@ -146,7 +131,7 @@ def forecast(capacity: Capacity) -> str:
     if short := len(capacity.short(1)):
         return f"{short} of {len(layers)} layers have no capacity left for rank {capacity.rank}; the first is {place}."
     if first.full_rank_tasks is None:
-        return f"A forecast needs two tasks. The fullest layer is {place}."
+        return f"An estimate needs two tasks. The fullest layer is {place}."
     if math.isinf(first.full_rank_tasks):
         return f"The last tasks took no dimension of any layer; the fullest is {place}."
     half = median(map(_known, layers))
@@ -160,15 +145,12 @@ def forecast(capacity: Capacity) -> str:
 
 
 def _tasks(count: float | None) -> str:
-    assert count is not None, "asked for before there was a forecast"
+    assert count is not None, "asked for before there was an estimate"
     return f"more than {MOST} tasks" if count > MOST else f"about {count:.0f} task{'' if count == 1 else 's'}"
 
 
 def warn_of_full_layers(tasks: Sequence[Mapping[str, Any]], num_to_come: int) -> None:
-    """Warn of layers that have capacity for the rank in one more task at most, if a task that it concerns is to come.
-
-    Each is named once, after the task that brought it there. `tasks` are as for `capacity_of`, without those to come.
-    """
+    """Warn, once for each, of layers with capacity for the rank in one more task at most, if such a task is to come."""
     capacity, before = capacity_of(tasks), capacity_of(tasks[:-1])
     if capacity is None:
         return
@@ -176,6 +158,6 @@ def warn_of_full_layers(tasks: Sequence[Mapping[str, Any]], num_to_come: int) ->
     if new := [name for name in capacity.short(min(num_to_come, 2)) if name not in known]:
         listed = ", ".join(f"{name} ({capacity.layers[name].left[-1]} left)" for name in new)
         logger.warning(
-            "after task %r: %d of %d layers have capacity for rank %d in one more task at most, by the forecast: %s",
+            "after task %r: %d of %d layers have capacity for rank %d in one more task at most, by the estimate: %s",
             capacity.tasks[-1], len(new), len(capacity.layers), capacity.rank, listed,
         )  # fmt: skip

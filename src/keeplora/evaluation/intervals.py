@@ -12,8 +12,7 @@ T_975 = (
 )  # fmt: skip
 """Student's t at 97.5 % for 1 to 30 degrees of freedom; beyond, the last one, which is a little wide."""
 
-Place = tuple[int, int]
-"""The seed and the order of a run."""
+Place = tuple[int, int]  # The seed and the order of a run.
 
 
 @dataclass(frozen=True)
@@ -55,15 +54,11 @@ def estimate_runs(values: Mapping[Place, float]) -> Estimate | None:
     """
     if not values:
         return None
-    by_seed, by_order = (_means(values, side) for side in (0, 1))
+    groups: tuple[dict[int, list[float]], ...] = ({}, {})
+    for place, value in values.items():
+        for side, group in zip(place, groups, strict=True):
+            group.setdefault(side, []).append(value)
+    by_seed, by_order = ([statistics.fmean(runs) for runs in group.values()] for group in groups)
     sides = [by_seed] if len(by_order) == 1 else [by_seed, by_order]
     widths = [found.half_width for side in sides if (found := estimate(side)) and found.half_width is not None]
     return Estimate(statistics.fmean(values.values()), max(widths, default=None), len(values))
-
-
-def _means(values: Mapping[Place, float], side: int) -> list[float]:
-    """Return the mean of the runs of each seed (side 0), or of each order (side 1)."""
-    groups: dict[int, list[float]] = {}
-    for place, value in values.items():
-        groups.setdefault(place[side], []).append(value)
-    return [statistics.fmean(group) for group in groups.values()]

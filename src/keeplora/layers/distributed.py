@@ -19,18 +19,15 @@ def batches_of(model: nn.Module, task: Task, share: float, track: Track, what: s
     total = len(batches) if isinstance(batches, Sized) else None
     if share < 1:
         if total is None:
-            raise ValueError(
-                f"task {task.name!r}: a share of {share} of the batches needs their number; let batches() return a"
-                " list or a DataLoader"
-            )
+            message = f"task {task.name!r}: a share of {share} of the batches needs their number"
+            raise ValueError(f"{message}; let batches() return a list or a DataLoader")
         total = share_of(total, share)
         batches = itertools.islice(batches, total)
     rank, num_processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if total is not None:
         if 0 < total < num_processes:
-            raise ValueError(
-                f"task {task.name!r} has {total} batches for {num_processes} processes; use fewer processes"
-            )
+            message = f"task {task.name!r} has {total} batches for {num_processes} processes"
+            raise ValueError(f"{message}; use fewer processes")
         total = len(range(rank, total, num_processes))
     for batch in track(itertools.islice(batches, rank, None, num_processes), f"{task.name}: {what}", total):
         yield to_device(batch, device_of(model))

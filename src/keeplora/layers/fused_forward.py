@@ -20,8 +20,7 @@ from keeplora.layers.module_state import is_watched
 
 EXACT = (torch.float32, torch.float64)
 
-QUICK = 1.702
-"""Quick GELU is `x * sigmoid(QUICK * x)` (Hendrycks and Gimpel, arXiv 1606.08415)."""
+QUICK = 1.702  # Quick GELU is `x * sigmoid(QUICK * x)` (Hendrycks and Gimpel, arXiv 1606.08415).
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from keeplora.layers import weights
 from keeplora.layers.distributed import add_up
 from keeplora.layers.module_state import device_of
-from keeplora.layers.statistics import Accumulator, ExactGradient, collect, require_finite
+from keeplora.layers.statistics import Accumulator, Accumulators, ExactGradient, collect, require_finite
 from keeplora.progress import Track, silent
 from keeplora.subspace import linear_algebra as linalg
 from keeplora.subspace.gradient_sketch import GradientSketch
@@ -46,11 +46,9 @@ def mean_gradients(
     """Average the gradient of the loss with respect to the target weights over a task (G_t, Eq. 4).
 
     The mean is by `task.weight`, so a smaller last batch weighs less, over a share of the batches, from the first on.
-    Returned is for each target the gradient `[d_out, d_in]` in float32; zero where no gradient reached the layer.
-
-    Raises:
-        LearningError: If a loss or a gradient is not finite.
-        ValueError: If there is no batch, or the loss depends on a weight otherwise than through its layer.
+    Returned is for each target the gradient `[d_out, d_in]` in float32; zero where no gradient reached the layer. A
+    LearningError says that a loss or a gradient is not finite, a ValueError that there is no batch, or that the loss
+    depends on a weight otherwise than through its layer.
     """
     return averages(ExactGradient, model, task, targets, share, track)
 
@@ -64,12 +62,9 @@ def averages(
         zeros = torch.zeros(weights.shape_of(model, name), device=device_of(model))
         found.setdefault(model.get_parameter(f"{name}.weight"), kind(zeros))
     own = {name: found[model.get_parameter(f"{name}.weight")] for name in targets}
-    watcher = collect(
-        model, task, {name: [one] for name, one in own.items()}, share=share, track=track, what="gradient"
-    )
-    _require_batches(watcher.total_weight, task)
+    total_weight = _collect(model, task, {name: [one] for name, one in own.items()}, share, track)
     for one in found.values():
-        one.result().div_(watcher.total_weight)
+        one.result().div_(total_weight)
     for name, one in own.items():
         _require_finite_gradient(one.result(), name, task)
     return {name: one.result() for name, one in own.items()}
@@ -97,15 +92,13 @@ def gradient_sketches(
 ) -> None:
     """Add the gradient of the loss, summed over a task, to a sketch for each target layer, in place.
 
-    It is the gradient that `mean_gradients` averages, but for the weight of all batches, on which no direction depends.
-    Takes and raises what `mean_gradients` does.
+    It is the one that `mean_gradients`, which takes and raises the same, averages, times the weight of all batches.
     """
     sharing: dict[Tensor, list[Accumulator]] = {}
     for name, sketch in sketches.items():
         sharing.setdefault(model.get_parameter(f"{name}.weight"), []).append(SketchedGradient(sketch))
     own = {name: sharing[model.get_parameter(f"{name}.weight")] for name in sketches}
-    watcher = collect(model, task, own, share=share, track=track, what="gradient")
-    _require_batches(watcher.total_weight, task)
+    _collect(model, task, own, share, track)
     for name, sketch in sketches.items():
         for picture in sketch.sums:
             _require_finite_gradient(picture, name, task)
@@ -115,12 +108,9 @@ def gradient_sketches(
 class ResidualGradients(NamedTensors):
     """By layer, what of the gradient on a task lies outside a protected subspace (Eq. 4 and 5, arXiv 2601.19659)."""
 
-    rows: dict[str, Tensor]
-    """`[n, d_in]`: their leading right singular vectors are those of the residual gradient."""
-    norms: dict[str, float]
-    """The norm of the whole gradient, in the scale of the rows."""
-    surviving: dict[str, float]
-    """The share of that norm which is left."""
+    rows: dict[str, Tensor]  # `[n, d_in]`: their leading right singular vectors are those of the residual gradient.
+    norms: dict[str, float]  # The norm of the whole gradient, in the scale of the rows.
+    surviving: dict[str, float]  # The share of that norm which is left.
 
 
 def exact_residuals(
@@ -162,9 +152,11 @@ def sketched_residuals(
 RESIDUALS = {"exact": exact_residuals, "sketch": sketched_residuals}
 
 
-def _require_batches(total_weight: float, task: Task) -> None:
-    if total_weight == 0:
+def _collect(model: nn.Module, task: Task, own: Accumulators, share: float, track: Track) -> float:
+    """Feed the accumulators and return the weight of all batches; there must be one."""
+    if (total := collect(model, task, own, share=share, track=track, what="gradient").total_weight) == 0:
         raise ValueError(f"task {task.name!r} gave no batch to take a gradient from")
+    return total
 
 
 def _require_finite_gradient(gradient: Tensor, layer: str, task: Task) -> None:

@@ -16,8 +16,7 @@ from keeplora.task import Batch, Task, TaskLike
 FEATURES: dict[str, type[Accumulator]] = {"second_moment": InputCovariance, "batch_mean": BatchMean}
 """What the inputs of a layer add up to: exactly, or as in the released code."""
 
-SEEN = "task_inputs"
-"""Name under which what was seen in training joins the adapted model."""
+SEEN = "task_inputs"  # Name under which what was seen in training joins the adapted model.
 
 
 def input_grams(
@@ -122,14 +121,6 @@ class Watched(TaskLike):
         watcher = self.seen.watcher
         with watcher.watching(self.layers if is_watched else {}), watcher.reading(part.batch):
             return cast(Tensor, self.task.loss(model, part.batch))
-
-
-def pop_seen_inputs(model: nn.Module) -> SeenInputs | None:
-    """Take what was seen out of an adapted model, if it is there."""
-    seen = getattr(model, SEEN, None)
-    if seen is not None:
-        delattr(model, SEEN)
-    return seen
 
 
 def grams_of(seen: SeenInputs | None, task: Task, device: torch.device) -> dict[str, Tensor]:

@@ -27,17 +27,13 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 PREFIX = "base_model.model."
 N = TypeVar("N", int, float)
-LoraLinear: TypeAlias = Linear
-"""A linear layer that PEFT adapted."""
+LoraLinear: TypeAlias = Linear  # A linear layer that PEFT adapted.
 
 MERGE_ERROR_ALLOWED = 1e-3
 """How far a merged layer may be from the adapted one, beyond rounding, relative to what the update changes."""
 
-ROUNDINGS = 4
-"""How many roundings of each product that a layer adds up are explained."""
-
-NUM_PROBES = 8
-"""Random rows on which a merged layer is compared with the adapted one."""
+ROUNDINGS = 4  # How many roundings of each product that a layer adds up are explained.
+NUM_PROBES = 8  # Random rows on which a merged layer is compared with the adapted one.
 
 A_KEY, B_KEY = ".lora_A.weight", ".lora_B.weight"
 

@@ -14,11 +14,9 @@ def tower_share(name: str, weight_energy: float | Mapping[str, float]) -> float:
     """Return a layer's share of the energy: the one value, or that of the tower which its name names, or `other`'s."""
     if not isinstance(weight_energy, Mapping):
         return weight_energy
-    for tower, share in weight_energy.items():
-        if in_tower(name, tower):
-            return share
-    if "other" in weight_energy:
-        return weight_energy["other"]
+    tower = next((tower for tower in weight_energy if in_tower(name, tower)), "other")
+    if tower in weight_energy:
+        return weight_energy[tower]
     towers = ", ".join(weight_energy)
     raise ValueError(
         f"layer {name!r} is in none of the towers {towers} of weight_energy; add a value for other"
@@ -29,8 +27,7 @@ def tower_share(name: str, weight_energy: float | Mapping[str, float]) -> float:
 def layer_scales(names: list[str], first: float) -> dict[str, float]:
     """Return the factor of each layer's update: `first` at the shallowest block of its tower, 1 at the deepest.
 
-    Blocks are told by the first number in a layer's name; layers without one keep the factor 1 (KeepLoRA++,
-    arXiv 2606.16256).
+    The first number in a name is that of the block; layers without one keep the factor 1 (KeepLoRA++, 2606.16256).
     """
     blocks: dict[str, dict[str, int]] = defaultdict(dict)
     for name in names:

@@ -9,7 +9,7 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
@@ -35,7 +35,6 @@ class Accumulator:
 
     reads_gradients: ClassVar[bool] = False
     """Whether it needs the gradients at the layer's outputs; if not, layers that get one tensor share it."""
-
     by_place: ClassVar[bool] = False
     """Whether it gets a whole batch's inputs `[n, ..., d_in]`, padding as zeros, in place of the rows that are real."""
 
@@ -161,7 +160,9 @@ def _read(model: nn.Module, batch: Batch, watcher: "Watcher", deferred: Sequence
     weight = float(task.weight(batch)) if watcher.reads_gradients else 1.0
     if weight == 0:
         return
-    with watcher.reading(batch), _checked_once(model, watcher):
+    with watcher.reading(batch), ExitStack() as inside:
+        if watcher.reads_gradients and not watcher.total_weight:  # Checked in the first batch.
+            inside.enter_context(require_no_outside_uses(model, watcher.accumulators, watcher.calls, task.name))
         loss = task.loss(model, batch)
     if not watcher.reads_gradients:
         return
@@ -172,13 +173,6 @@ def _read(model: nn.Module, batch: Batch, watcher: "Watcher", deferred: Sequence
         gradients = watcher.backward(loss, [one.leaf for one in deferred], weight)
         for one, gradient in zip(deferred, gradients, strict=True):
             one.add(gradient, weight)
-
-
-def _checked_once(model: nn.Module, watcher: "Watcher") -> AbstractContextManager[None]:
-    """Check, in the first batch, that the loss uses weights through their layers alone."""
-    if not watcher.reads_gradients or watcher.total_weight:
-        return nullcontext()
-    return require_no_outside_uses(model, watcher.accumulators, watcher.calls, watcher.task.name)
 
 
 class Watcher:

@@ -21,18 +21,15 @@ from keeplora.progress import Track, silent
 from keeplora.subspace.certificate import LEAK_ALLOWED, LayerCertificate
 from keeplora.task import Task, to_device
 
-HEAD = "task_head"
-"""Name under which a task's own classifier joins the adapted model, so that its weights are trained."""
+HEAD = "task_head"  # Name under which a task's own classifier joins the adapted model, so that its weights are trained.
 
 
 class Step(NamedTuple):
     """A costly step of a task: a method of the class, from a model and a task to a result."""
 
     name: str
-    kind: type[Any] = dict
-    """What it returns: a dictionary of tensors, or a class of `NamedTensors`."""
-    supersedes: str = ""
-    """An earlier step whose result nobody needs once this one has its own."""
+    kind: type[Any] = dict  # What it returns: a dictionary of tensors, or a class of `NamedTensors`.
+    supersedes: str = ""  # An earlier step whose result nobody needs once this one has its own.
 
 
 @dataclass(frozen=True)
@@ -45,10 +42,8 @@ class TaskRecord:
     certificate: dict[str, LayerCertificate] = field(default_factory=dict)
     merge_error: float = 0.0
     """Difference of what layers compute before and after the merge, relative to what the update changes."""
-    head: dict[str, Tensor] = field(default_factory=dict)
-    """Weights of the task's own classifier, if it has one."""
-    state: dict[str, Tensor] = field(default_factory=dict)
-    """What else later tasks, or inference, need of this one."""
+    head: dict[str, Tensor] = field(default_factory=dict)  # Weights of the task's own classifier, if it has one.
+    state: dict[str, Tensor] = field(default_factory=dict)  # What else later tasks, or inference, need of this one.
     merged: bool = True
     """Whether the adapter went into the weights; otherwise it stays beside them at inference, with `state`."""
     surviving_gradient: dict[str, float] = field(default_factory=dict)
@@ -93,18 +88,12 @@ class Method:
 
     steps: ClassVar[tuple[Step, ...]] = ()
     """The costly steps of `before_task` and `after_task`; a run keeps what each of them found."""
-
     one_by_one: ClassVar[bool] = True
     """Whether each task is learned from its own data alone; Transfer and forgetting mean nothing otherwise."""
-
     stands_alone: ClassVar[bool] = True
     """Whether what a task left does not depend on the tasks before it, so that any one can be undone."""
-
-    fixed: ClassVar[tuple[str, ...]] = ("targets",)
-    """Options that cannot change in the middle of a stream."""
-
-    has_settings: ClassVar[bool] = True
-    """Whether it trains, so that a learning rate has to be chosen for it."""
+    fixed: ClassVar[tuple[str, ...]] = ("targets",)  # Options that cannot change in the middle of a stream.
+    has_settings: ClassVar[bool] = True  # Whether it trains, so that a learning rate has to be chosen for it.
 
     def __init__(self, config: MethodConfig | None = None, *, seed: int = 0, track: Track = silent) -> None:
         self.config = self.Config() if config is None else config
@@ -127,9 +116,8 @@ class Method:
     def before_task(self, model: nn.Module, task: Task) -> nn.Module:
         """Return the model to train on a task: here a stock PEFT LoRA model, with the same outputs as the given one.
 
-        Raises:
-            LearningError: If nothing is left to learn with, or a statistic is not finite.
-            ValueError: If no layer matches the targets, one shares its weight, or the model has an adapter already.
+        A LearningError says that nothing is left to learn with, or a statistic is not finite, a ValueError that no
+        layer matches the targets, one shares its weight, or the model has an adapter already.
         """
         return self.attach(model, dict.fromkeys(self.targets_of(model), self.config.rank))
 
@@ -144,9 +132,8 @@ class Method:
     def after_task(self, model: nn.Module, task: Task) -> nn.Module:
         """Merge what was learned and return the plain base model.
 
-        Raises:
-            LearningError: If a merged weight, or the merged model's loss, is not finite, or the merge went wrong.
-            ValueError: If a weight of the base model was trained, or the update left its subspace.
+        A LearningError says that a merged weight, or the merged model's loss, is not finite, or the merge went wrong, a
+        ValueError that a weight of the base model was trained, or the update left its subspace.
         """
         saved = lora.detach(model)
         merged, error = self.merge_checked(model, task)
@@ -194,10 +181,8 @@ class Method:
         """Take a task out again: its update out of the model's weights, and what it protected out of the method.
 
         `model` is as `after_task` returned it, after this task or a later one; `record` is what it was after the task.
-        The weights are the earlier ones within one rounding; `keeplora undo` makes a run's anew, without any.
-
-        Raises:
-            ValueError: If later tasks depend on this one, it is not merged, or it was not learned by this method.
+        The weights are the earlier ones within one rounding; `keeplora undo` makes a run's anew, without any. A
+        ValueError says that later tasks depend on it, it is not merged, or it was not learned by this method.
         """
         if not self.stands_alone or not record.merged:
             raise ValueError(f"{type(self).__name__} cannot undo a task: what it learned later depends on it")

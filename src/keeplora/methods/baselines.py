@@ -40,7 +40,6 @@ class Joint(Method):
     """Train one LoRA, of the rank of all tasks together, on their batches in mixed order, and merge it."""
 
     one_by_one: ClassVar[bool] = False
-
     stands_alone: ClassVar[bool] = False
 
     def start(self) -> None:

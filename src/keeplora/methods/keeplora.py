@@ -9,7 +9,7 @@ followed; `features="batch_mean"` and `b_start="gradient"` bring the release's c
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from keeplora.config import Share
 from keeplora.layers import lora, weights
 from keeplora.layers.gradients import RESIDUALS, ResidualGradients
-from keeplora.layers.input_covariance import SEEN, SeenInputs, Watched, grams_of, input_grams, pop_seen_inputs
+from keeplora.layers.input_covariance import SEEN, SeenInputs, Watched, grams_of, input_grams
 from keeplora.layers.module_state import device_of
 from keeplora.layers.names import layer_scales, tower_share
 from keeplora.methods.base import MethodConfig, Step
@@ -123,7 +123,7 @@ class KeepLoRA(Protecting):
     def after_task(self, model: nn.Module, task: Task) -> nn.Module:
         """Merge the update, protect the task's dominant input directions (Eq. 8 to 10), certify that none leaked."""
         self._put_start_back()
-        self._seen = pop_seen_inputs(model)
+        self._seen = cast(SeenInputs | None, model._modules.pop(SEEN, None))
         return super().after_task(model, task)
 
     def abandon(self, adapted: nn.Module) -> nn.Module:
@@ -143,7 +143,8 @@ class KeepLoRA(Protecting):
             rows = gradients.rows[name]
             a = _leading_rows(rows, basis, self.config.rank, gradients.norms[name], self.seed)
             if self.config.a_start == "random":
-                a = linalg.orthonormal_rows(_random_rows(a, generator), basis)
+                random = torch.randn(a.shape, generator=generator).to(a)
+                a = linalg.orthonormal_rows(nn.functional.normalize(random, dim=1), basis)
             if len(a) > 0:
                 d_out, from_gradient = weights.shape_of(model, name)[0], self.config.b_start == "gradient"
                 start.a[name] = a
@@ -176,10 +177,9 @@ class KeepLoRA(Protecting):
         if self.bases:
             return
         targets = lora.linear_targets(model, self.config.targets)
-        seen = {name: self._seen_from_its_side(name, weights.read_weight(model, name)) for name in targets}
-        self.bases = protected.principal_bases(
-            seen, {name: tower_share(name, self.config.weight_energy) for name in targets}
-        )
+        for name in targets:  # One by one: whole weights in float32 would be a second model.
+            seen = {name: self._seen_from_its_side(name, weights.read_weight(model, name))}
+            self.bases |= protected.principal_bases(seen, {name: tower_share(name, self.config.weight_energy)})
         if self.config.energy_rule == "one_short":
             self.bases = protected.without_last(self.bases)
 
@@ -217,13 +217,8 @@ class KeepLoRA(Protecting):
 
 def _leading_rows(residual: Tensor, basis: Tensor, rank: int, norm: float, seed: int) -> Tensor:
     """Return the top input directions of a residual gradient as orthonormal rows, at most `rank`, perhaps none."""
-    room = min(rank, basis.shape[0] - basis.shape[1], *residual.shape)
-    if room == 0 or norm == 0 or not math.isfinite(norm):
+    most = min(rank, basis.shape[0] - basis.shape[1], *residual.shape)
+    if most == 0 or norm == 0 or not math.isfinite(norm):
         return residual.new_zeros(0, basis.shape[0])
-    _, s, vh = linalg.low_rank(residual, room, seed=seed)
+    _, s, vh = linalg.low_rank(residual, most, seed=seed)
     return linalg.orthonormal_rows(vh[s > SIGNIFICANT * norm], basis)
-
-
-def _random_rows(like: Tensor, generator: torch.Generator) -> Tensor:
-    rows = torch.randn(like.shape, generator=generator).to(like)
-    return nn.functional.normalize(rows, dim=1)

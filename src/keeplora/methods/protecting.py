@@ -20,12 +20,9 @@ logger = logging.getLogger(__name__)
 class Initialisation(NamedTensors):
     """By layer, the start of a task's adapter; a layer with nothing to learn with has no `a` and `b`."""
 
-    a: dict[str, Tensor]
-    """`[r, d_in]`: orthonormal rows outside the bases, frozen while a task is trained."""
-    b: dict[str, Tensor]
-    """`[d_out, r]`"""
-    surviving: dict[str, float]
-    """The share of the gradient's norm that the bases leave, where it was measured."""
+    a: dict[str, Tensor]  # `[r, d_in]`: orthonormal rows outside the bases, frozen while a task is trained.
+    b: dict[str, Tensor]  # `[d_out, r]`
+    surviving: dict[str, float]  # The share of the gradient's norm that the bases leave, where it was measured.
 
 
 class Protecting(Method):
@@ -104,7 +101,7 @@ class Protecting(Method):
 
 
 def _warn_of_small_ranks(ranks: dict[str, int], rank: int, task: str) -> None:
-    """Name the layers that have no room for the rank, and those that have none at all; 0 means that."""
+    """Name the layers with fewer residual directions than the rank, and those with none."""
     smaller = [f"{name} ({found})" for name, found in ranks.items() if 0 < found < rank]
     left_alone = [name for name, found in ranks.items() if found == 0]
     if smaller:

@@ -32,8 +32,7 @@ METHODS: Registry[type[Method]] = Registry(
     },
 )
 
-VARIANTS = Path(__file__).with_name("variants.toml")
-"""Methods that are another one with other options, as data."""
+VARIANTS = Path(__file__).with_name("variants.toml")  # Methods that are another one with other options, as data.
 
 
 @cache

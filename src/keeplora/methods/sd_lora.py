@@ -19,8 +19,7 @@ from keeplora.layers.lora import SavedAdapter
 from keeplora.methods.base import Method, MethodConfig, TaskRecord
 from keeplora.task import Task
 
-SUFFIX = ".magnitudes"
-"""Ends the name of a layer's entry in a record's state."""
+SUFFIX = ".magnitudes"  # Ends the name of a layer's entry in a record's state.
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,7 @@ class StreamTask(Task):
     """A task that can be evaluated: held-out batches, predictions and references for a metric."""
 
     metric: str = "accuracy"
-    epochs: int | None = None
-    """Number of training epochs, where it differs from the run's."""
+    epochs: int | None = None  # Number of training epochs, where it differs from the run's.
 
     def test_batches(self) -> Iterable[Batch]:
         """Return the held-out batches, in a fixed order."""

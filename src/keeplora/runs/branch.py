@@ -72,9 +72,8 @@ def fork(folder: Path, config: RunConfig, *, track: Track = silent) -> Results:
     if different:
         raise ValueError(f"a fork of {folder} cannot change {', '.join(different)}: the finished tasks were learned so")
     if len(new) == len(finished):
-        raise ValueError(
-            f"{folder} is complete: nothing is left to learn with other settings; add tasks with --more, or undo some"
-        )
+        cure = "add tasks with --more, or undo some"
+        raise ValueError(f"{folder} is complete: nothing is left to learn with other settings; {cure}")
     changes = differences(source.manifest["config"], plain_values(config))
     return _branch(source, config, list(range(source.num_finished)), {"changes": changes}, track)
 
@@ -88,7 +87,7 @@ def continued(folder: Path, benchmark: str) -> RunConfig:
     source = read_run(folder)
     config = config_of(source)
     if not find_method(config.method)[0].one_by_one:
-        raise ValueError(f"{config.method} does not learn task by task, and cannot go on with more")
+        raise ValueError(f"{config.method} does not learn task by task, and cannot continue with more")
     benchmark = absolute(benchmark)
     if not source.is_complete:
         if benchmark in config.more:
@@ -114,7 +113,7 @@ def with_more(folder: Path, given: RunConfig) -> RunConfig:
         different.append(f"output was {str(folder)!r}, is {str(given.output)!r}")
     if different:
         raise ValueError(
-            f"--continue goes on with the settings of {folder} ({'; '.join(different)}); leave them out, or --fork it"
+            f"--continue takes the settings of {folder} ({'; '.join(different)}); leave them out, or --fork it"
         )
     return replace(own, more=continued(folder, given.benchmark).more)
 

@@ -22,8 +22,7 @@ from keeplora.subspace.certificate import certificate_to_json
 from keeplora.training.profiling import Costs
 from keeplora.training.state_file import aligned
 
-UNFINISHED = "unfinished"
-"""Folder of what the task that is being learned has finished so far."""
+UNFINISHED = "unfinished"  # Folder of what the task that is being learned has finished so far.
 
 
 class _Measured(Form):

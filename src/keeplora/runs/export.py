@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from keeplora.config import Config
+from keeplora.data.benchmark import TaskSpec
 from keeplora.data.readers import read_splits
 from keeplora.evaluation.accuracy_matrix import METRIC_NAMES, Results
 from keeplora.layers import lora
@@ -36,24 +37,18 @@ class Card:
 
     format: str
     dtype: str
-    base: str
-    """Hub name or absolute folder of the base model."""
-    model_class: str
-    """Its class in transformers."""
-    has_text_tower: bool
-    """Whether it tells images apart by prompts."""
+    base: str  # Hub name or absolute folder of the base model.
+    model_class: str  # Its class in transformers.
+    has_text_tower: bool  # Whether it tells images apart by prompts.
     embedded: tuple[str, ...]
     """What of the run came with keeplora, so that its licence is known: model, benchmark, both or none."""
     results: Results
-    prompts: dict[str, str]
-    """The template of the prompts of each task."""
+    prompts: dict[str, str]  # The template of the prompts of each task.
     evaluation: str
     one_by_one: bool
     settings: dict[str, Any]
-    folders: dict[str, str] = field(default_factory=dict)
-    """Task and folder of each adapter."""
-    heads: dict[str, str] = field(default_factory=dict)
-    """Task and file, without its ending, of each classifier."""
+    folders: dict[str, str] = field(default_factory=dict)  # Task and folder of each adapter.
+    heads: dict[str, str] = field(default_factory=dict)  # Task and file, without its ending, of each classifier.
     cut: Cut | None = None
 
     @property
@@ -127,7 +122,7 @@ def export_run(folder: Path, config: ExportConfig, *, track: Track = silent) -> 
     """
     directory = read_run(folder)
     if directory.num_finished == 0:
-        raise ValueError(f"{folder} has nothing to export: no task is finished; go on with the run first")
+        raise ValueError(f"{folder} has nothing to export: no task is finished; resume the run first")
     run = config_of(directory)
     finished = directory.manifest["tasks"][: directory.num_finished]
     records = {name: directory.record(index) for index, name in enumerate(finished)}
@@ -152,7 +147,6 @@ def export_run(folder: Path, config: ExportConfig, *, track: Track = silent) -> 
 
 
 def _write_merged(source: _Source, config: ExportConfig, part: Path) -> dict[str, Any]:
-    """Write the base model with all updates merged."""
     run, model = source.config, source.base
     for name in source.track(source.adapters, "merging", len(source.adapters)):
         model = lora.merge_from(model, source.records[name][1])
@@ -163,7 +157,6 @@ def _write_merged(source: _Source, config: ExportConfig, part: Path) -> dict[str
 
 
 def _write_sum(source: _Source, config: ExportConfig, part: Path) -> dict[str, Any]:
-    """Write the sum of all updates as one adapter, exact or cut to a rank."""
     factors, cut = summed([saved.factors() for saved in source.adapters.values()]), None
     if config.rank is not None:
         factors, cut = cut_to(factors, config.rank, track=source.track)
@@ -176,7 +169,6 @@ def _write_sum(source: _Source, config: ExportConfig, part: Path) -> dict[str, A
 
 
 def _write_each(source: _Source, config: ExportConfig, part: Path) -> dict[str, Any]:
-    """Write the adapter of each task as it was recorded."""
     for name, saved in source.adapters.items():
         _write_adapter(source, config, saved, part / source.place(name))
     return {"folders": {name: source.place(name) for name in source.adapters}}
@@ -187,7 +179,7 @@ WRITERS: dict[str, Callable[[_Source, ExportConfig, Path], dict[str, Any]]] = {
     "adapter": _write_sum,
     "adapters": _write_each,
 }
-"""Each writes one format to a folder, and returns what the card says of that format alone."""
+"""Each writes one format to a folder: all merged, the sum of updates, or each; and returns what its card says."""
 
 
 def _write_adapter(source: _Source, config: ExportConfig, saved: SavedAdapter, folder: Path) -> None:
@@ -229,7 +221,7 @@ def _write_heads(source: _Source, part: Path) -> dict[str, str]:
 def _card(source: _Source, config: ExportConfig, **found: Any) -> Card:
     run = source.config
     train = {name: getattr(run.train, name) for name in ("epochs", "batch_size", "learning_rate", "schedule")}
-    tasks = source.directory.manifest["config"]["tasks"]
+    tables = source.directory.manifest["config"]["tasks"]
     return Card(
         format=config.format,
         dtype=config.dtype,
@@ -238,7 +230,7 @@ def _card(source: _Source, config: ExportConfig, **found: Any) -> Card:
         has_text_tower=hasattr(source.base, "get_text_features"),
         embedded=tuple(kind for kind in ("model", "benchmark") if getattr(run, kind) in EMBEDDED),
         results=source.directory.results(),
-        prompts={name: spec["template"] for name, spec in tasks.items()},
+        prompts={name: table.get("template", TaskSpec.template) for name, table in tables.items()},
         evaluation=run.evaluation,
         one_by_one=find_method(run.method)[0].one_by_one,
         settings={"method": run.method, **dataclasses.asdict(run.options), **train, "seed": run.seed},

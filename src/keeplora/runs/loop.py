@@ -28,8 +28,7 @@ from keeplora.runs.phases import TaskPhases
 from keeplora.training.profiling import Clock
 from keeplora.training.trainer import best_device, fit, seed_everything
 
-Watch = Callable[[Results], None]
-"""Called with the results so far: at the start, and after each task."""
+Watch = Callable[[Results], None]  # Called with the results so far: at the start, and after each task.
 
 
 def run(
@@ -81,7 +80,7 @@ def learn(config: RunConfig, directory: RunDirectory, track: Track, watch: Watch
                 model = method.after_task(adapted, training_task)
             scores = [results.zero_shot, *results.accuracy][-1]
             if is_changed := method.record.adapter is not None:  # Otherwise the model is as it was before the task.
-                scores = phases.once(Step("evaluate"), scores_of, model, tasks, track)["scores"].tolist()
+                scores = phases.once(Step("evaluate"), _scores, model, tasks, track)["scores"].tolist()
         details = {"name": task.name, "scores": scores, "losses": losses, "phases": phases.clock.read()}
         details["parameters"] = {"trained": num_trained, "added": method.record.added_parameters}
         is_saved = config.save_model and (index == 0 or (is_changed and method.record.merged))
@@ -120,12 +119,11 @@ def require_same_model(model: nn.Module, config: RunConfig, directory: RunDirect
 
 
 def replay(method: Method, model: nn.Module, task: StreamTask, record: TaskRecord, folder: Path) -> nn.Module:
-    """Redo a finished task from its record and the folder of its adapter instead of learning it again."""
+    """Redo a finished task from its record and the folder of its adapter."""
     if record.head:
         task.load_head(record.head)
     return method.replay(model, record, folder)
 
 
-def scores_of(model: nn.Module, tasks: list[StreamTask], track: Track) -> dict[str, Tensor]:
-    """Return a model's scores on every task in the form of what a phase finds."""
+def _scores(model: nn.Module, tasks: list[StreamTask], track: Track) -> dict[str, Tensor]:
     return {"scores": torch.tensor(evaluate(model, tasks, track=track), dtype=torch.float64)}

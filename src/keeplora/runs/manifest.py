@@ -17,11 +17,8 @@ from pydantic import BaseModel
 from keeplora.config import Count, require
 from keeplora.errors import InUseError
 
-RUN_FORMAT = 3
-"""Version of the layout of a run directory; a reader refuses any other."""
-
-Settings = Mapping[str, tuple[Any, str]]
-"""Every setting of a run by its dotted name, and where it came from."""
+RUN_FORMAT = 3  # Version of the layout of a run directory; a reader refuses any other.
+Settings = Mapping[str, tuple[Any, str]]  # Every setting of a run by its dotted name, and where it came from.
 
 
 class Form(BaseModel, extra="allow", strict=True):
@@ -68,7 +65,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged or not of keeplora: {type(error).__name__}: {error}") from None
     if type(found) is int and found != RUN_FORMAT:
         newer = f"newer than {RUN_FORMAT}; update keeplora"
-        older = f"older than {RUN_FORMAT}; go on with the keeplora that wrote it, or run it again"
+        older = f"older than {RUN_FORMAT}; resume it with the keeplora that wrote it, or run it again"
         raise ValueError(f"{path} has format {found}, {newer if found > RUN_FORMAT else older}")
     checked = require(_Manifest, manifest, str(path))
     if not is_unchanged:
@@ -96,9 +93,8 @@ def locked(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         owner = path.read_text().strip() if path.exists() else ""
-        raise InUseError(
-            f"another process ({owner or 'unknown'}) is writing to {folder}; wait for it, or give another --output"
-        ) from None
+        message = f"another process ({owner or 'unknown'}) is writing to {folder}"
+        raise InUseError(f"{message}; wait for it, or give another --output") from None
     try:
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
         yield

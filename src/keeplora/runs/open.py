@@ -98,7 +98,7 @@ def reopen(
     """
     directory = read_run(folder)
     if directory.num_finished == 0:
-        raise ValueError(f"{folder} has no model yet: no task is finished; go on with the run first")
+        raise ValueError(f"{folder} has no model yet: no task is finished; resume the run first")
     if not (files := [name for name in directory.files if name.startswith("model/")]):
         raise ValueError(f"{folder} was run with save_model = False and has no model; run it again with save_model")
     if flaws := directory.damaged(files):
@@ -139,9 +139,8 @@ def settings_of_run(directory: RunDirectory) -> Sourced:
     values = dict(directory.manifest["config"])
     tables = require(_Config, values, str(path)).tasks
     if list(tables) != tasks:
-        raise ValueError(
-            f"{path} is damaged or not of keeplora: its tasks are {tasks}, its tables those of {list(tables)}"
-        )
+        flaw = f"its tasks are {tasks}, its tables those of {list(tables)}"
+        raise ValueError(f"{path} is damaged or not of keeplora: {flaw}")
     for name, table in values.pop("tasks").items():
         parse(TaskSpec, table, source=f"{path}: task {name!r}")
     return str(path), {**values, "output": directory.folder}

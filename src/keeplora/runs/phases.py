@@ -64,7 +64,6 @@ class TaskPhases(AbstractContextManager["TaskPhases"]):
         return Checkpoints(self._read("train"), self._keep, steps, seconds, self.generators)
 
     def _keep(self, state: State) -> None:
-        """Put a checkpoint in the place of the one before it."""
         self._write("train", state)
 
     def _write(self, phase: str, state: State) -> None:

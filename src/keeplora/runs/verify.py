@@ -26,14 +26,12 @@ from keeplora.runs.open import config_of, settled_manifest
 from keeplora.subspace.certificate import LayerCertificate, certificate_to_json, certificates
 from keeplora.training.trainer import best_device
 
-ORTHONORMALITY_ALLOWED = 1e-4
-"""A basis whose `max |basis^T basis - I|` is larger is not orthonormal (float32)."""
+ORTHONORMALITY_ALLOWED = 1e-4  # A basis whose `max |basis^T basis - I|` is larger is not orthonormal (float32).
 
 SAME = {"leak": 1e-5, "orthonormality": ORTHONORMALITY_ALLOWED}
 """Measured values that differ by no more are the same: below it is rounding, which another machine does differently."""
 
-ROUNDINGS = 4
-"""How many roundings to float32, of the largest entry of a weight, are allowed for each merge."""
+ROUNDINGS = 4  # How many roundings to float32, of the largest entry of a weight, are allowed for each merge.
 
 UNREPLAYABLE = (
     ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError, OSError
@@ -50,8 +48,7 @@ class TaskProof:
     name: str
     layers: dict[str, LayerCertificate] = field(default_factory=dict)
     """Measured anew, by layer; empty if the method protects nothing."""
-    is_checked: bool = True
-    """Whether it could be measured; not if its files, or those of an earlier task, are damaged."""
+    is_checked: bool = True  # Whether it could be measured; not if its files, or those of an earlier task, are damaged.
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, in the form of the certificate in `task.json`."""
@@ -69,8 +66,7 @@ class Proof:
     leak_allowed: float = 1.0
     merge_error: float | None = None
     """Largest difference of a parameter from base model and updates; None if it could not be, or was not, checked."""
-    notes: list[str] = field(default_factory=list)
-    """What was not checked, and why, where that is no breach."""
+    notes: list[str] = field(default_factory=list)  # What was not checked, and why, where that is no breach.
     breaches: list[str] = field(default_factory=list)
 
     @property
@@ -250,9 +246,8 @@ def breaches_of(measured: dict[str, LayerCertificate], leak_allowed: float) -> l
         values = {name: getattr(layer, key) for name, layer in measured.items()}
         if wrong := [name for name, value in values.items() if not value <= allowed]:
             worst = max(wrong, key=lambda name: values[name])
-            found.append(
-                f"{len(wrong)} of {len(values)} layers {what}: {worst} by {values[worst]:.2g}, {allowed:g} is allowed"
-            )
+            text = f"{len(wrong)} of {len(values)} layers {what}: {worst} by {values[worst]:.2g}"
+            found.append(f"{text}, {allowed:g} is allowed")
     return found
 
 

@@ -58,8 +58,7 @@ class Point:
     """The scores of every task, in percent, with only the principal, and only the other, directions for a share."""
 
     share: float
-    width: float
-    """Principal directions as part of the layer's width (`p / d_in`), mean over the layers."""
+    width: float  # Principal directions as part of the layer's width (`p / d_in`), mean over the layers.
     principal: list[float]
     residual: list[float]
 
@@ -70,11 +69,9 @@ class PrincipalCurve:
 
     config: PrincipalConfig
     tasks: list[str]
-    layers: list[str]
-    """The layers that were rebuilt."""
+    layers: list[str]  # The layers that were rebuilt.
     untouched: list[float]
-    chance: list[float]
-    """The score of a guess, `100 / num_classes`, for each task."""
+    chance: list[float]  # The score of a guess, `100 / num_classes`, for each task.
     points: list[Point]
 
     @property

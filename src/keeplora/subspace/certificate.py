@@ -8,8 +8,7 @@ from torch import Tensor
 from keeplora.errors import LearningError
 from keeplora.subspace import linear_algebra as linalg
 
-LEAK_ALLOWED = 1e-4
-"""A larger share of an update inside the protected subspace is an error (float32)."""
+LEAK_ALLOWED = 1e-4  # A larger share of an update inside the protected subspace is an error (float32).
 
 
 @dataclass(frozen=True)
@@ -18,14 +17,10 @@ class LayerCertificate:
 
     leak: float
     """`||dW basis||_F / ||dW||_F` against what was protected when the task began; 0 if the layer did not change."""
-    orthonormality: float
-    """`max |basis^T basis - I|` after the task's directions were added."""
-    residual_dims: int
-    """Input dimensions that no basis covers yet."""
-    protected_dims: int
-    """Input dimensions that are protected after the task."""
-    rank: int
-    """Rank of the layer's update; 0 if the layer was left alone."""
+    orthonormality: float  # `max |basis^T basis - I|` after the task's directions were added.
+    residual_dims: int  # Input dimensions that no basis covers yet.
+    protected_dims: int  # Input dimensions that are protected after the task.
+    rank: int  # Rank of the layer's update; 0 if the layer was left alone.
 
 
 def leak(a: Tensor, b: Tensor, basis: Tensor) -> float:

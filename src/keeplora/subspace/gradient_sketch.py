@@ -16,8 +16,7 @@ from keeplora.subspace import linear_algebra as linalg
 RANGE, CORANGE = 8, 16
 """Width of the two pictures, in multiples of the wanted rank: the wider, the smaller the error, and the more memory."""
 
-NOISE = 1e-5
-"""Singular values of a picture below this share of the largest are rounding (float32)."""
+NOISE = 1e-5  # Singular values of a picture below this share of the largest are rounding (float32).
 
 
 class GradientSketch:

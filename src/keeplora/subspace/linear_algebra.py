@@ -15,13 +15,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-OVERSAMPLING = 4
-"""The randomised SVD looks at this many times the wanted rank."""
+OVERSAMPLING = 4  # The randomised SVD looks at this many times the wanted rank.
 
 POWER_ITERATIONS = 4
 
-NOTHING_LEFT = 1e-3
-"""A unit row that keeps at most this length after a projection is inside the subspace."""
+NOTHING_LEFT = 1e-3  # A unit row that keeps at most this length after a projection is inside the subspace.
 
 NEARLY_ORTHONORMAL = 0.5
 """Rows whose products differ from those of orthonormal ones by at most this, in the Frobenius norm, take the Cholesky
@@ -30,8 +28,7 @@ factor of the products in place of QR: their condition number is below 2, so tha
 COMPLEMENT_FROM = 0.2
 """Share of the dimensions from which on a basis is worth the change to coordinates of its complement."""
 
-EXACT_BELOW = 256
-"""Matrices whose smaller side is at most this take the exact SVD: it is nearly as fast there."""
+EXACT_BELOW = 256  # Matrices whose smaller side is at most this take the exact SVD: it is nearly as fast there.
 
 
 def energy_rank(energies: Tensor, share: float, *, covered: float = 0.0, total: float | None = None) -> int:

@@ -8,8 +8,7 @@ from torch import Tensor
 from keeplora.progress import Track, silent
 from keeplora.subspace import linear_algebra as linalg
 
-Factors = dict[str, tuple[Tensor, Tensor]]
-"""By layer `a [r, d_in]` and `b [d_out, r]`; the update is `b @ a`."""
+Factors = dict[str, tuple[Tensor, Tensor]]  # By layer `a [r, d_in]` and `b [d_out, r]`; the update is `b @ a`.
 
 
 @dataclass(frozen=True)
@@ -17,10 +16,8 @@ class Cut:
     """What was lost where the updates were cut to a rank: relative errors in the Frobenius norm."""
 
     rank: int
-    errors: dict[str, float]
-    """Of each layer's update."""
-    overall: float
-    """Of all updates together."""
+    errors: dict[str, float]  # Of each layer's update.
+    overall: float  # Of all updates together.
 
     @property
     def worst(self) -> str:

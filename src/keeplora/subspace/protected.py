@@ -9,8 +9,7 @@ from torch import Tensor
 
 from keeplora.subspace import linear_algebra as linalg
 
-ROUNDING = 1e-6
-"""Energies below this share of the total are rounding noise (float32)."""
+ROUNDING = 1e-6  # Energies below this share of the total are rounding noise (float32).
 
 
 def principal_bases(weights: dict[str, Tensor], shares: dict[str, float]) -> dict[str, Tensor]:

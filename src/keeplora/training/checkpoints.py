@@ -23,16 +23,12 @@ EXTRA = "_extra_state"
 class Checkpoints:
     """What training resumes from, and what happens to its checkpoints."""
 
-    last: State | None = None
-    """The last checkpoint, if training was cut off after one."""
-    keep: Callable[[State], None] | None = None
-    """Puts a checkpoint away for later; without it none is made."""
+    last: State | None = None  # The last checkpoint, if training was cut off after one.
+    keep: Callable[[State], None] | None = None  # Puts a checkpoint away for later; without it none is made.
     steps: int | None = None
     """Optimiser steps from one checkpoint to the next; one at the end of each epoch if not given."""
-    seconds: float = math.inf
-    """The most seconds from one checkpoint to the next."""
-    generators: tuple[torch.Generator, ...] = ()
-    """What the order of the batches is drawn from."""
+    seconds: float = math.inf  # The most seconds from one checkpoint to the next.
+    generators: tuple[torch.Generator, ...] = ()  # What the order of the batches is drawn from.
 
 
 class TrainingState:

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 
-Costs = dict[str, dict[str, float]]
-"""Seconds and peak memory (MiB) of each phase, by its name."""
+Costs = dict[str, dict[str, float]]  # Seconds and peak memory (MiB) of each phase, by its name.
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 """Where Linux tells a process's peak memory, and where it is asked to start it anew."""

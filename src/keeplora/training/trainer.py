@@ -178,10 +178,8 @@ class _Step:
         """Add a share of the gradient of a loss; return the loss."""
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise LearningError(
-                f"{name}: the loss is {value}. Lower learning_rate, or set mixed_precision to no;"
-                " finished tasks are kept"
-            )
+            cure = "Lower learning_rate, or set mixed_precision to no; finished tasks are kept"
+            raise LearningError(f"{name}: the loss is {value}. {cure}")
         self.accelerator.backward(loss if share == 1 else loss * share)
         return value
 

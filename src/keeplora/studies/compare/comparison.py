@@ -20,10 +20,8 @@ class RunRow:
     method: str
     seed: int
     order: int
-    scores: dict[str, float | None]
-    """The metrics of `SCORES`, in percent; None where one means nothing for the method."""
-    costs: dict[str, float]
-    """The figures of `COSTS`; memory in MiB, the most of any phase."""
+    scores: dict[str, float | None]  # The metrics of `SCORES`, in percent; None where one means nothing for the method.
+    costs: dict[str, float]  # The figures of `COSTS`; memory in MiB, the most of any phase.
 
 
 @dataclass(frozen=True)
@@ -33,8 +31,7 @@ class Trial:
     method: str
     settings: dict[str, Any]
     scores: dict[str, float | None]
-    value: float | None
-    """What the search maximises; None if the run failed."""
+    value: float | None  # What the search maximises; None if the run failed.
     error: str = ""
 
 
@@ -46,8 +43,7 @@ class Comparison:
     trials: list[Trial]
     chosen: dict[str, dict[str, Any]]
     rows: list[RunRow]
-    failures: dict[str, str]
-    """The message of every run, or every search, that could not finish, by its folder."""
+    failures: dict[str, str]  # The message of every run, or every search, that could not finish, by its folder.
     inherits: dict[str, str] = field(default_factory=dict)
     """Whose settings a method was run with, for those without a search of their own."""
 
@@ -106,6 +102,10 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain values: what was tried, what was chosen, each run, and the tables."""
         others = [name for name in self.methods if name != self.config["reference"] in self.methods]
+
+        def plain(value: Estimate | None) -> dict[str, Any] | None:
+            return None if value is None else asdict(value)
+
         return {
             "format": 2,
             "config": self.config,
@@ -115,10 +115,6 @@ class Comparison:
             "trials": {name: self.num_trials(name) for name in self.methods},
             "runs": [asdict(row) for row in self.rows],
             "failures": self.failures,
-            "table": {name: {key: _plain(self.score(name, key)) for key in (*SCORES, *COSTS)} for name in self.methods},
-            "differences": {name: {key: _plain(self.difference(name, key)) for key in SCORES} for name in others},
+            "table": {name: {key: plain(self.score(name, key)) for key in (*SCORES, *COSTS)} for name in self.methods},
+            "differences": {name: {key: plain(self.difference(name, key)) for key in SCORES} for name in others},
         }
-
-
-def _plain(value: Estimate | None) -> dict[str, Any] | None:
-    return None if value is None else asdict(value)

@@ -20,16 +20,14 @@ Settings = dict[str, Any]
 class CompareBudget(Config):
     """What a comparison spends on each method: epochs, and settings to choose from on the validation splits."""
 
-    epochs: PositiveInt | None = None
-    """Epochs of each task; those of [defaults.train] if not given."""
+    epochs: PositiveInt | None = None  # Epochs of each task; those of [defaults.train] if not given.
     search_tasks: PositiveInt | None = None
     """Learn this many tasks, the first ones, in each run of the search; all if not given."""
     learning_rate: Annotated[tuple[PositiveNumber, ...], Field(min_length=1)] = (3e-4, 1e-3, 3e-3)
     """Learning rates to try first, the same for every method."""
     search: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     """For a method by its name: values of its settings to try next, at the best learning rates."""
-    rates_kept: PositiveInt = 2
-    """At how many of the best learning rates they are tried."""
+    rates_kept: PositiveInt = 2  # At how many of the best learning rates they are tried.
     common: Settings = field(default_factory=dict)
     """Options that every method gets, such as the rank; otherwise its own defaults."""
     options: dict[str, Settings] = field(default_factory=dict)

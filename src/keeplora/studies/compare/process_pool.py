@@ -21,11 +21,8 @@ from keeplora.progress import Track
 from keeplora.runs.config import RunConfig
 from keeplora.runs.loop import run
 
-Outcome = Results | str
-"""What a run gave: its results, or why it could not learn."""
-
-_PROCESS = contextlib.ExitStack()
-"""What a worker process holds until it ends."""
+Outcome = Results | str  # What a run gave: its results, or why it could not learn.
+_PROCESS = contextlib.ExitStack()  # What a worker process holds until it ends.
 
 
 class Workers(contextlib.ExitStack):
@@ -53,9 +50,8 @@ class Workers(contextlib.ExitStack):
         return self
 
     def _end_on_error(self, kind: type[BaseException] | None, *error: object) -> None:
-        for process in multiprocessing.active_children():
-            if kind is not None and process not in self._others:
-                process.terminate()
+        for process in set(multiprocessing.active_children()).difference(self._others) if kind else ():
+            process.terminate()
 
     def run_all(self, configs: list[RunConfig], track: Track, what: str) -> list[Outcome]:
         """Make every run that is not finished yet; return what each gave, in the given order.

@@ -3,6 +3,7 @@
 import json
 import os
 import statistics
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -20,7 +21,7 @@ from keeplora.runs.manifest import locked
 from keeplora.runs.open import read_run
 from keeplora.studies.compare.comparison import COSTS, SCORES, Comparison, RunRow, Trial
 from keeplora.studies.compare.config import CompareConfig, Settings, require_valid, run_config, variations
-from keeplora.studies.compare.process_pool import Outcome, Workers
+from keeplora.studies.compare.process_pool import Workers
 
 __all__ = ["CompareConfig", "compare"]
 
@@ -132,12 +133,18 @@ def search(config: CompareConfig, workers: Workers, track: Track) -> tuple[list[
     if len(rates) == 1 and not budget.search:
         return [], {name: rates[0] if name in searched else {} for name in names}
 
-    def tried(settings: list[tuple[str, Settings]], what: str) -> list[Trial]:
+    def tried(settings: list[tuple[str, Settings]], what: str) -> Iterator[Trial]:
         configs = [run_config(config, name, values, seed=0, order=0, is_trial=True) for name, values in settings]
         outcomes = workers.run_all(configs, track, f"search: {what}")
-        return [_trial(*setting, outcome) for setting, outcome in zip(settings, outcomes, strict=True)]
+        for (name, values), outcome in zip(settings, outcomes, strict=True):
+            if isinstance(outcome, str):
+                yield Trial(name, values, {}, None, outcome)
+            else:
+                scores = scores_of(name, outcome)
+                known = [value for key in ("transfer", "average", "last") if (value := scores[key]) is not None]
+                yield Trial(name, values, scores, statistics.fmean(known))
 
-    trials = tried([(name, rate) for name in searched for rate in rates], "learning rates")
+    trials = [*tried([(name, rate) for name in searched for rate in rates], "learning rates")]
     others: list[tuple[str, Settings]] = []
     for name in searched:
         for leading in _leading(trials, name)[: budget.rates_kept]:
@@ -145,14 +152,6 @@ def search(config: CompareConfig, workers: Workers, track: Track) -> tuple[list[
     trials += tried(others, "own settings")
     best = {name: found[0] for name in searched if (found := _leading(trials, name))}
     return trials, best | {name: {} for name in names if name not in searched}
-
-
-def _trial(method: str, settings: Settings, outcome: Outcome) -> Trial:
-    if isinstance(outcome, str):
-        return Trial(method, settings, {}, None, outcome)
-    scores = scores_of(method, outcome)
-    known = [value for key in ("transfer", "average", "last") if (value := scores[key]) is not None]
-    return Trial(method, settings, scores, statistics.fmean(known))
 
 
 def _leading(trials: list[Trial], name: str) -> list[Settings]:

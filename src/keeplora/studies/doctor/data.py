@@ -17,11 +17,8 @@ from keeplora.progress import Track
 from keeplora.studies.doctor.findings import FAILURES, Finding, Level
 from keeplora.studies.doctor.image_fingerprints import Prints, fingerprint
 
-MOST_IMBALANCE = 10
-"""A larger ratio of the largest class to the smallest one is worth a warning."""
-
-TINY = 4
-"""Images whose shorter side is this many times below the model's input hold little that the model could see."""
+MOST_IMBALANCE = 10  # A larger ratio of the largest class to the smallest one is worth a warning.
+TINY = 4  # Images whose shorter side is this many times below the model's input hold little that the model could see.
 
 TRANSPARENT = "an alpha channel, put on white"
 
@@ -32,11 +29,9 @@ class Look:
 
     index: int
     size: tuple[int, int] = (0, 0)
-    losses: tuple[str, ...] = ()
-    """What of it does not reach the model."""
+    losses: tuple[str, ...] = ()  # What of it does not reach the model.
     error: str = ""
-    print: Prints | None = None
-    """Its fingerprint, if it was decoded."""
+    print: Prints | None = None  # Its fingerprint, if it was decoded.
 
 
 @dataclass
@@ -45,13 +40,10 @@ class TaskData:
 
     spec: TaskSpec
     splits: dict[str, Examples] = field(default_factory=dict)
-    is_accepted: bool = False
-    """Whether a run would accept the splits."""
+    is_accepted: bool = False  # Whether a run would accept the splits.
     looks: dict[str, list[Look]] = field(default_factory=dict)
-    exact: int = 0
-    """How many held-out images are in the training split too, pixel by pixel."""
-    alike: int = 0
-    """How many others look like one there."""
+    exact: int = 0  # How many held-out images are in the training split too, pixel by pixel.
+    alike: int = 0  # How many others look like one there.
 
     @property
     def num_images(self) -> int:

@@ -24,6 +24,8 @@ from keeplora.studies.doctor.findings import FAILURES, Finding, merged
 from keeplora.studies.doctor.model import Subject, load_subject, prompt_findings
 from keeplora.studies.doctor.resource_estimate import Load, estimate_disk, estimate_seconds
 
+READING_SECONDS = 60.0  # No further task is read for the dry run once reading took so long; the smallest come first.
+
 
 class Disk:
     """What a run needs on disk at most, by what it is for, and how many bytes are free where it would write."""
@@ -62,10 +64,6 @@ def nearest_folder(output: Path) -> Path:
     return next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.is_dir())
 
 
-READING_SECONDS = 60.0
-"""No further task is read for the dry run once reading took this long; the smallest tasks come first."""
-
-
 @dataclass
 class Diagnosis:
     """What was found about a run that could be started."""
@@ -75,10 +73,8 @@ class Diagnosis:
     findings: list[Finding] = field(default_factory=list)
     subject: Subject | None = None
     dry_run: DryRun = field(default_factory=DryRun)
-    estimate: dict[str, float] = field(default_factory=dict)
-    """The seconds of each phase; empty if no task was tried."""
-    pixels_mb: float = 0.0
-    """What the images take in memory once they are read."""
+    estimate: dict[str, float] = field(default_factory=dict)  # The seconds of each phase; empty if no task was tried.
+    pixels_mb: float = 0.0  # What the images take in memory once they are read.
     disk: Disk | None = None
 
     def num(self, level: str) -> int:

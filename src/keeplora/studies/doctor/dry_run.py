@@ -33,11 +33,8 @@ from keeplora.training.trainer import TrainConfig, fit
 
 T = TypeVar("T")
 
-BATCHES = 4
-"""How many batches of each phase are tried; the first one warms up."""
-
-HARMLESS_RATE = 1e-9
-"""A learning rate whose steps vanish when they are added to a weight in float32."""
+BATCHES = 4  # How many batches of each phase are tried; the first one warms up.
+HARMLESS_RATE = 1e-9  # A learning rate whose steps vanish when they are added to a weight in float32.
 
 DRY_RUN_SECONDS = 20.0
 """After two tasks, those with the fewest and the most classes, no further one is tried once this long was spent."""
@@ -87,13 +84,10 @@ class DryRun:
     """What was learned by trying a few batches of all that a run does with each task."""
 
     paces: dict[str, Paces] = field(default_factory=dict)
-    batches: dict[str, int] = field(default_factory=dict)
-    """How many training batches an epoch of each task has."""
+    batches: dict[str, int] = field(default_factory=dict)  # How many training batches an epoch of each task has.
     peak_memory_mb: dict[str, float] = field(default_factory=dict)
-    extra_bytes: int = 0
-    """The most that a task left beside its adapter and directions."""
-    changes_model: bool = False
-    """Whether the method learned anything."""
+    extra_bytes: int = 0  # The most that a task left beside its adapter and directions.
+    changes_model: bool = False  # Whether the method learned anything.
     findings: list[Finding] = field(default_factory=list)
 
     def run(

@@ -30,8 +30,7 @@ unsure (all 0 for an image without a shape); and the colour thumbnail."""
 
 MOST_PAIRS = 2**16
 
-Prints = NDArray[np.void]
-"""One fingerprint, or those of n images."""
+Prints = NDArray[np.void]  # One fingerprint, or those of n images.
 Ints = NDArray[np.int64]
 
 

@@ -26,17 +26,14 @@ class Subject:
     """The model under examination."""
 
     family: Family
-    source: str
-    """Folder or hub name."""
+    source: str  # Folder or hub name.
     model: nn.Module
     parameters: int
     weight_bytes: int
-    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """`(d_out, d_in)` of each target layer."""
+    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)  # `(d_out, d_in)` of each target layer.
     free: dict[str, int] = field(default_factory=dict)
     """How many input directions of each layer a method that protects some leaves at the start."""
-    start_seconds: float = 0.0
-    """How long it took to protect what the model knows."""
+    start_seconds: float = 0.0  # How long it took to protect what the model knows.
 
     def config(self, tower: str, key: str) -> Any:
         """Return what the config of a tower says; None if it says nothing."""
