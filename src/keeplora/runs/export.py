@@ -69,7 +69,7 @@ def render_card(card: Card) -> str:
     )
 
 
-NOTICE = Path(__file__).parents[2] / "data" / "mini" / "NOTICE"
+NOTICE = Path(__file__).parents[1] / "data" / "mini" / "NOTICE"
 
 
 @dataclass(frozen=True, kw_only=True)
