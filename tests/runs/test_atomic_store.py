@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import sys
 import tempfile
 from contextlib import contextmanager
 from itertools import count
@@ -171,3 +172,19 @@ def test_the_power_goes_at_every_single_change_of_a_stream_of_commits():
             assert files == expected[number], last
             seen.add(number)
     assert seen == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux which file a number stands for")
+def test_every_change_waits_for_the_disk_itself(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")))
+    disk.write_through(tmp_path / "new" / "x", b"x")
+    assert {str(tmp_path), str(tmp_path / "new"), str(tmp_path / "new" / "x")} <= set(synced)
+    synced.clear()
+    disk.rename(tmp_path / "new" / "x", tmp_path / "y")
+    assert str(tmp_path) in synced
+    synced.clear()
+    (tmp_path / "new" / "deep").mkdir()
+    (tmp_path / "new" / "deep" / "z").write_text("z")
+    disk.flush(tmp_path / "new")
+    assert {str(tmp_path / "new"), str(tmp_path / "new" / "deep"), str(tmp_path / "new" / "deep" / "z")} <= set(synced)
