@@ -429,8 +429,9 @@ def _protecting(given: Given) -> KeepLoRA:
 
 
 def _let_go(method: Method, given: Given) -> None:
-    """Forget the gradients, as a run has; what `once` still gives is that the features add no direction."""
+    """Forget the gradients, as a run has; the features still add no direction."""
     given.forget_gradients()
+    vars(method).pop("gradient", None)  # It held them too.
     none = {name: basis[:, :0] for name, basis in given.bases.items()} if isinstance(method, KeepLoRA) else {}
     method.features = lambda model, task: none
 
