@@ -5,7 +5,13 @@ from scipy.linalg import subspace_angles
 
 from keeplora.layers.gradients import residuals_of
 from keeplora.subspace import protected as subspace
-from keeplora.subspace.certificate import LayerCertificate, certificate_to_json, certificates, leak
+from keeplora.subspace.certificate import (
+    LayerCertificate,
+    certificate_to_json,
+    certificates,
+    change_of,
+    leak,
+)
 from tiny import MLP
 
 D_IN = {"fc1": 11, "fc2": 17, "out": 13}
@@ -124,23 +130,26 @@ def test_certificate_states_leak_orthonormality_and_what_is_left():
     before = {"layer": full[:, :5], "idle": full[:, :2]}
     skewed = torch.cat([full[:, :5], full[:, 5:8] + 0.01 * full[:, :1]], dim=1)
     a, b = torch.randn(3, 12), torch.randn(7, 3)
-    certificate = certificates(before, {"layer": skewed, "idle": full[:, :2]}, {"layer": (a, b)})
+    weight = torch.randn(7, 12)
+    change = change_of(weight, weight + b @ a, b @ a, before["layer"], 3)
+    certificate = certificates({"layer": skewed, "idle": full[:, :2]}, {"layer": change})
     layer, idle = certificate["layer"], certificate["idle"]
     update = b.double() @ a.double()
     protected = full[:, :5].double()
     assert layer.leak == pytest.approx(float((update @ protected).norm() / update.norm()), rel=1e-5)
     off = skewed.double().T @ skewed.double() - torch.eye(8)
     assert layer.orthonormality == pytest.approx(float(off.abs().max()), rel=1e-3)
+    assert layer.merge_loss < 1e-6
     assert (layer.protected_dims, layer.residual_dims, layer.rank) == (8, 4, 3)
     assert (idle.leak, idle.protected_dims, idle.residual_dims, idle.rank) == (0.0, 2, 10, 0)
 
 
 def test_certificate_in_json_names_the_worst_layer_of_each_kind():
     layers = {
-        "first": LayerCertificate(leak=1e-7, orthonormality=3e-6, residual_dims=4, protected_dims=8, rank=2),
-        "second": LayerCertificate(leak=5e-6, orthonormality=1e-7, residual_dims=9, protected_dims=3, rank=2),
+        "first": LayerCertificate(1e-7, 2e-3, orthonormality=3e-6, residual_dims=4, protected_dims=8, rank=2),
+        "second": LayerCertificate(5e-6, 1e-3, orthonormality=1e-7, residual_dims=9, protected_dims=3, rank=2),
     }
     found = certificate_to_json(layers)
-    assert found["worst"] == {"leak": 5e-6, "orthonormality": 3e-6, "residual_dims": 4}
+    assert found["worst"] == {"leak": 5e-6, "merge_loss": 2e-3, "orthonormality": 3e-6, "residual_dims": 4}
     assert found["layers"]["second"]["protected_dims"] == 3
     assert certificate_to_json({}) == {}

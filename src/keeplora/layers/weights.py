@@ -22,9 +22,14 @@ def read_weight(model: nn.Module, layer: str) -> Tensor:
 
 def add_update(model: nn.Module, layer: str, update: Tensor) -> None:
     """Add an update `[d_out, d_in]` to the weight of a layer: in float32, rounded once to the precision it has."""
-    weight = _stored(model, layer)
     with torch.no_grad():
-        weight.copy_(weight.float() + update.to(weight.device))
+        _stored(model, layer).copy_(with_update(_stored(model, layer), update))
+
+
+def with_update(weight: Tensor, update: Tensor) -> Tensor:
+    """Return what `add_update` makes of a stored weight `[d_out, d_in]`, in its precision."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return (weight.detach().to(wide) + update.to(weight.device, wide)).to(weight.dtype)
 
 
 @contextmanager

@@ -42,6 +42,7 @@ class TaskRecord:
     certificate: dict[str, LayerCertificate] = field(default_factory=dict)
     merge_error: float = 0.0
     """Difference of what layers compute before and after the merge, relative to what the update changes."""
+    merge_loss: float = 0.0  # What of the update, over all layers, rounding kept out of the weights.
     head: dict[str, Tensor] = field(default_factory=dict)  # Weights of the task's own classifier, if it has one.
     state: dict[str, Tensor] = field(default_factory=dict)  # What else later tasks, or inference, need of this one.
     merged: bool = True
@@ -74,6 +75,8 @@ class MethodConfig(Config):
     """LoRA's alpha; the update is alpha / rank * B A."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj", "o_proj")
     """Names, or ends of names, of the linear layers to adapt."""
+    allow_merge_loss: bool = False
+    """Merge even where the precision of the weights (half precision) loses more than 5 % of the update."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -136,8 +139,8 @@ class Method:
         ValueError that a weight of the base model was trained, or the update left its subspace.
         """
         saved = lora.detach(model)
-        merged, error = self.merge_checked(model, task)
-        self.keep(TaskRecord(adapter=saved, merge_error=error))
+        merged, merge = self.merge_checked(model, task)
+        self.keep(TaskRecord(adapter=saved, merge_error=merge.error, merge_loss=merge.loss))
         return merged
 
     def abandon(self, adapted: nn.Module) -> nn.Module:
@@ -242,14 +245,15 @@ class Method:
                     " the parameters that require a gradient after before_task"
                 )
 
-    def merge_checked(self, adapted: nn.Module, task: Task) -> tuple[nn.Module, float]:
-        """Merge the adapter; return the base model, and the error of the merge relative to what the update changes."""
+    def merge_checked(self, adapted: nn.Module, task: Task) -> tuple[nn.Module, lora.Merge]:
+        """Merge the adapter; return the base model, and what the merge did."""
         task = Task.of(task)
         self.require_untouched(adapted, task)
-        merged, error = lora.merge_checked(adapted, task.name)
+        allow_loss = self.config.allow_merge_loss
+        merged, merge = lora.merge_checked(adapted, task.name, self.protected(), allow_loss=allow_loss)
         self.restore(merged)
         batch = task.sample(to_device(next(iter(task.batches())), device_of(merged)))
         with torch.no_grad(), evaluation_mode(merged):
             if not torch.isfinite(task.loss(merged, batch)):
                 raise LearningError(f"task {task.name!r}: the trained model's loss is not finite; lower learning_rate")
-        return merged, error
+        return merged, merge

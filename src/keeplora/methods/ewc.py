@@ -57,11 +57,11 @@ class EWC(Method):
     def after_task(self, model: nn.Module, task: Task) -> nn.Module:
         """Merge what was learned, and add the task's Fisher at the merged weights to that of the earlier tasks."""
         saved = lora.detach(model)
-        merged, error = self.merge_checked(model, task)
+        merged, merge = self.merge_checked(model, task)
         fishers = self.features(merged, task)
         for name, earlier in self.fishers.items():
             fishers[name] += self.config.decay * earlier.to(fishers[name].device)
-        self.keep(TaskRecord(adapter=saved, merge_error=error, state=fishers))
+        self.keep(TaskRecord(adapter=saved, merge_error=merge.error, merge_loss=merge.loss, state=fishers))
         return merged
 
     def features(self, model: nn.Module, task: Task) -> dict[str, Tensor]:

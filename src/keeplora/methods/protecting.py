@@ -54,17 +54,17 @@ class Protecting(Method):
         return adapted
 
     def after_task(self, model: nn.Module, task: Task) -> nn.Module:
-        updates = lora.factors_of(model)
-        require_no_leak(updates, self.bases, task.name, allowed=self.leak_allowed)
+        require_no_leak(lora.factors_of(model), self.bases, task.name, allowed=self.leak_allowed)
         saved, head = lora.detach(model), getattr(model, HEAD, None)
         trained_head = {} if head is None else {key: value.cpu().clone() for key, value in head.state_dict().items()}
-        merged, error = self.merge_checked(model, task)
+        merged, merge = self.merge_checked(model, task)
         directions = self.features(merged, task)
         record = TaskRecord(
             adapter=saved,
             directions=directions,
-            certificate=certificates(self.bases, protected.extend_bases(self.bases, directions), updates),
-            merge_error=error,
+            certificate=certificates(protected.extend_bases(self.bases, directions), merge.changes),
+            merge_error=merge.error,
+            merge_loss=merge.loss,
             head=trained_head,
             surviving_gradient=self._surviving,
         )

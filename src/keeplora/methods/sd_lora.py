@@ -64,12 +64,12 @@ class SDLoRA(Method):
     def after_task(self, model: nn.Module, task: Task) -> nn.Module:
         changes = _release(model)
         saved = lora.detach(model)
-        merged, error = self.merge_checked(model, task)
+        merged, merge = self.merge_checked(model, task)
         state = {}
         for name, (a, b) in self._newest(saved).items():
             earlier = self.magnitudes[name] + changes[name] if changes else torch.zeros(0)
             state[name + SUFFIX] = torch.cat([earlier, (b @ a).norm().reshape(1)])
-        self.keep(TaskRecord(adapter=saved, merge_error=error, state=state))
+        self.keep(TaskRecord(adapter=saved, merge_error=merge.error, merge_loss=merge.loss, state=state))
         return merged
 
     def add_task(self, record: TaskRecord) -> None:

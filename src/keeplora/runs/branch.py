@@ -11,6 +11,7 @@ from keeplora.config import differences
 from keeplora.data.benchmark import absolute, resolved
 from keeplora.evaluation.accuracy_matrix import Results
 from keeplora.evaluation.evaluate import evaluate
+from keeplora.layers import weights
 from keeplora.methods.registry import find_method, method_behind
 from keeplora.models.interfaces import StreamTask
 from keeplora.progress import Track, silent
@@ -19,8 +20,8 @@ from keeplora.runs.config import RunConfig, plain_values
 from keeplora.runs.directory import RunDirectory
 from keeplora.runs.loop import replay, report, require_same_model
 from keeplora.runs.open import config_of, open_run, open_stream, read_run
-from keeplora.runs.verify import updates_of
-from keeplora.subspace.certificate import certificate_to_json, certificates
+from keeplora.runs.verify import changes_between, updates_of
+from keeplora.subspace.certificate import certificate_to_json, certificates, loss_of
 from keeplora.training.trainer import best_device
 
 
@@ -140,13 +141,17 @@ def _branch(source: RunDirectory, config: RunConfig, kept: list[int], origin: di
         for place, index in enumerate(track(kept, "merging", len(kept))):
             before, details = method.protected(), dict(source.tasks[index])
             record, adapter = source.record(index)
+            updates = updates_of(record, device)
+            weights_before = {layer: weights.read_weight(model, layer).clone() for layer in updates}
             model = replay(method, model, tasks[place], record, adapter)
             if place == index:
                 details["scores"] = _scores(model, tasks, details["scores"], columns, track)
             else:  # A state that the old run never had; how the task merges into it was never measured.
                 details["scores"] = evaluate(model, tasks, track=track)
-                certificate = certificates(before, method.protected(), updates_of(record, device))
-                details["certificate"] = {**certificate_to_json(certificate), "merge_error": None}
+                changes = changes_between(weights_before, model, updates, before)
+                certificate = certificates(method.protected(), changes)
+                merge = {"merge_error": None, "merge_loss": loss_of(changes)}
+                details["certificate"] = {**certificate_to_json(certificate), **merge}
             directory.add_task(record, details, model if config.save_model and index == kept[-1] else None)
         return report(directory) if directory.is_complete else directory.results()
 

@@ -112,7 +112,8 @@ class RunDirectory(Store):
             if tensors:
                 self.write_tensors(f"{folder}/{name}.safetensors", tensors)
         if "certificate" not in details:
-            certificate = {**certificate_to_json(record.certificate), "merge_error": record.merge_error}
+            merge = {"merge_error": record.merge_error, "merge_loss": record.merge_loss}
+            certificate = {**certificate_to_json(record.certificate), **merge}
             if record.surviving_gradient:
                 certificate["surviving_gradient"] = record.surviving_gradient
             details = {**details, "certificate": certificate, "merged": record.merged}

@@ -23,13 +23,14 @@ from keeplora.runs.atomic_store import Store
 from keeplora.runs.directory import RunDirectory, task_folder
 from keeplora.runs.loop import require_same_model
 from keeplora.runs.open import config_of, settled_manifest
-from keeplora.subspace.certificate import LayerCertificate, certificate_to_json, certificates
+from keeplora.subspace.certificate import Change, LayerCertificate, certificate_to_json, certificates, change_of
 from keeplora.training.trainer import best_device
 
 ORTHONORMALITY_ALLOWED = 1e-4  # A basis whose `max |basis^T basis - I|` is larger is not orthonormal (float32).
 
-SAME = {"leak": 1e-5, "orthonormality": ORTHONORMALITY_ALLOWED}
-"""Measured values that differ by no more are the same: below it is rounding, which another machine does differently."""
+SAME = {"leak": 1e-5, "merge_loss": 1e-5, "orthonormality": ORTHONORMALITY_ALLOWED}
+"""Measured values that differ by no more are the same: below it is rounding, which another machine does differently. So
+is what a merge lost of an update, and what that adds to the leak."""
 
 ROUNDINGS = 4  # How many roundings to float32, of the largest entry of a weight, are allowed for each merge.
 
@@ -161,8 +162,8 @@ class _Replay:
             if misfits := self._misfits(updates, record.directions, before):
                 self.proof.breaches += [f"task {name!r}: {misfit}" for misfit in misfits]
                 return
-            found = self._merge(record, folder, updates)
-            layers = certificates(before, self.method.protected(), updates)
+            found, changes = self._merge(record, folder, updates, before)
+            layers = certificates(self.method.protected(), changes)
             found += breaches_of(layers, self.method.leak_allowed)
             found += contradictions(directory.tasks[index]["certificate"], layers)
         except UNREPLAYABLE as error:
@@ -188,10 +189,12 @@ class _Replay:
                 found.append(f"its directions do not fit {layer}, or are not finite")
         return found
 
-    def _merge(self, record: TaskRecord, folder: Path, updates: Updates) -> list[str]:
-        """Redo a task; say where the merge changed a weight by something else than the update that is measured."""
+    def _merge(
+        self, record: TaskRecord, folder: Path, updates: Updates, bases: dict[str, Tensor]
+    ) -> tuple[list[str], dict[str, Change]]:
+        """Redo a task; say where the merge added something else than its update, and what it changed in the weights."""
         if not record.merged:
-            return []
+            return [], {}
         before = {layer: weights.read_weight(self.model, layer).clone() for layer in updates}
         self.model = self.method.replay(self.model, record, folder)
         self.num_merged += bool(updates)
@@ -204,7 +207,7 @@ class _Replay:
             if not error <= rounding:
                 text = "the adapter's settings make another update of it than its factors"
                 found.append(f"{layer}: {text}, by {error:.2g}")
-        return found
+        return found, changes_between(before, self.model, updates, bases)
 
     def compare(self, saved: nn.Module) -> None:
         """Compare a run's merged model with the replayed one, and what no task changes with the base model."""
@@ -236,14 +239,25 @@ def updates_of(record: TaskRecord, device: torch.device) -> Updates:
     return {layer: (a.to(device), b.to(device)) for layer, (a, b) in record.factors().items()}
 
 
+def changes_between(
+    before: dict[str, Tensor], model: nn.Module, updates: Updates, bases: dict[str, Tensor]
+) -> dict[str, Change]:
+    """Return what a merge changed in the weights of the layers that it adapted, against bases."""
+    return {
+        layer: change_of(before[layer], weights.read_weight(model, layer), b @ a, bases.get(layer), len(a))
+        for layer, (a, b) in updates.items()
+    }
+
+
 def breaches_of(measured: dict[str, LayerCertificate], leak_allowed: float) -> list[str]:
-    """Say which layers leak or have a basis that is not orthonormal."""
+    """Say which layers leak, beyond what rounding lost of the update, or have a basis that is not orthonormal."""
     found = []
-    for key, allowed, what in (
-        ("leak", leak_allowed, "leak into what was protected"),
-        ("orthonormality", ORTHONORMALITY_ALLOWED, "have a basis that is not orthonormal"),
+    leaks = {name: max(layer.leak - layer.merge_loss, 0.0) for name, layer in measured.items()}
+    errors = {name: layer.orthonormality for name, layer in measured.items()}
+    for values, allowed, what in (
+        (leaks, leak_allowed, "leak into what was protected"),
+        (errors, ORTHONORMALITY_ALLOWED, "have a basis that is not orthonormal"),
     ):
-        values = {name: getattr(layer, key) for name, layer in measured.items()}
         if wrong := [name for name, value in values.items() if not value <= allowed]:
             worst = max(wrong, key=lambda name: values[name])
             text = f"{len(wrong)} of {len(values)} layers {what}: {worst} by {values[worst]:.2g}"
@@ -264,7 +278,8 @@ def contradictions(recorded: object, measured: dict[str, LayerCertificate]) -> l
         for key, value in values.items():
             old = said[place].get(key) if isinstance(said[place], dict) else None
             is_number = isinstance(old, int | float)
-            if not is_number or not abs(old - value) <= SAME.get(key, 0):
+            same = SAME.get(key, 0) + (values["merge_loss"] if key in ("leak", "merge_loss") else 0)
+            if not is_number or not abs(old - value) <= same:
                 shown = f"{old:.4g}" if is_number else "missing"
                 found.append(f"{place}: the recorded {key} is {shown}, the files give {value:.4g}")
     more = f" ({len(found) - 1} more differ)" if len(found) > 1 else ""
