@@ -116,27 +116,37 @@ def test_the_output_side_of_a_layer_that_is_not_square_is_an_error_that_names_it
         learn(MLP(), VectorTask(), weight_side="output")
 
 
-def test_the_releases_energy_rule_is_one_direction_short_for_weights_and_first_task_only():
-    counts = {}
-    for rule in ("reach", "one_short"):
-        model = MLP()
-        method = KeepLoRA(KeepLoRAConfig(**{**OPTIONS, "energy_rule": rule, "weight_energy": 0.9}))
-        method.protect(model)
-        counts[rule] = {name: basis.shape[1] for name, basis in method.bases.items()}
-    assert counts["one_short"] == {name: count - 1 for name, count in counts["reach"].items()}
-    added = []
-    method, model = KeepLoRA(KeepLoRAConfig(**{**OPTIONS, "energy_rule": "one_short", "weight_energy": 0.0})), MLP()
+def released_count(energies, share, *, is_first):
+    """Count as the released code does: its loop stops before it adds the direction that reaches the share."""
+    covered = torch.tensor(energies).cumsum(0) / sum(energies)
+    reaching = int((covered < share).sum()) + 1
+    return max(1, reaching - 1) if is_first else reaching
+
+
+@pytest.mark.parametrize("energy", [1e-6, 0.4, 0.9])
+def test_the_releases_energy_rule_is_one_direction_short_for_weights_but_never_without_any(energy):
+    method = KeepLoRA(KeepLoRAConfig(**{**OPTIONS, "energy_rule": "one_short", "weight_energy": energy}))
+    method.protect(MLP())
+    for name, basis in method.bases.items():
+        energies = (torch.linalg.svdvals(MLP().get_submodule(name).weight.detach().double()) ** 2).tolist()
+        assert basis.shape[1] == released_count(energies, energy, is_first=True)
+
+
+@pytest.mark.parametrize("weight_energy", [0.0, 0.4])
+@pytest.mark.parametrize("feature_energy", [1e-6, 0.6])
+def test_the_releases_energy_rule_is_short_once_a_layer(weight_energy, feature_energy):
+    """For the first task only if it was not for the weights."""
+    options = {"energy_rule": "one_short", "weight_energy": weight_energy, "feature_energy": feature_energy}
+    method, model = KeepLoRA(KeepLoRAConfig(**{**OPTIONS, **options})), MLP()
     for seed in (0, 1):
         task = VectorTask(seed=seed)
         adapted = method.before_task(model, task)
         before = method.bases["fc1"]
         model = method.after_task(adapted, task)
         rows = torch.cat([batch[0] for batch in task.data])
-        gram = {"fc1": rows.T @ rows}
-        wanted = new_directions({"fc1": before}, gram, 0.6)["fc1"].shape[1]
-        added.append((wanted, method.record.directions["fc1"].shape[1]))
-    assert added[0][1] == added[0][0] - 1
-    assert added[1][1] == added[1][0]
+        reaching = new_directions({"fc1": before}, {"fc1": rows.T @ rows}, feature_energy)["fc1"].shape[1]
+        is_first = seed == 0 and weight_energy == 0
+        assert method.record.directions["fc1"].shape[1] == (max(1, reaching - 1) if is_first else reaching)
 
 
 def test_a_random_a_has_no_gradient_to_start_b_from():

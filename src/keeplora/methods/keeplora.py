@@ -169,8 +169,10 @@ class KeepLoRA(Protecting):
         else:
             grams = input_grams(model, task, list(self.bases), features=self.config.features, track=self.track)
         directions = protected.new_directions(self.bases, grams, self.config.feature_energy)
-        is_short = self.config.energy_rule == "one_short" and self._num_learned == 0
-        return protected.without_last(directions) if is_short else directions
+        if self.config.energy_rule == "one_short" and self._num_learned == 0:
+            first = [name for name in directions if tower_share(name, self.config.weight_energy) == 0]
+            directions |= protected.one_short({name: directions[name] for name in first})
+        return directions
 
     def protect(self, model: nn.Module) -> None:
         """Start the bases with the principal subspace of every target weight (Eq. 2), unless that was done."""
@@ -181,7 +183,7 @@ class KeepLoRA(Protecting):
             seen = {name: self._seen_from_its_side(name, weights.read_weight(model, name))}
             self.bases |= protected.principal_bases(seen, {name: tower_share(name, self.config.weight_energy)})
         if self.config.energy_rule == "one_short":
-            self.bases = protected.without_last(self.bases)
+            self.bases = protected.one_short(self.bases)
 
     @property
     def leak_allowed(self) -> float:

@@ -59,6 +59,6 @@ def remove_directions(bases: dict[str, Tensor], directions: dict[str, Tensor]) -
     return rest
 
 
-def without_last(bases: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Drop the least direction of each basis: the released code's energy rule, for comparison."""
-    return {name: basis[:, :-1].contiguous() for name, basis in bases.items()}
+def one_short(directions: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Drop the least direction of each layer's, but not the only one: the released code's first count for a layer."""
+    return {name: found[:, : max(1, found.shape[1] - 1)].contiguous() for name, found in directions.items()}
