@@ -9,8 +9,10 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 import tiny
 from keeplora.data.benchmark import TaskSpec, read_benchmark
 from keeplora.data.readers import read_splits
+from keeplora.errors import LearningError
 from keeplora.evaluation.evaluate import evaluate
 from keeplora.models.dual_encoder import DualEncoder
+from keeplora.models.interfaces import StreamTask
 from keeplora.models.registry import family_of
 from keeplora.progress import silent
 
@@ -197,3 +199,42 @@ def test_a_saved_model_gives_the_same_answers(place, tmp_path):
     with torch.no_grad():
         assert np.array_equal(task.outputs(model, batch), task.outputs(again, batch))
     assert {path.suffix for path in (tmp_path / "saved").iterdir()} <= {".json", ".safetensors", ".txt", ".jinja"}
+
+
+def poisoned(model, kind):
+    """Spoil a model so that its outputs are not finite, as a broken file or too small a range would."""
+    weights = dict(model.named_parameters())
+    name = next(name for name in weights if "vision" in name and name.endswith("v_proj.weight"))
+    with torch.no_grad():
+        if kind == "overflow":
+            weights[name].mul_(1e38)
+        else:
+            weights[name][0, 0] = float(kind)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["nan", "inf", "overflow"])
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_outputs_that_are_not_finite_get_no_score(place, family, kind):
+    model = poisoned(DualEncoder().load(str(place / family)), kind)
+    with pytest.raises(LearningError, match=r"task 'task0', test batch 1: the model's outputs hold NaN or infinity"):
+        evaluate(model, tasks_of(place, family))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_answers_that_are_not_finite_get_no_score_whatever_the_task(value):
+    class Numbers(tiny.VectorTask, StreamTask):
+        def test_batches(self):
+            return self.data
+
+        num_seen = 0
+
+        def predict(self, model, batch):
+            self.num_seen += 1
+            return torch.full((len(batch[1]),), value if self.num_seen == 3 else 1.0)
+
+        def references(self, batch):
+            return batch[1]
+
+    with pytest.raises(LearningError, match=r"task 'vectors', test batch 3: the answers are not finite"):
+        evaluate(tiny.MLP(), [Numbers()])

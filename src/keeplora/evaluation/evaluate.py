@@ -3,18 +3,23 @@
 from collections.abc import Sized
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from keeplora.errors import LearningError
 from keeplora.evaluation.metrics import METRICS
 from keeplora.layers.fused_forward import fused_layers
 from keeplora.layers.module_state import device_of, evaluation_mode
+from keeplora.layers.statistics import require_finite
 from keeplora.models.interfaces import StreamTask
 from keeplora.progress import Track, silent
-from keeplora.task import to_device
+from keeplora.task import Batch, to_device
 
 
 def evaluate(model: nn.Module, tasks: list[StreamTask], *, track: Track = silent) -> list[float]:
-    """Score a model on the held-out examples of every task, in percent; text features are computed once for each."""
+    """Score a model on the held-out examples of every task, in percent; text features are computed once for each.
+
+    A `LearningError` names the task and the batch on which the model gives anything that is not finite.
+    """
     return [_score(model, task, track) for task in tasks]
 
 
@@ -24,8 +29,18 @@ def _score(model: nn.Module, task: StreamTask, track: Track) -> float:
     total = len(batches) if isinstance(batches, Sized) else None
     # Not inference mode: what a model or a task caches inside could not be trained with afterwards.
     with torch.no_grad(), evaluation_mode(model), fused_layers(model), task.frozen(model):
-        for batch in track(batches, f"{task.name}: evaluating", total):
+        for number, batch in enumerate(track(batches, f"{task.name}: evaluating", total), start=1):
             for part in task.micro_batches(to_device(batch, device_of(model))):
-                predictions.append(task.predict(model, part).cpu())
+                predictions.append(_predicted(model, task, part, number))
                 references.append(task.references(part).cpu())
     return METRICS.find(task.metric)(torch.cat(predictions), torch.cat(references))
+
+
+def _predicted(model: nn.Module, task: StreamTask, batch: Batch, number: int) -> Tensor:
+    """Return the answers to a batch, finite ones: the largest of several NaN would be an answer like any other."""
+    try:
+        answers = task.predict(model, batch).cpu()
+        require_finite(answers, "the answers are not finite")
+    except LearningError as error:
+        raise LearningError(f"task {task.name!r}, test batch {number}: {error}") from None
+    return answers

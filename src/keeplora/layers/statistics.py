@@ -5,7 +5,6 @@ layers may be frozen, quantised, sharded or checkpointed. Nothing is stored on m
 flags are given back even when a batch raises. Several processes each take their share of the batches.
 """
 
-import math
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -332,5 +331,5 @@ class _Meet(torch.autograd.Function):
 
 def require_finite(tensor: Tensor, message: str) -> None:
     """Raise a `LearningError` with this message unless a tensor is finite; a mask would take more memory than it."""
-    if tensor.numel() > 0 and not all(math.isfinite(float(extreme)) for extreme in tensor.detach().aminmax()):
+    if tensor.numel() > 0 and not torch.isfinite(torch.stack(tensor.detach().aminmax())).all():
         raise LearningError(message)

@@ -16,6 +16,7 @@ from keeplora.data.benchmark import TaskSpec
 from keeplora.data.cache import Pixels, PixelStore
 from keeplora.data.readers import read_splits
 from keeplora.layers.module_state import device_of, evaluation_mode
+from keeplora.layers.statistics import require_finite
 from keeplora.models.clip_last_layer import only_the_pooled_row
 from keeplora.models.interfaces import Family, StreamTask
 from keeplora.progress import Track
@@ -78,7 +79,9 @@ class ClassificationTask(StreamTask):
         return logits if self.head is None else logits + scale * self.head.to(images.device)(images)
 
     def predict(self, model: nn.Module, batch: Batch) -> Tensor:
-        return self.outputs(model, batch).argmax(dim=-1)
+        logits = self.outputs(model, batch)
+        require_finite(logits, "the model's outputs hold NaN or infinity; are its weights whole, and in float32?")
+        return logits.argmax(dim=-1)
 
     def references(self, batch: Batch) -> Tensor:
         return cast(Tensor, batch["labels"])

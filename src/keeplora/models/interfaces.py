@@ -22,7 +22,7 @@ class StreamTask(Task):
         raise NotImplementedError
 
     def predict(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the model's answers to a batch, `[n]`."""
+        """Return the model's answers to a batch, `[n]`; a `LearningError` says that its outputs are not finite."""
         raise NotImplementedError
 
     def references(self, batch: Batch) -> Tensor:
