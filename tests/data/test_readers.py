@@ -1,6 +1,8 @@
 """Readers: the same images from a folder, an archive and a dataset; everything wrong with them is named."""
 
+import datetime as dt
 import json
+import re
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -257,16 +259,32 @@ def test_a_class_folder_without_images_in_an_archive_is_named(folder, tmp_path):
     assert "1 class has no image in train: red" in text
 
 
-def test_a_class_name_without_a_row_in_a_dataset_is_named(folder, tmp_path):
-    path = dataset_of(folder, tmp_path / "stored")
-    stored = hf_datasets.load_from_disk(str(path)).filter(lambda row: row["label"] != 1)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_class_name_without_a_row_in_one_split_of_a_dataset_is_named(folder, tmp_path, split):
+    stored = hf_datasets.load_from_disk(str(dataset_of(folder, tmp_path / "stored")))
+    stored[split] = stored[split].filter(lambda row: row["label"] != 1)
     stored.save_to_disk(str(tmp_path / "fewer"))
-    assert "1 class has no image in train: green" in refused(spec_of(tmp_path / "fewer", reader="dataset"))
+    text = refused(spec_of(tmp_path / "fewer", reader="dataset"))
+    assert (
+        "classes that train does not have: green" if split == "train" else "1 class has no image in test: green" in text
+    )
+
+
+def test_a_class_name_that_a_filter_left_without_any_row_is_no_class(folder, tmp_path):
+    path = dataset_of(folder, tmp_path / "stored")
+    hf_datasets.load_from_disk(str(path)).filter(lambda row: row["label"] != 1).save_to_disk(str(tmp_path / "fewer"))
+    train, test = read_splits(spec_of(tmp_path / "fewer", reader="dataset"), "test")
+    assert train.class_names == test.class_names == ("blue", "red")
+    assert {train.class_names[label] for label in train.labels} == {"blue", "red"}
+    whole = read_splits(spec_of(path, reader="dataset"), "test")[0]
+    assert content(train) == [item for item in content(whole) if item[0] != "green"]
 
 
 def test_a_class_with_one_image_cannot_be_held_out_and_is_named(tmp_path):
     folder = tiny.write_images(tmp_path / "images", per_class=1)
-    assert "3 classes have no image in train: blue, green, red" in refused(spec_of(folder), "validation")
+    text = refused(spec_of(folder), "validation")
+    assert "3 classes have one image, which validation takes: blue, green, red" in text
+    assert "add images, or a validation split" in text
 
 
 def test_a_class_that_only_the_test_split_has_is_named_with_those_of_train(folder):
@@ -334,8 +352,119 @@ def test_a_single_split_on_disk_asks_for_a_dataset_dict(folder, tmp_path):
     assert "save a DatasetDict with train and test" in refused(spec_of(tmp_path / "single", reader="dataset"))
 
 
-def test_a_folder_of_images_read_as_a_dataset_is_named(folder):
-    assert str(folder) in refused(spec_of(folder, reader="dataset"))
+@pytest.fixture
+def dataset_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(hf_datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def test_what_load_dataset_reads_from_a_folder_is_read(folder, tmp_path, dataset_cache):
+    """Images in folders, or the parquet files of a downloaded repository."""
+    wanted = [content(examples) for examples in read_splits(spec_of(folder), "test")]
+    stored = hf_datasets.load_from_disk(str(dataset_of(folder, tmp_path / "stored")))
+    for split in stored:
+        (tmp_path / "repository" / "data").mkdir(parents=True, exist_ok=True)
+        stored[split].to_parquet(tmp_path / "repository" / "data" / f"{split}-00000-of-00001.parquet")
+    for path in (folder, tmp_path / "repository"):
+        assert [content(examples) for examples in read_splits(spec_of(path, reader="dataset"), "test")] == wanted
+
+
+def test_one_of_several_configurations_is_named(folder, tmp_path, dataset_cache):
+    repository = tmp_path / "repository"
+    lines = ["---", "configs:"]
+    stored = hf_datasets.load_from_disk(str(dataset_of(folder, tmp_path / "stored")))
+    for name, number in (("one", 1), ("two", 2)):
+        lines += [f"- config_name: {name}", "  data_files:"]
+        for split in stored:
+            file = repository / name / f"{split}.parquet"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            stored[split].filter(lambda row: row["label"] != 0 or number == 2).to_parquet(file)  # noqa: B023
+            lines += [f"  - split: {split}", f"    path: {name}/{split}.parquet"]
+    (repository / "README.md").write_text("\n".join([*lines, "---", ""]))
+    assert "one" in refused(spec_of(repository, reader="dataset"))
+    for name, classes in (("one", ("green", "red")), ("two", ("blue", "green", "red"))):
+        assert read_splits(spec_of(repository, reader="dataset", config=name), "test")[0].class_names == classes
+
+
+@pytest.mark.parametrize(
+    "files", [{"builder.py": "raise SystemExit"}, {"train.parquet": "no parquet"}, {"a.csv": ""}, {}]
+)
+def test_what_load_dataset_cannot_read_is_one_message(tmp_path, dataset_cache, files):
+    for name, text in {**files, ".keep": ""}.items():
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / name).write_text(text)
+    assert "is no dataset on disk" in refused(spec_of(tmp_path / "data", reader="dataset"))
+
+
+LABELS = {
+    "whole numbers": (hf_datasets.Value("int64"), [2, 10, 1, 2, 10, 1], ("1", "2", "10")),
+    "small numbers": (hf_datasets.Value("uint8"), [2, 10, 1, 2, 10, 1], ("1", "2", "10")),
+    "yes or no": (hf_datasets.Value("bool"), [True, False, True] * 2, ("False", "True")),
+    "texts": (hf_datasets.Value("string"), ["b", "a", "c"] * 2, ("a", "b", "c")),
+    "large texts": (hf_datasets.Value("large_string"), ["b", "a", "c"] * 2, ("a", "b", "c")),
+    "classes": (hf_datasets.ClassLabel(names=["b", "a", "c"]), [0, 1, 2] * 2, ("b", "a", "c")),
+    "floats": (hf_datasets.Value("float32"), [1.0, 2.0, 3.0] * 2, None),
+    "not a number": (hf_datasets.Value("float64"), [float("nan"), 1.0, 2.0] * 2, None),
+    "lists": (hf_datasets.List(hf_datasets.Value("int64")), [[1], [2], [1, 2]] * 2, None),
+    "dates": (hf_datasets.Value("date32"), [dt.date(2020, 1, day) for day in (1, 2, 3)] * 2, None),
+    "tables": ({"a": hf_datasets.Value("int64")}, [{"a": 1}] * 6, None),
+    "bytes": (hf_datasets.Value("binary"), [b"a", b"b", b"c"] * 2, None),
+    "arrays": (hf_datasets.Array2D((1, 1), "int32"), [[[1]]] * 6, None),
+}
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_labels_of_every_type_are_right_or_an_error_that_names_column_and_type(folder, tmp_path, kind):
+    feature, values, names = LABELS[kind]
+    files = sorted((folder / "train").rglob("*.png"))[: len(values)]
+    rows = {"image": [{"bytes": file.read_bytes(), "path": None} for file in files], "label": values}
+    features = hf_datasets.Features({"image": hf_datasets.Image(), "label": feature})
+    split = hf_datasets.Dataset.from_dict(rows, features=features)
+    hf_datasets.DatasetDict(train=split, test=split).save_to_disk(str(tmp_path / "stored"))
+    spec = spec_of(tmp_path / "stored", reader="dataset")
+    if names is None:
+        text = refused(spec)
+        assert re.search(r"train: column 'label' is .*, no label of a class; set label_column", text)
+        return
+    train, _ = read_splits(spec, "test")
+    assert train.class_names == names
+    shown = feature.names if isinstance(feature, hf_datasets.ClassLabel) else None
+    assert [train.class_names[label] for label in train.labels] == [shown[v] if shown else str(v) for v in values]
+
+
+IMAGES = {
+    "images": (hf_datasets.Image(), lambda file: {"bytes": file.read_bytes(), "path": None}, ""),
+    "paths": (hf_datasets.Value("string"), str, ""),
+    "bytes": (hf_datasets.Value("binary"), lambda file: file.read_bytes(), ""),
+    "missing": (hf_datasets.Image(), lambda file: None, "train row 0 .*there is none in this row"),
+    "numbers": (hf_datasets.Value("int64"), lambda file: 1, "column 'image' is .*no image; set image_column"),
+    "lists": (hf_datasets.List(hf_datasets.Image()), lambda file: [{"bytes": file.read_bytes(), "path": None}],
+              "column 'image' is .*no image; set image_column"),
+    "arrays": (hf_datasets.Array2D((1, 1), "uint8"), lambda file: [[1]], "column 'image' is .*no image"),
+    "classes": (hf_datasets.ClassLabel(names=["a"]), lambda file: 0, "column 'image' is .*no image"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_images_of_every_type_are_right_or_an_error_that_names_column_and_type(folder, tmp_path, kind):
+    feature, stored, words = IMAGES[kind]
+    splits = {}
+    for split in ("train", "test"):
+        files = sorted((folder / split).rglob("*.png"))
+        rows = {"image": [stored(file) for file in files], "label": [file.parent.name for file in files]}
+        features = hf_datasets.Features({"image": feature, "label": hf_datasets.Value("string")})
+        splits[split] = hf_datasets.Dataset.from_dict(rows, features=features)
+    hf_datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "stored"))
+    spec = spec_of(tmp_path / "stored", reader="dataset")
+    if words:
+        assert re.search(words, refused(spec), re.DOTALL)
+    else:
+        assert content(read_splits(spec, "test")[0]) == content(read_splits(spec_of(folder), "test")[0])
+
+
+def test_columns_that_were_swapped_are_named(folder, tmp_path):
+    path = dataset_of(folder, tmp_path / "stored")
+    text = refused(spec_of(path, reader="dataset", image_column="label", label_column="image"))
+    assert re.search(r"column 'image' is Image\(.*no label of a class", text)
 
 
 def test_a_subset_keeps_images_labels_and_origins_together(folder):

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from pydantic import PositiveInt
 
-from keeplora.config import Config, parse, read_toml
+from keeplora.config import Config, Share, parse, read_toml
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 
@@ -31,6 +32,10 @@ class TaskSpec(Config):
     label_column: str = "label"  # Column of the labels (reader dataset).
     metric: str = "accuracy"  # What its predictions are scored by.
     epochs: PositiveInt | None = None  # Number of epochs of this task, where it differs from the run's.
+    config: str = ""  # Configuration of a dataset of the hub that has several (reader dataset).
+    test_share: Share = 0.0  # Share of the training images to test on, with a fixed seed, where there is no test split.
+    max_megapixels: PositiveInt = 80  # A larger image is an error.
+    max_file_mb: PositiveInt = 256  # So is a larger file; of an archive or a dataset, one that is larger unpacked.
     hub: str = ""  # `path` as it was written, for a dataset of the hub; filled in.
 
     def __post_init__(self) -> None:
@@ -41,6 +46,13 @@ class TaskSpec(Config):
             raise ValueError(f"task name {self.name[:20] + '...'!r} is too long for a folder; give a shorter one")
         if "{}" not in self.template:
             raise ValueError(f"task {self.name!r}: template {self.template!r} has no {{}} for the class name")
+        composed = {normalize("NFC", name): shown for name, shown in self.class_names.items()}
+        object.__setattr__(self, "class_names", composed)
+
+    def require_size(self, num_bytes: int) -> None:
+        """Raise ValueError if a file is larger than the task allows."""
+        if num_bytes > self.max_file_mb * 10**6:
+            raise ValueError(f"it has {num_bytes / 1e6:,.0f} MB, more than the task's max_file_mb = {self.max_file_mb}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,29 +1,27 @@
 """Named readers: from a folder, an archive or a Hugging Face dataset to labelled images; all that is wrong is named."""
 
 import io
-import os
-import zipfile
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import lru_cache
-from pathlib import Path, PurePosixPath
 from typing import Any
+from unicodedata import normalize
 
 import datasets as hf
 import torch
+from datasets.exceptions import DatasetsError
 from PIL import Image
 
 from keeplora.data.benchmark import TaskSpec
+from keeplora.data.folder import read_folder
 from keeplora.data.images import Examples
 from keeplora.errors import counted, listed
 from keeplora.registry import Registry
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-
 HELD_OUT = 0.2  # Share of the training images that becomes the validation split of a task that has none.
 
 HOLD_OUT_SEED = 42
+TEXT = ("string", "large_string", "bool")
+STORED = {"bytes": hf.Value("binary"), "path": hf.Value("string")}
 
 
 def read_splits(spec: TaskSpec, evaluation: str) -> tuple[Examples, Examples]:
@@ -43,15 +41,23 @@ def examine_splits(spec: TaskSpec, evaluation: str) -> tuple[dict[str, Examples]
 
     Where there is a problem, classes have the names and numbers that are stored.
     """
+    stored = stored_splits(spec)
+    splits = {name: stored[name] for name in ("train", evaluation) if name in stored}
+    if evaluation == "validation" and list(splits) == ["train"]:
+        splits["train"], splits["validation"] = _hold_out(stored["train"], HELD_OUT)
+    problems = list(_problems(spec, evaluation, stored, splits))
+    return splits if problems else _named_for_prompts(spec, splits), problems
+
+
+def stored_splits(spec: TaskSpec) -> dict[str, Examples]:
+    """Read all splits that a task has, the test split that `test_share` asks for among them."""
     try:
         stored = READERS.find(spec.reader)(spec)
     except ValueError as error:
         raise ValueError(f"task {spec.name!r}: {error}") from None
-    splits = {name: stored[name] for name in ("train", evaluation) if name in stored}
-    if evaluation == "validation" and list(splits) == ["train"]:
-        splits["train"], splits["validation"] = _hold_out(stored["train"])
-    problems = list(_problems(spec, evaluation, stored, splits))
-    return splits if problems else _named_for_prompts(spec, splits), problems
+    if spec.test_share and "test" not in stored and "train" in stored:
+        stored["train"], stored["test"] = _hold_out(stored["train"], spec.test_share)
+    return stored
 
 
 def _problems(
@@ -60,7 +66,8 @@ def _problems(
     # A validation split that there is not is drawn from train.
     missing = [split for split in ("train", evaluation) if split not in splits and split != "validation"]
     for split in missing:
-        yield f"{spec.path} has no {split} split; it has {', '.join(stored)}", "add the split"
+        cure = "add the split" + (", or to the task: test_share = 0.2" if split == "test" and "train" in stored else "")
+        yield f"{spec.path} has no {split} split; it has {', '.join(stored)}", cure
     if "train" in missing:
         return
     train = splits["train"].class_names
@@ -72,15 +79,21 @@ def _problems(
             yield f"{len(classes)} classes are named {name!r}: {listed(classes)}", "their prompts must differ"
     if unknown := sorted(set(spec.class_names) - set(train)):
         yield f"class_names has {listed(unknown)}, which {spec.path} does not have", f"its classes are {listed(train)}"
-    for split in [name for name in splits if name in stored]:
-        examples = splits[split]
+    for split, examples in splits.items():
         if only := sorted(set(examples.class_names) - set(train)):
             message = f"{split} has classes that train does not have: {listed(only)}"
             yield message, f"add images to train, which has {listed(train)}"
         present = {examples.class_names[label] for label in examples.labels}
+        held_out = evaluation not in stored or (evaluation == "test" and spec.test_share > 0)
         if empty := [name for name in train if name not in present]:
             images = counted(len(empty), "class has no image", "classes have no image")
-            yield f"{images} in {split}: {listed(empty)}", "add some, or remove the class"
+            message, cure = f"{images} in {split}: {listed(empty)}", "add some, or remove the class"
+            if split == "train" and evaluation in splits and held_out:
+                message = f"{counted(len(empty), 'class has', 'classes have')} one image, which {evaluation} takes"
+                message, cure = f"{message}: {listed(empty)}", f"add images, or a {evaluation} split"
+            elif examples.left_out:
+                message += f"; left out: {listed(examples.left_out, 3)}"
+            yield message, cure
 
 
 def _named_for_prompts(spec: TaskSpec, splits: dict[str, Examples]) -> dict[str, Examples]:
@@ -94,61 +107,33 @@ def _named_for_prompts(spec: TaskSpec, splits: dict[str, Examples]) -> dict[str,
     return named
 
 
-def _read_folder(spec: TaskSpec) -> dict[str, Examples]:
-    """Read `SPLIT/CLASS/IMAGE` from a folder, through symbolic links too, or from a zip archive."""
-    if spec.path.is_dir():
-        inside = os.walk(spec.path, followlinks=True)
-        paths = [Path(folder) / name for folder, folders, files in inside for name in [*folders, *files]]
-        names = [path.relative_to(spec.path).as_posix() + "/" * path.is_dir() for path in paths]
-    elif zipfile.is_zipfile(spec.path):
-        try:
-            names = _archive(spec.path, os.getpid()).namelist()
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"{spec.path} is a damaged zip archive: {error}") from None
-    else:
-        raise ValueError(f"{spec.path} is neither a folder nor a zip archive; expected SPLIT/CLASS/IMAGE in it")
-    images: dict[str, list[str]] = defaultdict(list)
-    classes: dict[str, set[str]] = defaultdict(set)
-    for name in sorted(names):
-        path = PurePosixPath(name)
-        if any(part.startswith((".", "__MACOSX")) for part in path.parts):
-            continue
-        is_image = path.suffix.lower() in IMAGE_SUFFIXES and len(path.parts) >= 3
-        if is_image:
-            images[path.parts[0]].append(name)
-        if is_image or (name.endswith("/") and len(path.parts) == 2):
-            classes[path.parts[0]].add(path.parts[1])
-    if not classes:
-        raise ValueError(f"{spec.path} holds no image at SPLIT/CLASS/IMAGE")
-    return {split: _folder_split(spec, images[split], sorted(labels)) for split, labels in classes.items()}
-
-
-def _folder_split(spec: TaskSpec, names: list[str], class_names: list[str]) -> Examples:
-    def load(i: int) -> Image.Image:
-        if spec.path.is_dir():
-            return Image.open(spec.path / names[i])
-        return Image.open(io.BytesIO(_archive(spec.path, os.getpid()).read(names[i])))
-
-    number = {label: i for i, label in enumerate(class_names)}
-    labels = tuple(number[PurePosixPath(name).parts[1]] for name in names)
-    return Examples(tuple(class_names), labels, load, lambda i: f"task {spec.name!r}: {spec.path / names[i]}")
-
-
-@lru_cache(maxsize=64)
-def _archive(path: Path, process: int) -> zipfile.ZipFile:
-    """Open an archive once for each process: a file offset cannot be shared with a worker."""
-    return zipfile.ZipFile(path)
-
-
 def _read_dataset(spec: TaskSpec) -> dict[str, Examples]:
     """Read a Hugging Face `DatasetDict` saved to disk, or one of the hub by name."""
     try:
-        loaded = hf.load_from_disk(str(spec.path)) if spec.path.is_dir() else hf.load_dataset(spec.hub)
-    except (FileNotFoundError, ConnectionError) as error:
-        raise ValueError(f"{spec.path} is no dataset on disk, nor can the hub be asked: {error}") from None
+        if any((spec.path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+            loaded = hf.load_from_disk(str(spec.path))
+        else:
+            source = str(spec.path) if spec.path.is_dir() else spec.hub
+            loaded = hf.load_dataset(source, spec.config or None)
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, DatasetsError) as error:
+        # Whatever a builder raises for the files that it is given: all of it is about these.
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{spec.path} is no dataset on disk, nor can the hub be asked: {reason}") from None
     if not isinstance(loaded, hf.DatasetDict):
-        raise ValueError(f"{spec.path} is one split; save a DatasetDict with train and test")
-    return {split: _dataset_split(spec, split, rows) for split, rows in loaded.items()}
+        if not spec.test_share:
+            cure = "save a DatasetDict with train and test, or add to the task: test_share = 0.2"
+            raise ValueError(f"{spec.path} is one split; {cure}")
+        loaded = {"train": loaded}
+    read = {split: _dataset_split(spec, split, rows) for split, rows in loaded.items()}
+    # A filter leaves the names of the classes that it takes out.
+    used = {examples.class_names[label] for examples in read.values() for label in examples.labels}
+    return {split: _only(examples, used) for split, examples in read.items()}
+
+
+def _only(examples: Examples, used: set[str]) -> Examples:
+    names = tuple(name for name in examples.class_names if name in used)
+    labels = tuple(names.index(examples.class_names[label]) for label in examples.labels)
+    return replace(examples, class_names=names, labels=labels)
 
 
 def _dataset_split(spec: TaskSpec, split: str, rows: Any) -> Examples:
@@ -156,36 +141,60 @@ def _dataset_split(spec: TaskSpec, split: str, rows: Any) -> Examples:
         if column not in rows.column_names:
             there = ", ".join(rows.column_names)
             raise ValueError(f"{split} has no column {column!r}; it has {there}. Set image_column and label_column")
-    feature, labels = rows.features[spec.label_column], rows[spec.label_column]
-    if isinstance(feature, hf.ClassLabel):
-        class_names = tuple(feature.names)
-    else:
-        class_names = tuple(sorted({str(label) for label in labels if label is not None}))
-        labels = [None if label is None else class_names.index(str(label)) for label in labels]
-    for i, label in enumerate(labels):
-        if label is None or not 0 <= label < len(class_names):
-            raise ValueError(f"{split} row {i} has label {label}, out of range for {len(class_names)} classes")
+    class_names, labels = _labels_of(rows.features[spec.label_column], rows[spec.label_column], split, spec)
+    kind = rows.features[spec.image_column]
+    if not (isinstance(kind, hf.Image) or kind in (hf.Value("string"), hf.Value("binary"), STORED)):
+        raise ValueError(f"{split}: column {spec.image_column!r} is {kind}, no image; set image_column to another one")
     images = rows.cast_column(spec.image_column, hf.Image(decode=False))
 
     def load(i: int) -> Image.Image:
         stored = images[i][spec.image_column]
-        return Image.open(stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"]))
+        if stored is None:
+            raise ValueError("there is none in this row")
+        if stored["bytes"] is None:
+            return Image.open(stored["path"])
+        spec.require_size(len(stored["bytes"]))
+        return Image.open(io.BytesIO(stored["bytes"]))
 
-    return Examples(class_names, tuple(labels), load, lambda i: f"task {spec.name!r}: {split} row {i} of {spec.path}")
+    def origin(i: int) -> str:
+        return f"task {spec.name!r}: {split} row {i} of {spec.path}"
+
+    return Examples(class_names, labels, load, origin, max_megapixels=spec.max_megapixels)
+
+
+def _labels_of(kind: Any, labels: Any, split: str, spec: TaskSpec) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Return the names of the classes, whole numbers in their order, and the number of each row's."""
+    labels = list(labels)
+    if isinstance(kind, hf.ClassLabel):
+        names = tuple(normalize("NFC", name) for name in kind.names)
+    elif isinstance(kind, hf.Value) and (kind.dtype in TEXT or kind.dtype.startswith(("int", "uint"))):
+        names = tuple(str(label) for label in sorted({label for label in labels if label is not None}))
+        if kind.dtype in TEXT:
+            labels = [None if label is None else normalize("NFC", str(label)) for label in labels]
+            names = tuple(sorted({label for label in labels if label is not None}))
+        labels = [None if label is None else names.index(str(label)) for label in labels]
+    else:
+        cure = "set label_column to one of names or whole numbers, or make it a ClassLabel"
+        raise ValueError(f"{split}: column {spec.label_column!r} is {kind}, no label of a class; {cure}")
+    for i, label in enumerate(labels):
+        if label is None or not 0 <= label < len(names):
+            raise ValueError(f"{split} row {i} has label {label}, out of range for {len(names)} classes")
+    return names, tuple(labels)
 
 
 Reader = Callable[[TaskSpec], dict[str, Examples]]
 
-READERS: Registry[Reader] = Registry("reader", {"folder": _read_folder, "dataset": _read_dataset})
+READERS: Registry[Reader] = Registry("reader", {"folder": read_folder, "dataset": _read_dataset})
 
 
-def _hold_out(train: Examples) -> tuple[Examples, Examples]:
-    """Split every class, so that none loses all its images to one side."""
+def _hold_out(train: Examples, share: float) -> tuple[Examples, Examples]:
+    """Split every class, with a fixed seed; one with two images or more keeps some on either side."""
     generator = torch.Generator().manual_seed(HOLD_OUT_SEED)
     held: set[int] = set()
     for label in range(len(train.class_names)):
         members = [i for i, other in enumerate(train.labels) if other == label]
         order = torch.randperm(len(members), generator=generator)
-        held |= {members[i] for i in order[: max(1, round(HELD_OUT * len(members)))]}
+        most = len(members) - 1 if len(members) > 1 else len(members)
+        held |= {members[i] for i in order[: min(most, max(1, round(share * len(members))))]}
     kept = [i for i in range(len(train)) if i not in held]
     return train.subset(kept), train.subset(sorted(held))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, cast
 
 from PIL import Image
 
@@ -18,6 +19,7 @@ from keeplora.studies.doctor.findings import FAILURES, Finding, Level
 from keeplora.studies.doctor.image_fingerprints import Prints, fingerprint
 
 MOST_IMBALANCE = 10  # A larger ratio of the largest class to the smallest one is worth a warning.
+DARK = 16  # An image whose colours are all below this, of 255, shows next to nothing.
 TINY = 4  # Images whose shorter side is this many times below the model's input hold little that the model could see.
 
 TRANSPARENT = "an alpha channel, put on white"
@@ -32,6 +34,7 @@ class Look:
     losses: tuple[str, ...] = ()  # What of it does not reach the model.
     error: str = ""
     print: Prints | None = None  # Its fingerprint, if it was decoded.
+    brightest: int = 255  # The largest value of a colour, if it was decoded.
 
 
 @dataclass
@@ -92,7 +95,11 @@ def _look(examples: Examples, decode: bool, index: int) -> Look:
             size, losses = image.size, _losses(image)
             if not decode:
                 image.verify()
-        return Look(index, size, losses, print=fingerprint(examples.image(index)) if decode else None)
+        if not decode:
+            return Look(index, size, losses)
+        seen = examples.image(index)
+        brightest = max(high for _, high in cast(Any, seen.getextrema()))
+        return Look(index, size, losses, print=fingerprint(seen), brightest=brightest)
     except (*UNREADABLE_IMAGE, Image.DecompressionBombError) as error:
         message, origin = str(error), examples.origin(index)
         return Look(index, error=message if origin in message else f"{origin} ({message})")
@@ -102,7 +109,7 @@ def _losses(image: Image.Image) -> tuple[str, ...]:
     # The further frames of other formats are no pictures of their own.
     is_animated = image.format in ("GIF", "WEBP", "PNG", "TIFF") and getattr(image, "is_animated", False)
     losses = {
-        "16-bit pixels, cut to 8 bits": image.mode.startswith("I"),
+        "greys of 16 or 32 bits, cut to 8": image.mode.startswith("I"),
         TRANSPARENT: image.has_transparency_data,
         "CMYK colours, turned to RGB without their profile": image.mode == "CMYK",
         "several frames, of which only the first is used": is_animated,
@@ -116,6 +123,12 @@ def _image_findings(data: TaskData, split: str, side: int) -> Iterator[Finding]:
     if errors := [look.error.split("; replace")[0] for look in data.looks[split] if look.error]:
         message = f"{counted(len(errors), 'image')} of {split} cannot be read: {listed(errors, separator='; ')}"
         yield Finding("problem", data.spec.name, message, "replace or remove each")
+    if examples.left_out:
+        message = f"{counted(len(examples.left_out), 'file')} of {split} left out: {listed(examples.left_out)}"
+        yield Finding("warning", data.spec.name, message, "convert what is an image; remove or ignore the rest")
+    if dark := [look.index for look in readable if look.brightest < DARK]:
+        message = f"{counted(len(dark), 'image')} of {split} are nearly black, such as {examples.origin(dark[0])}"
+        yield Finding("warning", data.spec.name, message, "look at them; was their range lost when they were saved?")
     for loss in dict.fromkeys(loss for look in readable for loss in look.losses):
         losing = [look.index for look in readable if loss in look.losses]
         message = f"{counted(len(losing), 'image')} of {split} with {loss}, such as {examples.origin(losing[0])}"
