@@ -55,25 +55,32 @@ def tokenizer(*, masked: bool = True) -> PreTrainedTokenizerFast:
     )
 
 
-def clip_model(seed: int = 0, layers: int = 2) -> CLIPModel:
-    torch.manual_seed(seed)
+def clip_config(layers: int = 2) -> CLIPConfig:
     text = {"vocab_size": 20, "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": layers,
             "num_attention_heads": 2, "max_position_embeddings": 12, "bos_token_id": 1, "eos_token_id": 3,
             "pad_token_id": 0}  # fmt: skip
     vision = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": layers, "num_attention_heads": 3,
               "image_size": SIZE, "patch_size": 8}  # fmt: skip
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=10)
-    return _spread(CLIPModel(config))
+    return CLIPConfig(text_config=text, vision_config=vision, projection_dim=10)
 
 
-def siglip_model(seed: int = 0) -> SiglipModel:
+def clip_model(seed: int = 0, layers: int = 2) -> CLIPModel:
     torch.manual_seed(seed)
+    return _spread(CLIPModel(clip_config(layers)))
+
+
+def siglip_config() -> SiglipConfig:
     text = {"vocab_size": 20, "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2,
             "num_attention_heads": 2, "max_position_embeddings": 12, "bos_token_id": 1, "eos_token_id": 3,
             "pad_token_id": 0, "projection_size": 24}  # fmt: skip
     vision = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3,
               "image_size": SIZE, "patch_size": 8}  # fmt: skip
-    model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
+    return SiglipConfig(text_config=text, vision_config=vision)
+
+
+def siglip_model(seed: int = 0) -> SiglipModel:
+    torch.manual_seed(seed)
+    model = SiglipModel(siglip_config())
     nn.init.constant_(model.logit_scale, 2.5)
     return _spread(model)
 
@@ -237,7 +244,8 @@ def classification_task(
     images = (colors + noise).clamp(0, 255).to(torch.uint8)
     pixels = Pixels(labels, images, lambda batch: batch.float() / 127.5 - 1)
     template = ["a drawing of a {}.", "a photo of a {} thing."][seed % 2]
-    prompts = tokenise(tokenizer(masked=kind == "clip"), [template.format(label) for label in CLASSES], name)
+    config = clip_config() if kind == "clip" else siglip_config()
+    prompts = tokenise(tokenizer(), [template.format(label) for label in CLASSES], name, config)
     return ClassificationTask(name, pixels, pixels, prompts, batch_size=batch_size, seed=seed)
 
 

@@ -46,25 +46,8 @@ def test_greys_without_a_known_range_are_refused(greys):
         rgb_of(reopened(Image.fromarray(greys), "TIFF"))
 
 
-MODES = ("1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LA", "PA", "La", "RGBa", "RGBX", "I;16", "I;16L", "I;16B")
-    "1",
-    "L",
-    "P",
-    "RGB",
-    "RGBA",
-    "CMYK",
-    "YCbCr",
-    "HSV",
-    "LA",
-    "PA",
-    "La",
-    "RGBa",
-    "RGBX",
-    "I;16",
-    "I;16L",
-    "I;16B",
-    "I",
-]
+MODES = ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LA", "PA", "La", "RGBa", "RGBX", "I"]
+MODES += ["I;16", "I;16L", "I;16B"]
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,8 +1,22 @@
-import pytest
-import torch
-from torch.nn import functional as F
-from transformers import AutoModel, AutoTokenizer
+import json
 
+import pytest
+import sentencepiece
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch.nn import functional as F
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    CLIPModel,
+    CLIPTokenizer,
+    GemmaTokenizer,
+    Siglip2Tokenizer,
+    SiglipModel,
+    SiglipTokenizer,
+)
+
+import tiny
 from keeplora.data.benchmark import read_benchmark
 from keeplora.models.dual_encoder import tokenise
 from keeplora.models.registry import FAMILIES, family_of
@@ -117,26 +131,127 @@ def test_a_saved_model_is_loaded_by_from_pretrained_with_its_tokenizer(stored, t
 
 
 def test_prompts_are_padded_only_as_far_as_the_longest_needs():
-    prompts = tokenise(tokenizer(), ["a red thing", "a big dark blue thing"], "colors")
+    prompts = tokenise(tokenizer(), ["a red thing", "a big dark blue thing"], "colors", tiny.clip_config())
     assert prompts["input_ids"].shape == (2, 7)
     assert prompts["attention_mask"].sum(1).tolist() == [5, 7]
-    full = tokenise(tokenizer(masked=False), ["a red thing", "a big dark blue thing"], "colors")
+    full = tokenise(tokenizer(), ["a red thing", "a big dark blue thing"], "colors", tiny.siglip_config())
     assert full["input_ids"].shape == (2, 12), "a model without a mask was trained at full length"
     assert "attention_mask" not in full
 
 
 def test_a_prompt_longer_than_the_context_is_an_error():
-    with pytest.raises(ValueError, match="'colors': a prompt has 15 tokens, the model's context 12"):
-        tokenise(tokenizer(), ["a " * 13], "colors")
+    with pytest.raises(ValueError, match=r"'colors': the prompt 'a a .*' has 15 tokens, the model's context 12"):
+        tokenise(tokenizer(), ["a red thing", "a " * 13], "colors", tiny.clip_config())
+
+
+@pytest.mark.parametrize("texts", [["a red thing", "a thing", "a red thing"], ["a red xyz", "a red zyx"]])
+def test_prompts_that_the_tokenizer_reads_alike_are_named(texts):
+    with pytest.raises(ValueError, match=rf"reads '{texts[0]}' and '{texts[-1]}' alike.*with class_names"):
+        tokenise(tokenizer(), texts, "colors", tiny.clip_config())
+
+
+SENTENCES = [
+    f"a {kind} of a {size} {color} {noun}."
+    for kind in ("photo", "drawing")
+    for size in ("big", "dark", "small")
+    for color in ("red", "green", "blue")
+    for noun in ("thing", "Café", "bird")
+]
+
+
+def siglip_tokenizer(folder):
+    """SiglipTokenizer: google/siglip-base-patch16-224 and its siblings."""
+    folder.mkdir(parents=True)
+    (folder / "text.txt").write_text("\n".join(SENTENCES).lower())
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"), model_prefix=str(folder / "spiece"), vocab_size=60, pad_id=-1, bos_id=-1,
+        eos_id=1, unk_id=2, control_symbols=["<pad0>"], hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    return SiglipTokenizer(str(folder / "spiece.model"))
+
+
+def bpe(special):
+    inner = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=False))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.train_from_iterator(
+        SENTENCES, trainers.BpeTrainer(vocab_size=90, special_tokens=special, show_progress=False)
+    )
+    return json.loads(inner.to_str())["model"]
+
+
+def gemma_tokenizer(folder):
+    """GemmaTokenizer: google/siglip2-base-patch16-224 and its siblings of fixed resolution."""
+    trained = bpe(["<pad>", "<eos>", "<bos>", "<unk>"])
+    return GemmaTokenizer(vocab=trained["vocab"], merges=[tuple(pair) for pair in trained["merges"]])
+
+
+def siglip2_tokenizer(folder):
+    """Siglip2Tokenizer, which pads on the left if nobody says otherwise."""
+    trained = bpe(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"])
+    return Siglip2Tokenizer(vocab=trained["vocab"], merges=[tuple(pair) for pair in trained["merges"]])
+
+
+def clip_tokenizer(folder):
+    """CLIPTokenizer: openai/clip-vit-base-patch32 and its siblings."""
+    letters = sorted({letter for text in SENTENCES for letter in text.lower() if letter not in " "})
+    vocab = {token: i for i, token in enumerate([*letters, *(f"{letter}</w>" for letter in letters)])}
+    vocab |= {"<|startoftext|>": len(vocab), "<|endoftext|>": len(vocab) + 1}
+    return CLIPTokenizer(vocab=vocab, merges=[])
+
+
+TOKENIZERS = {
+    "clip": {"CLIPTokenizer": clip_tokenizer},
+    "siglip": {
+        "SiglipTokenizer": siglip_tokenizer,
+        "GemmaTokenizer": gemma_tokenizer,
+        "Siglip2Tokenizer": siglip2_tokenizer,
+    },
+}
+METADATA = [
+    (names, limit)
+    for names in (None, ["input_ids"], ["input_ids", "attention_mask"])
+    for limit in ("right", "missing", "huge")
+]
+
+
+@pytest.mark.parametrize(
+    "names", [["red thing", "blue thing"], ["red", "big dark blue bird"]], ids=["equal", "different"]
+)
+@pytest.mark.parametrize(("inputs", "limit"), METADATA)
+@pytest.mark.parametrize(("kind", "tokenizer_class"), [(k, name) for k, of in TOKENIZERS.items() for name in of])
+def test_features_are_those_of_prompts_padded_as_in_training(tmp_path, kind, tokenizer_class, inputs, limit, names):
+    """Whatever a conversion left in the tokenizer's files: what it puts in, its limit, the side that it pads."""
+    words = TOKENIZERS[kind][tokenizer_class](tmp_path / "made")
+    config = tiny.clip_config() if kind == "clip" else tiny.siglip_config()
+    config.text_config.vocab_size = len(words)
+    config.text_config.max_position_embeddings = context = 64
+    config.text_config.eos_token_id = words.eos_token_id
+    torch.manual_seed(0)
+    model = (CLIPModel if kind == "clip" else SiglipModel)(config).eval()
+    words.save_pretrained(tmp_path / "saved")
+    path = tmp_path / "saved" / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) | ({"model_input_names": inputs} if inputs else {})
+    settings |= {"padding_side": "left", "model_max_length": {"right": context, "missing": None, "huge": 10**30}[limit]}
+    path.write_text(json.dumps({key: value for key, value in settings.items() if value is not None}))
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    texts = [f"a photo of a {name}." for name in names]
+    ours = tokenise(loaded, texts, "colors", config)
+    rows = [list(loaded(text, padding=False)["input_ids"]) for text in texts]
+    wanted = torch.tensor([row + [loaded.pad_token_id] * (context - len(row)) for row in rows])
+    with torch.no_grad():
+        features = normalised(model.get_text_features(**ours))
+        reference = normalised(model.get_text_features(input_ids=wanted))
+    torch.testing.assert_close(features, reference, atol=1e-5, rtol=0)
+    assert (features[0] - features[1]).abs().max() > 1e-3
 
 
 def test_cutting_prompts_to_the_longest_changes_no_feature(stored):
     model, name = family_of(stored[0]).load(stored[0]), stored[0]
     words = AutoTokenizer.from_pretrained(name)
-    if "attention_mask" not in words.model_input_names:
+    if model.config.model_type == "siglip":
         pytest.skip("reads its answer at the last position, so prompts are not cut")
     texts = ["a photo of a red thing.", "a drawing of a big dark blue thing."]
-    short = tokenise(words, texts, "colors")
+    short = tokenise(words, texts, "colors", model.config)
     long = words(texts, padding="max_length", return_tensors="pt")
     assert short["input_ids"].shape[1] < long["input_ids"].shape[1]
     with torch.no_grad():

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
 from keeplora.data.benchmark import TaskSpec
 from keeplora.data.cache import Pixels, PixelStore
@@ -24,6 +24,8 @@ from keeplora.task import Batch, DeferredGradient, to_device
 
 PIXELS_AT_ONCE = 1_250_000
 """Values of the images that a CPU reads at once: 8 of 224 x 224. What the layers make of more fits its caches less."""
+
+READS_PADDING = ("siglip",)  # Model types that were trained on prompts of full length, and read the last position.
 
 
 class CosineHead(nn.Module):
@@ -162,6 +164,7 @@ class DualEncoder(Family):
         self, name: str, specs: tuple[TaskSpec, ...], *, batch_size: int, evaluation: str, seed: int, track: Track
     ) -> list[StreamTask]:
         try:
+            config = AutoConfig.from_pretrained(name)
             tokenizer = AutoTokenizer.from_pretrained(name)
             processor = AutoImageProcessor.from_pretrained(name, backend="pil")
         except (OSError, ValueError) as error:
@@ -171,7 +174,7 @@ class DualEncoder(Family):
         for index, spec in enumerate(specs):
             splits = dict(zip(("train", evaluation), read_splits(spec, evaluation), strict=True))
             texts = [spec.template.replace("{}", label) for label in splits["train"].class_names]
-            prompts = tokenise(tokenizer, texts, spec.name)
+            prompts = tokenise(tokenizer, texts, spec.name, config)
             train, test = (
                 store.read(examples, track, f"{spec.name}: reading {split}") for split, examples in splits.items()
             )
@@ -186,23 +189,32 @@ class DualEncoder(Family):
         AutoImageProcessor.from_pretrained(name, backend="pil").save_pretrained(folder)
 
 
-def tokenise(tokenizer: Any, texts: list[str], task: str) -> dict[str, Tensor]:
-    """Turn prompts into `input_ids` and `attention_mask`, padded only as far as the longest needs.
+def tokenise(tokenizer: Any, texts: list[str], task: str, config: Any) -> dict[str, Tensor]:
+    """Turn prompts into `input_ids` and `attention_mask`, padded as the model with this configuration was trained.
 
-    A tokenizer that gives no attention mask (SigLIP's) belongs to a model that was trained on full-length prompts and
-    reads its answer at the last position; there every row is real, and prompts are padded to the whole context.
+    What the tokenizer's own files say of padding, masks and length is not asked: conversions leave it out or change it.
     """
-    masked = "attention_mask" in tokenizer.model_input_names
-    longest = max(len(ids) for ids in tokenizer(texts)["input_ids"])
-    if longest > tokenizer.model_max_length:
+    prompts = [list(ids) for ids in tokenizer(texts, padding=False, truncation=False)["input_ids"]]
+    context = config.text_config.max_position_embeddings
+    longest = max(prompts, key=len)
+    if len(longest) > context:
+        flaw = f"the prompt {texts[prompts.index(longest)]!r} has {len(longest)} tokens, the model's context {context}"
+        raise ValueError(f"task {task!r}: {flaw}; shorten the template or the class names")
+    if same := [(i, j) for j, ids in enumerate(prompts) if (i := prompts.index(ids)) < j]:
+        (i, j), more = same[0], f" (and {len(same) - 1} more pairs)" if len(same) > 1 else ""
         raise ValueError(
-            f"task {task!r}: a prompt has {longest} tokens, the model's context {tokenizer.model_max_length};"
-            " shorten the template or the class names"
+            f"task {task!r}: the tokenizer reads {texts[i]!r} and {texts[j]!r} alike{more}, perhaps because it ignores"
+            " case; give one of them another name with class_names"
         )
-    encoded = tokenizer(texts, padding="longest" if masked else "max_length", return_tensors="pt")
-    if len(encoded["input_ids"].unique(dim=0)) < len(texts):
-        raise ValueError(f"task {task!r}: the tokenizer cannot tell the class names apart; is it the model's own?")
-    return {key: encoded[key] for key in ("input_ids", "attention_mask") if key in encoded}
+    if (pad := tokenizer.pad_token_id) is None:
+        raise ValueError(f"task {task!r}: the model's tokenizer has no pad token; get its files anew")
+    is_full = config.model_type in READS_PADDING
+    width = context if is_full else len(longest)
+    ids = torch.tensor([prompt + [pad] * (width - len(prompt)) for prompt in prompts])
+    if is_full:
+        return {"input_ids": ids}
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    return {"input_ids": ids, "attention_mask": (torch.arange(width) < lengths.unsqueeze(1)).long()}
 
 
 def _image_features(model: nn.Module, batch: Batch) -> Tensor:

@@ -92,8 +92,7 @@ def prompt_findings(subject: Subject, tasks: list[TaskData]) -> Iterator[Finding
     except FAILURES as error:
         yield Finding("problem", "", f"the model's tokenizer cannot be loaded: {error}", "get the model anew")
         return
-    most = tokenizer.model_max_length
-    limit = min(most, subject.config("text_config", "max_position_embeddings") or most)
+    limit = subject.config("text_config", "max_position_embeddings") or tokenizer.model_max_length
     for data in tasks:
         prompts = [data.spec.template.replace("{}", name) for name in data.class_names]
         encoded = [tuple(ids) for ids in tokenizer(prompts)["input_ids"]] if prompts else []
