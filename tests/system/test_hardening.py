@@ -73,7 +73,7 @@ def test_a_model_with_a_missing_weight_is_refused(tmp_path):
 def test_damaged_weights_are_named(tmp_path):
     folder = tiny.save_dual_encoder(tmp_path / "model")
     (folder / "model.safetensors").write_bytes(b"\x08" + b"\x00" * 40)
-    with pytest.raises(ValueError, match=r"weights of model .* cannot be loaded"):
+    with pytest.raises(ValueError, match=r"weights of model .* cannot be used"):
         load_stream(str(folder), str(tiny.write_benchmark(tmp_path / "data", tasks=1)))
 
 

@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
 from keeplora.data.benchmark import TaskSpec
 from keeplora.data.cache import Pixels, PixelStore
@@ -19,6 +17,7 @@ from keeplora.layers.module_state import device_of, evaluation_mode
 from keeplora.layers.statistics import require_finite
 from keeplora.models.clip_last_layer import only_the_pooled_row
 from keeplora.models.interfaces import Family, StreamTask
+from keeplora.models.pretrained import load_config, load_image_processor, load_model, load_tokenizer, naming
 from keeplora.progress import Track
 from keeplora.task import Batch, DeferredGradient, to_device
 
@@ -147,29 +146,12 @@ class DualEncoder(Family):
     """Loads a dual encoder and makes classification tasks for it."""
 
     def load(self, name: str) -> nn.Module:
-        try:
-            model, info = AutoModel.from_pretrained(
-                name, dtype=torch.float32, output_loading_info=True, use_safetensors=True
-            )
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise ValueError(
-                f"the weights of model {name!r} cannot be loaded: {error}. Weights are read from safetensors alone: a"
-                " pickled .bin or .pt could run any code; save the model anew with save_pretrained"
-            ) from None
-        if missing := sorted(info["missing_keys"]):
-            raise ValueError(f"model {name!r} has no weight {missing[0]!r} ({len(missing)} are missing); get it anew")
-        return cast(nn.Module, model.eval())
+        return load_model(name)
 
     def tasks(
         self, name: str, specs: tuple[TaskSpec, ...], *, batch_size: int, evaluation: str, seed: int, track: Track
     ) -> list[StreamTask]:
-        try:
-            config = AutoConfig.from_pretrained(name)
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            processor = AutoImageProcessor.from_pretrained(name, backend="pil")
-        except (OSError, ValueError) as error:
-            raise ValueError(f"the tokenizer or image processor of model {name!r} cannot be loaded: {error}") from None
-        store = PixelStore(processor)
+        config, tokenizer, store = load_config(name), load_tokenizer(name), PixelStore(load_image_processor(name))
         tasks: list[StreamTask] = []
         for index, spec in enumerate(specs):
             splits = dict(zip(("train", evaluation), read_splits(spec, evaluation), strict=True))
@@ -178,6 +160,12 @@ class DualEncoder(Family):
             train, test = (
                 store.read(examples, track, f"{spec.name}: reading {split}") for split, examples in splits.items()
             )
+            if set(sizes := train.pixels.shape[2:]) != {side := config.vision_config.image_size}:
+                made = " x ".join(map(str, sizes))
+                raise ValueError(
+                    f"model {name!r} reads images of {side} x {side}, and its image processor makes {made}; get its"
+                    " preprocessor_config.json anew"
+                )
             task = ClassificationTask(spec.name, train, test, prompts, batch_size=batch_size, seed=seed + index)
             task.epochs, task.metric = spec.epochs, spec.metric
             tasks.append(task)
@@ -185,8 +173,8 @@ class DualEncoder(Family):
 
     def save(self, model: nn.Module, name: str, folder: Path) -> None:
         cast(Any, model).save_pretrained(folder)
-        AutoTokenizer.from_pretrained(name).save_pretrained(folder)
-        AutoImageProcessor.from_pretrained(name, backend="pil").save_pretrained(folder)
+        load_tokenizer(name).save_pretrained(folder)
+        load_image_processor(name).save_pretrained(folder)
 
 
 def tokenise(tokenizer: Any, texts: list[str], task: str, config: Any) -> dict[str, Tensor]:
@@ -194,7 +182,7 @@ def tokenise(tokenizer: Any, texts: list[str], task: str, config: Any) -> dict[s
 
     What the tokenizer's own files say of padding, masks and length is not asked: conversions leave it out or change it.
     """
-    prompts = [list(ids) for ids in tokenizer(texts, padding=False, truncation=False)["input_ids"]]
+    prompts = token_ids(tokenizer, texts)
     context = config.text_config.max_position_embeddings
     longest = max(prompts, key=len)
     if len(longest) > context:
@@ -215,6 +203,12 @@ def tokenise(tokenizer: Any, texts: list[str], task: str, config: Any) -> dict[s
         return {"input_ids": ids}
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     return {"input_ids": ids, "attention_mask": (torch.arange(width) < lengths.unsqueeze(1)).long()}
+
+
+def token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Return the tokens of each text, neither padded nor cut."""
+    with naming("the model's tokenizer"):
+        return [list(ids) for ids in tokenizer(texts, padding=False, truncation=False)["input_ids"]]
 
 
 def _image_features(model: nn.Module, batch: Batch) -> Tensor:

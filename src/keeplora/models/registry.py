@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-from transformers import AutoConfig
-
 from keeplora.models.dual_encoder import DualEncoder
 from keeplora.models.interfaces import Family
+from keeplora.models.pretrained import load_config
 from keeplora.registry import Registry, load_extensions
 
 FAMILIES: Registry[type[Family]] = Registry("model type", {"clip": DualEncoder, "siglip": DualEncoder})
@@ -25,11 +24,11 @@ def family_of(model: str) -> Family:
     try:
         if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).is_dir():
             raise ValueError("there is no such folder, and no name on the hub looks like this")
-        model_type = AutoConfig.from_pretrained(locate(model)).model_type
-    except (OSError, ValueError, KeyError) as error:
+        model_type = load_config(locate(model)).model_type
+    except ValueError as error:
         raise ValueError(
             f"model {model!r} is neither an embedded model ({', '.join(EMBEDDED)}), nor a folder with a Hugging Face"
-            f" model, nor on the hub: {str(error).strip().splitlines()[0]}"
+            f" model, nor on the hub: {error}"
         ) from None
     if model_type not in FAMILIES:
         raise ValueError(f"model {model!r} is of type {model_type!r}; known types: {', '.join(FAMILIES)}")

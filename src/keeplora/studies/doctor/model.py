@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer
 
 from keeplora.errors import counted, listed
 from keeplora.layers.lora import linear_targets
 from keeplora.layers.weights import shape_of
 from keeplora.methods.registry import find_method
+from keeplora.models.dual_encoder import token_ids
 from keeplora.models.interfaces import Family
+from keeplora.models.pretrained import load_tokenizer
 from keeplora.models.registry import family_of, locate
 from keeplora.runs.config import RunConfig
 from keeplora.studies.doctor.data import TaskData
@@ -88,14 +89,14 @@ def _full_layers(subject: Subject, config: RunConfig) -> Iterator[Finding]:
 def prompt_findings(subject: Subject, tasks: list[TaskData]) -> Iterator[Finding]:
     """Tokenise the prompts of every task whose classes are known, and name those that a run would refuse."""
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(subject.source)
-    except FAILURES as error:
-        yield Finding("problem", "", f"the model's tokenizer cannot be loaded: {error}", "get the model anew")
+        tokenizer = load_tokenizer(subject.source)
+    except ValueError as error:
+        yield Finding("problem", "", str(error), "get the model anew")
         return
     limit = subject.config("text_config", "max_position_embeddings") or tokenizer.model_max_length
     for data in tasks:
         prompts = [data.spec.template.replace("{}", name) for name in data.class_names]
-        encoded = [tuple(ids) for ids in tokenizer(prompts)["input_ids"]] if prompts else []
+        encoded = [tuple(ids) for ids in token_ids(tokenizer, prompts)] if prompts else []
         if long := [f"{p!r} ({len(ids)} tokens)" for p, ids in zip(prompts, encoded, strict=True) if len(ids) > limit]:
             message = f"{counted(len(long), 'prompt')} longer than the model's context of {limit} tokens"
             cure = "shorten the template or the class names"

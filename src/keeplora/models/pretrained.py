@@ -1,0 +1,67 @@
+"""What transformers loads of a user's model. The one place that asks it: it runs no code that comes with a model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+
+ATTENTION = "sdpa"  # Whatever a config asks for: another name may be that of a kernel to fetch.
+
+
+def load_config(name: str) -> Any:
+    """Return the configuration of a model; that of an adapter, or of a quantised model, is a ValueError."""
+    if (Path(name) / "adapter_config.json").exists():
+        raise ValueError(
+            f"{name} is an adapter, or has one beside the model; give a folder with the whole model, such as the export"
+            " of a run in the format merged"
+        )
+    with naming(f"the configuration of model {name!r}"):
+        config: Any = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"model {name!r} is quantised, and its weights take no update; give the one it was made of")
+    return config
+
+
+def load_model(name: str) -> nn.Module:
+    """Load a model in float32 from safetensors alone; ValueError names what is wrong with it."""
+    config = load_config(name)
+    cure = (
+        ". Weights are read from safetensors alone: a pickled .bin or .pt could run any code; save the model anew with"
+        " save_pretrained"
+    )
+    with naming(f"the weights of model {name!r}", cure):
+        model, info = AutoModel.from_pretrained(
+            name, config=config, dtype=torch.float32, output_loading_info=True, use_safetensors=True,
+            trust_remote_code=False, attn_implementation=ATTENTION,
+        )  # fmt: skip
+    if missing := sorted(info["missing_keys"]):
+        kind, saved = type(model).__name__, ", ".join(getattr(config, "architectures", None) or [])
+        hint = f"; it was saved as {saved}, and {kind} is needed" if saved not in ("", kind) else "; get it anew"
+        raise ValueError(f"model {name!r} has no weight {missing[0]!r} ({len(missing)} are missing){hint}")
+    return cast(nn.Module, model.eval())
+
+
+def load_tokenizer(name: str) -> Any:
+    """Return the tokenizer of a model."""
+    with naming(f"the tokenizer of model {name!r}"):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+
+def load_image_processor(name: str) -> Any:
+    """Return the image processor of a model, which works with Pillow."""
+    with naming(f"the image processor of model {name!r}"):
+        return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
+
+
+@contextmanager
+def naming(what: str, cure: str = "") -> Iterator[None]:
+    """Turn what a library raises inside into one message that names what it was given; nothing of ours runs there."""
+    try:
+        yield
+    except Exception as error:  # The rust libraries raise plain ones.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{what} cannot be used: {reason[:500]}{cure}") from None
