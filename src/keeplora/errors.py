@@ -17,6 +17,11 @@ def listed(names: Sequence[str], most: int = 20, *, separator: str = ", ") -> st
     return f"{shown}{separator}and {len(names) - most} more" if len(names) > most else shown
 
 
+def printable(text: str) -> str:
+    """Return text from elsewhere with all escaped that could steer a terminal, or turn the direction of letters."""
+    return "".join(one if one.isprintable() or one == "\n" else ascii(one)[1:-1] for one in text)
+
+
 def counted(number: int, noun: str, plural: str = "") -> str:
     """Return a number with its noun: 1 image, 2 images."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

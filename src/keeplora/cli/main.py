@@ -17,6 +17,8 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
+from keeplora.errors import printable
+
 console = Console()
 errors = Console(stderr=True)
 
@@ -76,7 +78,7 @@ def _call(name: str, arguments: list[str]) -> None:
         message = str(error)
         if isinstance(error, OSError) and error.strerror:
             message = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-        errors.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True, highlight=False)
+        errors.print(f"[bold red]error:[/] {escape(printable(message))}", soft_wrap=True, highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:
         errors.print("[bold red]interrupted[/]; a run keeps what it has finished, and the same command resumes it")

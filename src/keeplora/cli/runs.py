@@ -24,10 +24,15 @@ from keeplora.runs.verify import certify as certify_run
 console = Console()
 
 
-def evaluate(run: tyro.conf.Positional[Path], *, split: Literal["test", "validation"] | None = None) -> None:
+def evaluate(
+    run: tyro.conf.Positional[Path],
+    *,
+    split: Literal["test", "validation"] | None = None,
+    benchmark: Path | None = None,
+) -> None:
     """Evaluate the model of a run on all tasks, and compare with what the run recorded."""
     with Display(console) as display:
-        directory, model, tasks = reopen(run, split=split, track=display.track)
+        directory, model, tasks = reopen(run, split=split, benchmark=benchmark, track=display.track)
         scores = evaluate_model(model, tasks, track=display.track)
     recorded = directory.manifest["config"]["evaluation"]
     console.print(evaluation_table(directory.results(), recorded, scores, split or recorded))
@@ -56,10 +61,18 @@ def certify(run: tyro.conf.Positional[Path], *, layers: bool = False, json: Path
 
 
 def resume(
-    run: tyro.conf.Positional[Path], *, checkpoint_steps: int | None = None, checkpoint_minutes: float = 5.0
+    run: tyro.conf.Positional[Path],
+    *,
+    benchmark: Path | None = None,
+    checkpoint_steps: int | None = None,
+    checkpoint_minutes: float = 5.0,
 ) -> None:
     """Resume a run after its last completed phase or checkpoint; a complete one is shown."""
-    config = config_of(read_run(run))
+    directory = read_run(run)
+    if directory.is_complete and "report.html" in directory.files:  # On a read-only medium too.
+        show_run(directory.results(), run)
+        return
+    config = config_of(directory, benchmark=benchmark)
     config = replace(config, checkpoint_steps=checkpoint_steps, checkpoint_minutes=checkpoint_minutes)
     with Display(console) as display:
         results = run_stream(config, track=display.track, watch=display.watch)

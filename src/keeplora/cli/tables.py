@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from keeplora.errors import printable
 from keeplora.evaluation.accuracy_matrix import METRIC_NAMES, Results
 from keeplora.evaluation.capacity import MOST, Capacity, LayerCapacity, forecast
 from keeplora.evaluation.intervals import Estimate
@@ -39,7 +40,7 @@ def table(title: str, headings: Row, rows: Rows, *, left: int = 1, no_wrap: bool
 
 
 def _text(cell: object) -> Text:
-    return cell if isinstance(cell, Text) else Text(str(cell))
+    return cell if isinstance(cell, Text) else Text(printable(str(cell)))
 
 
 def score_table(runs: list[Results]) -> Table:

@@ -71,6 +71,8 @@ def _problems(
     if "train" in missing:
         return
     train = splits["train"].class_names
+    if odd := [ascii(name) for name in train if not name.isprintable() or not name.strip()]:
+        yield f"{counted(len(odd), 'class name')} cannot be shown: {listed(odd)}", "rename each"
     stored_names: dict[str, list[str]] = {}
     for name in train:
         stored_names.setdefault(spec.class_names.get(name, name), []).append(name)

@@ -73,6 +73,9 @@ class KeepLoRAConfig(MethodConfig):
             if not 0 <= energy <= 1:
                 where = f" for {tower!r}" if tower else ""
                 raise ValueError(f"weight_energy{where} = {energy} is a share; give a number from 0 to 1")
+        if self.feature_energy == 1:
+            flaw = "protects all that the first task's inputs reach, and leaves nothing to learn with"
+            raise ValueError(f"feature_energy = 1.0 {flaw}; give less, such as 0.99")
         if self.gradient == "sketch" and self.b_start == "gradient":
             raise ValueError("b_start = 'gradient' needs the gradient itself; set gradient = 'exact'")
         if self.a_start == "random" and self.b_start == "gradient":

@@ -1,5 +1,6 @@
 """Dual encoders of Hugging Face (CLIP, SigLIP): images are classified by the text features of their class prompts."""
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -168,6 +169,11 @@ class DualEncoder(Family):
                 )
             task = ClassificationTask(spec.name, train, test, prompts, batch_size=batch_size, seed=seed + index)
             task.epochs, task.metric = spec.epochs, spec.metric
+            task.data = {
+                "classes": list(splits["train"].class_names),
+                "images": [len(examples) for examples in splits.values()],
+                "digest": hashlib.sha256(repr([examples.labels for examples in splits.values()]).encode()).hexdigest(),
+            }
             tasks.append(task)
         return tasks
 

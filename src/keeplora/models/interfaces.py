@@ -1,8 +1,9 @@
 """What a model family must know, and what a task of a stream offers besides its training batches."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from types import MappingProxyType
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -15,6 +16,8 @@ class StreamTask(Task):
     """A task that can be evaluated: held-out batches, predictions and references for a metric."""
 
     metric: str = "accuracy"
+    data: Mapping[str, Any] = MappingProxyType({})
+    """What it is made of, as JSON values: `classes`, numbers of `images`, and a `digest`; empty if it does not tell."""
     epochs: int | None = None  # Number of training epochs, where it differs from the run's.
 
     def test_batches(self) -> Iterable[Batch]:

@@ -4,10 +4,13 @@ New files wait in `staged/` until `run.json`, with their hashes and the names of
 is the commit. A crash before it drops them, one after it is made up for by `recover`. Only the first process writes.
 """
 
+import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +52,7 @@ class Store:
             place = self.folder / STAGED / name
             make_folder(place.parent)
             save_file({key: value.contiguous() for key, value in tensors.items()}, place, metadata)
+            give_usual_modes(place)
             flush(place)
             self._next[name] = sha256_of(place)
 
@@ -59,6 +63,7 @@ class Store:
             place = self.folder / STAGED / name
             remove(place)  # What was handed in before under this name would be taken for a part of it.
             save(place)
+            give_usual_modes(place)
             flush(place)
             for path in (path for path in sorted(place.rglob("*")) if path.is_file()):
                 self._next[f"{name}/{path.relative_to(place).as_posix()}"] = sha256_of(path)
@@ -75,7 +80,8 @@ class Store:
         if leaving := sorted(before.keys() - self._next.keys()):
             self.manifest["leaving"] = leaving
         if is_main_process():
-            write_atomically(self.folder / "run.json", manifest_bytes(self.manifest))
+            write_through(self.folder / "run.json.part", manifest_bytes(self.manifest))
+            rename(self.folder / "run.json.part", self.folder / "run.json")
             self._settle(name for name, digest in self._next.items() if digest != before.get(name))
 
     def recover(self) -> None:
@@ -113,6 +119,13 @@ class Store:
                 flaws.append(f"{self.folder / name} is not what the run wrote: it was changed or damaged")
         return flaws
 
+    def strangers(self) -> list[Path]:
+        """Return what lies among the files of tasks and of the model, and is none that the manifest lists."""
+        listed = {self.folder / name for name in self.files}
+        above = {folder for path in listed for folder in path.parents}
+        there = (path for part in ("tasks", "model") for path in sorted((self.folder / part).rglob("*")))
+        return [path for path in there if path not in (above if path.is_dir() else listed)]
+
     def _places_of(self, name: str) -> list[Path]:
         """Return where a file may be: in a commit that is under way, it may not have its name yet."""
         return [place for place in (self.folder / STAGED / name, self.folder / name) if place.is_file()]
@@ -125,10 +138,13 @@ def sha256_of(path: Path) -> str:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, on the disk itself, and rename it: a reader sees the old or the new one."""
-    temporary = path.with_name(path.name + ".part")
-    write_through(temporary, content)
-    rename(temporary, path)
+    """Write a file under a name of its own, on the disk itself, and rename it: a reader sees the old or the new one."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    try:
+        write_through(temporary, content)
+        rename(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, values: object) -> None:
@@ -139,7 +155,9 @@ def write_json(path: Path, values: object) -> None:
 def write_through(path: Path, content: bytes) -> None:
     """Write a file, in a new folder if need be, and wait until it and its name are on the disk itself."""
     make_folder(path.parent)
-    path.write_bytes(content)
+    path.unlink(missing_ok=True)  # A link that waits there would lead elsewhere.
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
+        file.write(content)
     flush(path)
 
 
@@ -181,14 +199,29 @@ def made_whole(output: Path) -> Iterator[Path]:
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty; give another --output, or empty it")
     output = output.resolve()
+    if runs := [folder for folder in output.parents if (folder / "run.json").is_file()]:
+        raise ValueError(f"{output} is inside the run directory {runs[0]}; give another --output")
     make_folder(output.parent)
-    part = output.with_name(f".{output.name}.part")
-    remove(part)  # Left by a process that was killed.
+    part = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".part", dir=output.parent))
     try:
         yield part
+        give_usual_modes(part)
+        flush(part)
         rename(part, output)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise ValueError(f"another process has written {output} meanwhile; give another --output") from None
     finally:
         remove(part)
+
+
+def give_usual_modes(place: Path) -> None:
+    """Let a file, or a folder with all that is in it, be read by whom other new files can be read by."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in (place, *place.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def require_no_links(folder: Path) -> None:

@@ -19,7 +19,7 @@ from keeplora.runs.atomic_store import made_whole
 from keeplora.runs.config import RunConfig, plain_values
 from keeplora.runs.directory import RunDirectory
 from keeplora.runs.loop import replay, report, require_same_model
-from keeplora.runs.open import config_of, open_run, open_stream, read_run
+from keeplora.runs.open import config_of, open_run, open_stream, read_run, require_recorded_tasks
 from keeplora.runs.verify import changes_between, updates_of
 from keeplora.subspace.certificate import certificate_to_json, certificates, loss_of
 from keeplora.training.trainer import best_device
@@ -60,6 +60,7 @@ def fork(folder: Path, config: RunConfig, *, track: Track = silent) -> Results:
     if source.num_finished == 0:
         raise ValueError(f"{folder} has no finished task yet: a fork would be a new run; start one without --fork")
     before, fixed = config_of(source), find_method(config.method)[0].fixed
+    require_recorded_tasks(source, before)
     different = [name for name in ("model", "evaluation") if getattr(before, name) != getattr(config, name)]
     if method_behind(before.method) != method_behind(config.method):
         different.append("method")
@@ -87,6 +88,7 @@ def continued(folder: Path, benchmark: str) -> RunConfig:
     """
     source = read_run(folder)
     config = config_of(source)
+    require_recorded_tasks(source, config)
     if not find_method(config.method)[0].one_by_one:
         raise ValueError(f"{config.method} does not learn task by task, and cannot continue with more")
     benchmark = absolute(benchmark)
@@ -135,6 +137,7 @@ def _branch(source: RunDirectory, config: RunConfig, kept: list[int], origin: di
         method = find_method(config.method)[0](config.options, seed=config.seed, track=track)
         method.schedule(tasks)
         method.protect(model)
+        directory.manifest["data"] = {task.name: dict(task.data) for task in tasks if task.data}
         directory.manifest["origin"] = {"run": str(source.folder.resolve()), **origin}
         zero_shot = _scores(model, tasks, old["zero_shot"], columns, track)
         directory.start(old["model_digest"], zero_shot, old["start"])

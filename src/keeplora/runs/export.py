@@ -24,10 +24,10 @@ from keeplora.methods.base import TaskRecord
 from keeplora.methods.registry import find_method
 from keeplora.models.registry import EMBEDDED, family_of, locate
 from keeplora.progress import Track, silent
-from keeplora.runs.atomic_store import flush, made_whole
+from keeplora.runs.atomic_store import made_whole
 from keeplora.runs.config import RunConfig
 from keeplora.runs.directory import RunDirectory
-from keeplora.runs.open import config_of, read_run
+from keeplora.runs.open import config_of, read_run, require_recorded_tasks
 from keeplora.subspace.low_rank_update import Cut, cut_to, summed
 
 
@@ -136,13 +136,11 @@ def export_run(folder: Path, config: ExportConfig, *, track: Track = silent) -> 
         raise ValueError(f"{folder} was learned by {run.method}, which leaves no adapter; use --format merged")
     source = _Source(directory, run, family_of(run.model).load(locate(run.model)), records, track)
     with made_whole(config.output) as part:
-        part.mkdir()
         found = WRITERS[config.format](source, config, part)
         card = _card(source, config, heads=_write_heads(source, part), **found)
         (part / "README.md").write_text(render_card(card), encoding="utf-8")
         if card.embedded:
             shutil.copyfile(NOTICE, part / "NOTICE")
-        flush(part)
     return card
 
 
@@ -200,6 +198,8 @@ def _write_heads(source: _Source, part: Path) -> dict[str, str]:
     """Write the tasks' own classifiers, with their class names and prompts; return the task and file of each."""
     heads = {name: record.head for name, (record, _) in source.records.items() if record.head}
     files = {name: f"heads/{source.place(name)}" for name in heads}
+    if heads:
+        require_recorded_tasks(source.directory, source.config)
     specs = {spec.name: spec for spec in source.config.stream} if heads else {}
     for name, head in heads.items():
         if name not in specs:

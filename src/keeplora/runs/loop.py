@@ -23,7 +23,7 @@ from keeplora.progress import Track, silent
 from keeplora.report.html import page
 from keeplora.runs.config import RunConfig, plain_values
 from keeplora.runs.directory import RunDirectory
-from keeplora.runs.open import open_run, open_stream
+from keeplora.runs.open import open_run, open_stream, require_same_data
 from keeplora.runs.phases import TaskPhases
 from keeplora.training.profiling import Clock
 from keeplora.training.trainer import best_device, fit, seed_everything
@@ -99,6 +99,8 @@ def catch_up(
             scores = evaluate(model, tasks, track=track)
         directory.start(digest_of(model.named_parameters()), scores, clock.read())
     require_same_model(model, config, directory)
+    require_same_data(directory, tasks)
+    directory.manifest["data"] = {task.name: dict(task.data) for task in tasks if task.data}
     late = tasks[len(directory.manifest["tasks"]) :]
     columns = [evaluate(model, late, track=track)]
     for index in range(directory.num_finished):

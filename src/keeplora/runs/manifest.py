@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import socket
@@ -11,11 +12,13 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from pydantic import BaseModel
 
 from keeplora.config import Count, require
 from keeplora.errors import InUseError
+
+logger = logging.getLogger(__name__)
 
 RUN_FORMAT = 3  # Version of the layout of a run directory; a reader refuses any other.
 Settings = Mapping[str, tuple[Any, str]]  # Every setting of a run by its dotted name, and where it came from.
@@ -72,10 +75,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not what the run wrote: it was changed or damaged")
     names = [*checked.files, *checked.leaving]
     wrong = [name for name in names if PurePosixPath(name).is_absolute() or ".." in name.split("/")]
+    wrong += [ascii(text) for text in _texts([checked.config, checked.tasks]) if not text.isprintable()]
     if wrong or checked.tasks_finished > len(checked.tasks):
         raise ValueError(f"{path} is damaged or not of keeplora: {wrong or 'more tasks finished than there are'}")
     del manifest["checksum"]
     return dict(manifest)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text in plain values, the keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in [*value, *value.values()] if isinstance(value, dict) else value:
+            yield from _texts(inner)
 
 
 def manifest_bytes(manifest: dict[str, Any]) -> bytes:
@@ -88,15 +101,23 @@ def manifest_bytes(manifest: dict[str, Any]) -> bytes:
 def locked(folder: Path) -> Iterator[None]:
     """Keep a second process out, by an `InUseError`; the operating system drops the lock when its owner ends."""
     path = folder / "lock"
-    lock = FileLock(path, timeout=0)
+    if path.is_symlink():
+        raise ValueError(f"{path} is a symbolic link; remove it, so that nothing is written to what it leads to")
+    lock: BaseFileLock = FileLock(path, timeout=0)
     try:
-        lock.acquire()
+        try:
+            lock.acquire()
+        except NotImplementedError:
+            logger.warning("%s: the file system has no locks; a file keeps other processes of this machine out", path)
+            lock = SoftFileLock(path, timeout=0)
+            lock.acquire()
     except Timeout:
         owner = path.read_text().strip() if path.exists() else ""
         message = f"another process ({owner or 'unknown'}) is writing to {folder}"
         raise InUseError(f"{message}; wait for it, or give another --output") from None
     try:
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+        if isinstance(lock, FileLock):
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
         yield
     finally:
         path.unlink(missing_ok=True)  # While it is ours: who waits for it takes a new one.

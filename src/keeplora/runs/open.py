@@ -1,5 +1,6 @@
 """How a run directory is opened: put in order after a crash, checked, by one process, and only for its own run."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -11,6 +12,7 @@ from torch import nn
 
 from keeplora.config import differences, parse, require
 from keeplora.data.benchmark import TaskSpec
+from keeplora.data.readers import stored_splits
 from keeplora.errors import InUseError
 from keeplora.layers.distributed import is_main_process
 from keeplora.methods.registry import find_method
@@ -18,13 +20,16 @@ from keeplora.models.interfaces import StreamTask
 from keeplora.models.registry import family_of, locate
 from keeplora.progress import Track, silent
 from keeplora.runs.atomic_store import CURE, STAGED, Store, require_no_links
-from keeplora.runs.config import RunConfig, Sourced, settle
+from keeplora.runs.config import RunConfig, Sourced, plain_values, settle
 from keeplora.runs.directory import RunDirectory
 from keeplora.runs.manifest import Form, Settings, locked, new_manifest, read_manifest
 from keeplora.training.trainer import TrainConfig, best_device
 
 LEFT_BY_A_START = {"run.json.part", "lock", STAGED}
 """What a run that was cut off before its first commit can leave in its directory."""
+
+
+PLACES = ("benchmark", "more", "model")  # Settings that can be paths.
 
 
 @contextmanager
@@ -55,7 +60,9 @@ def open_run(
             tables = {name: table for name, table in config["tasks"].items() if name in known}
             now = {**config, "tasks": tables} | {key: before.get(key) for key in ("more", "first_tasks")}
             wanted = tasks[: len(known)]
-        different = differences(before, now) + ([] if known == wanted else [f"tasks were {known}, are {wanted}"])
+        different = differences(_identity(before), _identity(now)) + (
+            [] if known == wanted else [f"tasks were {known}, are {wanted}"]
+        )
         if different and (manifest["tasks_finished"] or "now" in manifest):
             raise ValueError(
                 f"{folder} holds another run ({'; '.join(different)}); give another --output. To start"
@@ -63,7 +70,11 @@ def open_run(
             )
         if different:  # Nothing is lost by starting over, perhaps with what was mended.
             manifest = new_manifest(config, tasks, settings)
+        manifest["config"] |= {key: config[key] for key in PLACES if key != "more" or not extend}
+        paths = [path for path in (config["benchmark"], config["model"], *config["more"]) if Path(path).is_absolute()]
+        manifest["nearby"] = {path: os.path.relpath(path, folder.resolve()) for path in paths}
         directory = RunDirectory(folder, manifest)
+        require_no_strangers(directory)
         for name in directory.files:
             if not name.endswith(".safetensors"):
                 directory.read(name)
@@ -72,9 +83,24 @@ def open_run(
         yield directory
 
 
+def _identity(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what of a configuration makes a run: the content of its tasks and of its model, not where they lie."""
+    model = {} if Path(config["model"]).is_absolute() else {"model": config["model"]}
+    return {key: value for key, value in config.items() if key not in PLACES} | model
+
+
 def read_run(folder: Path) -> RunDirectory:
     """Open a run directory for reading; `task.json` of each task is checked, other files when they are read."""
-    return RunDirectory(folder, settled_manifest(folder))
+    directory = RunDirectory(folder, settled_manifest(folder))
+    require_no_strangers(directory)
+    return directory
+
+
+def require_no_strangers(store: Store) -> None:
+    """Check that nothing lies beside the files of a run: what loads the model would take it for a part of it."""
+    if found := store.strangers():
+        more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+        raise ValueError(f"{found[0]} is not of this run{more}; move it out of {store.folder}")
 
 
 def settled_manifest(folder: Path) -> dict[str, Any]:
@@ -89,12 +115,17 @@ def settled_manifest(folder: Path) -> dict[str, Any]:
 
 
 def reopen(
-    folder: Path, *, split: Literal["test", "validation"] | None = None, track: Track = silent
+    folder: Path,
+    *,
+    split: Literal["test", "validation"] | None = None,
+    benchmark: Path | None = None,
+    track: Track = silent,
 ) -> tuple[RunDirectory, nn.Module, list[StreamTask]]:
     """Load what a run left: its directory, its model after the last finished task, and its tasks in their order.
 
-    They evaluate on `split`, or the run's own. ValueError: no task is finished, no model was saved, or a file is
-    damaged.
+    They evaluate on `split`, or the run's own; `benchmark` is where the file is, if it was moved. ValueError: no task
+    is finished, no model was saved, a file is damaged, other tasks than the run's are in the benchmark, or the split
+    has images that the run was trained on.
     """
     directory = read_run(folder)
     if directory.num_finished == 0:
@@ -103,9 +134,18 @@ def reopen(
         raise ValueError(f"{folder} was run with save_model = False and has no model; run it again with save_model")
     if flaws := directory.damaged(files):
         raise ValueError(flaws[0] + CURE)
-    config = config_of(directory)
+    config = config_of(directory, benchmark=benchmark)
+    require_recorded_tasks(directory, config)
+    if split == "validation" != config.evaluation:
+        for spec in config.stream:
+            if "validation" not in stored_splits(spec):
+                flaw = f"a fifth of its training images would take its place, and {folder} was trained on these"
+                cure = "leave out --split, or run anew with --evaluation validation"
+                raise ValueError(f"task {spec.name!r} has no validation split: {flaw}; {cure}")
     config = replace(config, model=str(folder / "model"), evaluation=split or config.evaluation)
     model, tasks = open_stream(config, track)
+    if config.evaluation == directory.manifest["config"]["evaluation"]:
+        require_same_data(directory, tasks)
     for index, task in enumerate(tasks[: directory.num_finished]):
         record, adapter = directory.record(index)
         if record.head:
@@ -116,9 +156,49 @@ def reopen(
     return directory, model, tasks
 
 
-def config_of(directory: RunDirectory) -> RunConfig:
-    """Return the configuration that a run was started with; ValueError names a key that is wrong, or wrong by now."""
-    return settle([settings_of_run(directory)])
+def config_of(directory: RunDirectory, *, benchmark: Path | None = None) -> RunConfig:
+    """Return the configuration that a run was started with; ValueError names a key that is wrong, or wrong by now.
+
+    Files that were moved together with the run are found beside it; `benchmark` is where its own is now.
+    """
+    source, values = settings_of_run(directory)
+    return settle([(source, values if benchmark is None else {**values, "benchmark": str(benchmark)})])
+
+
+def require_same_data(directory: RunDirectory, tasks: list[StreamTask]) -> None:
+    """Check that the data of tasks are those that a run recorded: their classes, and the labels of their images."""
+    for task in tasks:
+        recorded = directory.manifest.get("data", {}).get(task.name)
+        if recorded is None or not task.data or recorded == task.data:
+            continue
+        was, now = (set(one["classes"]) for one in (recorded, task.data))
+        new, gone = (", ".join(sorted(names)) for names in (now - was, was - now))
+        change = f"new classes: {new}" * bool(new) + "; " * bool(new and gone) + f"classes gone: {gone}" * bool(gone)
+        if not change:
+            change = f"images were {recorded['images']}, are {task.data['images']}, or have other labels"
+        raise ValueError(
+            f"task {task.name!r}: its data are not those that {directory.folder} was begun with ({change}); bring them"
+            " back, or start another run"
+        )
+
+
+def require_recorded_tasks(directory: RunDirectory, config: RunConfig) -> None:
+    """Check that the benchmark still has the tasks that a run recorded: scores would stand under wrong names."""
+    recorded, now = directory.manifest["config"]["tasks"], plain_values(config)["tasks"]
+    changes = differences({"table": recorded}, {"table": {name: now.get(name, {}) for name in recorded}})
+    if not changes and list(now)[: len(recorded)] != list(recorded):
+        changes = [f"its tasks were {', '.join(recorded)}, are {', '.join(now)}"]
+    if changes:
+        more = f", and {len(changes) - 1} more changes" if len(changes) > 1 else ""
+        cure = "undo the change, or say with --benchmark where the file is that the run knows"
+        first = changes[0].removeprefix("table.")
+        raise ValueError(f"{config.benchmark} is not what {directory.folder} was begun with: {first}{more}; {cure}")
+
+
+def _moved(directory: RunDirectory, path: str) -> str:
+    """Return where a file or folder of a run's settings is: in its place, or where it lay seen from the run."""
+    place = directory.folder / directory.manifest.get("nearby", {}).get(path, path)
+    return str(place.resolve()) if Path(path).is_absolute() and not Path(path).exists() and place.exists() else path
 
 
 class _Config(Form):
@@ -143,6 +223,9 @@ def settings_of_run(directory: RunDirectory) -> Sourced:
         raise ValueError(f"{path} is damaged or not of keeplora: {flaw}")
     for name, table in values.pop("tasks").items():
         parse(TaskSpec, table, source=f"{path}: task {name!r}")
+    for key in ("benchmark", "model"):
+        values[key] = _moved(directory, values[key])
+    values["more"] = [_moved(directory, one) for one in values["more"]]
     return str(path), {**values, "output": directory.folder}
 
 

@@ -94,10 +94,9 @@ def certify(folder: Path, *, track: Track = silent) -> Proof:
     manifest = settled_manifest(folder)
     files, finished = manifest["files"], manifest["tasks"][: manifest["tasks_finished"]]
     proof = Proof(folder=folder, method=str(manifest["config"].get("method")), num_files=len(files))
-    damage = Store(folder, manifest).damaged(track(files, "checking hashes", len(files)))
-    there = (path for part in ("tasks", "model") for path in sorted((folder / part).rglob("*")) if path.is_file())
-    strangers = [path for path in there if path.relative_to(folder).as_posix() not in files]
-    proof.breaches += damage + [f"{path} is not of this run" for path in strangers]
+    store = Store(folder, manifest)
+    damage = store.damaged(track(files, "checking hashes", len(files)))
+    proof.breaches += damage + [f"{path} is not of this run" for path in store.strangers()]
     if not finished:
         proof.notes.append("no task is finished: only the files' hashes were checked")
         return proof

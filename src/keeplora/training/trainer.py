@@ -2,12 +2,14 @@
 
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, set_seed
@@ -188,7 +190,14 @@ def _accelerator(precision: str) -> Accelerator:
     """Make an accelerator; accelerate keeps the precision of a process's first one until its state is reset."""
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=precision)
+    accelerator = Accelerator(mixed_precision=precision)
+    started = max(int(os.environ.get("WORLD_SIZE", "1")), dist.get_world_size() if dist.is_initialized() else 1)
+    if started != accelerator.num_processes:
+        raise ValueError(
+            f"{started} processes were started, and accelerate takes part in {accelerator.num_processes}: each would"
+            " train alone. Without GPUs, set ACCELERATE_USE_CPU=true, or start with accelerate launch --cpu"
+        )
+    return accelerator
 
 
 @contextmanager

@@ -29,7 +29,6 @@ SETTINGS = "settings.json"
 SETTINGS_FORMAT = 1
 VERSIONS_OF = ("keeplora", "torch", "transformers", "peft")
 OURS = {SETTINGS, "search", "runs", "compare.json"}
-LEFT_BY_A_START = {"lock", f"{SETTINGS}.part"}
 MOST_DIFFERENCES = 3
 
 
@@ -42,8 +41,8 @@ def compare(config: CompareConfig, *, track: Track = silent) -> Comparison:
         raise ValueError("a comparison starts its own processes; start it without a launcher, and use --jobs")
     require_valid(config)
     output = config.output
-    found = {path.name for path in output.iterdir()} if output.is_dir() else set()
-    if found - LEFT_BY_A_START and not found & OURS:
+    found = {path.name for path in output.iterdir() if path.suffix != ".part"} if output.is_dir() else set()
+    if found - {"lock"} and not found & OURS:
         raise ValueError(f"{output} holds other files than those of a comparison; give another --output")
     output.mkdir(parents=True, exist_ok=True)
     with locked(output):
