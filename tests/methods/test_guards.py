@@ -344,3 +344,8 @@ def test_principal_subspaces_are_not_computed_where_nobody_asks(monkeypatch):
     monkeypatch.setattr("keeplora.methods.keeplora.protected.principal_bases", lambda *args: pytest.fail("computed"))
     assert method_for("keeplora").protected() == {}
     assert tiny.MLP() is not None
+
+
+def test_protecting_every_input_is_refused_since_nothing_could_be_learned_after_one_task():
+    with pytest.raises(ValueError, match=r"feature_energy = 1\.0 protects all that the first task's inputs reach"):
+        KeepLoRAConfig(feature_energy=1.0)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import tiny
 from keeplora.runs import atomic_store as disk
 from keeplora.runs.atomic_store import Store
-from keeplora.runs.manifest import new_manifest, read_manifest
+from keeplora.runs.manifest import locked, new_manifest, read_manifest
 
 OPERATIONS = ("write_through", "rename", "remove", "flush")
 
@@ -188,3 +188,44 @@ def test_every_change_waits_for_the_disk_itself(tmp_path, monkeypatch):
     (tmp_path / "new" / "deep" / "z").write_text("z")
     disk.flush(tmp_path / "new")
     assert {str(tmp_path / "new"), str(tmp_path / "new" / "deep"), str(tmp_path / "new" / "deep" / "z")} <= set(synced)
+
+
+@pytest.mark.parametrize("write", [disk.write_through, disk.write_atomically])
+@pytest.mark.parametrize("name", ["x", "x.part", ".x.part", "lock"])
+def test_what_is_written_never_follows_a_link(tmp_path, write, name):
+    (tmp_path / "folder").mkdir()
+    target = tmp_path / "foreign"
+    target.write_text("foreign")
+    (tmp_path / "folder" / name).symlink_to(target)
+    write(tmp_path / "folder" / "x", b"ours")
+    assert target.read_text() == "foreign"
+    assert (tmp_path / "folder" / "x").read_bytes() == b"ours"
+    assert not (tmp_path / "folder" / "x").is_symlink()
+    if name == "lock":
+        with pytest.raises(ValueError, match="is a symbolic link"), locked(tmp_path / "folder"):
+            pass
+        assert target.read_text() == "foreign"
+
+
+def test_a_folder_that_is_made_leaves_others_files_alone_and_stays_out_of_runs(tmp_path):
+    (tmp_path / ".out.part").mkdir()
+    (tmp_path / ".out.part" / "theirs").write_text("x")
+    with disk.made_whole(tmp_path / "out") as part:
+        (part / "a").write_text("a")
+    assert (tmp_path / ".out.part" / "theirs").read_text() == "x"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+    (tmp_path / "out" / "run.json").write_text("{}")
+    for inside in ("out/more", "out/deep/more"):
+        with pytest.raises(ValueError, match="is inside the run directory"), disk.made_whole(tmp_path / inside):
+            pass
+
+
+def test_of_two_that_make_one_folder_at_once_one_is_refused(tmp_path):
+    first, second = disk.made_whole(tmp_path / "out"), disk.made_whole(tmp_path / "out")
+    for one, text in ((first, "first"), (second, "second")):
+        (one.__enter__() / "a").write_text(text)
+    second.__exit__(None, None, None)
+    with pytest.raises(ValueError, match="another process has written .*out meanwhile"):
+        first.__exit__(None, None, None)
+    assert (tmp_path / "out" / "a").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

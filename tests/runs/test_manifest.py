@@ -4,17 +4,20 @@ import json
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from keeplora.config import differences
-from keeplora.runs.manifest import RUN_FORMAT, manifest_bytes, new_manifest, read_manifest
+from keeplora.errors import InUseError
+from keeplora.runs.manifest import RUN_FORMAT, locked, manifest_bytes, new_manifest, read_manifest
 
 QUICK = settings(deadline=None, derandomize=True, max_examples=100)
 
-NAMES = st.text(min_size=1, max_size=8)
+TEXTS = st.text(max_size=8).filter(str.isprintable)
+NAMES = TEXTS.filter(bool)
 PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXTS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
     max_leaves=8,
 )
@@ -282,3 +285,31 @@ def test_the_path_is_part_of_every_message(tmp_path):
     place = tmp_path / "a folder" / Path("run.json")
     place.parent.mkdir()
     assert "a folder/run.json" in refused(place.parent, b"x")
+
+
+def test_a_file_system_without_locks_is_said_and_still_keeps_others_out(tmp_path, monkeypatch, caplog):
+    def missing(self):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(FileLock, "_acquire", missing)
+    with locked(tmp_path):
+        assert "the file system has no locks" in caplog.text
+        with pytest.raises(InUseError, match="is writing to"), locked(tmp_path):
+            pass
+    with locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("text", ["a\x1b[31mb", "a\u202eb", "a\rb", "a\x07"])
+@pytest.mark.parametrize("place", [("tasks", 0), ("config", "method"), ("config", "tasks")])
+def test_texts_that_would_steer_a_terminal_are_damage(tmp_path, text, place):
+    manifest = new_manifest({"method": "keeplora", "tasks": {"a": {}}}, ["a"])
+    key, inner = place
+    if inner == "tasks":
+        manifest["config"]["tasks"] = {text: {}}
+    else:
+        manifest[key][inner] = text
+    (tmp_path / "run.json").write_bytes(manifest_bytes(manifest))
+    with pytest.raises(ValueError, match="damaged or not of keeplora") as caught:
+        read_manifest(tmp_path)
+    assert text not in str(caught.value)

@@ -15,6 +15,7 @@ from keeplora.cli import main as cli
 from keeplora.evaluation.capacity import forecast
 from keeplora.methods.registry import known_methods
 from keeplora.runs.atomic_store import Store, write_atomically
+from keeplora.runs.directory import RunDirectory
 from keeplora.runs.loop import run
 from keeplora.runs.manifest import manifest_bytes, read_manifest
 from keeplora.runs.open import open_run
@@ -68,10 +69,15 @@ def forge(folder, name, content):
     write_atomically(folder / "run.json", manifest_bytes(manifest))
 
 
-def forge_tensors(folder, name, change):
+def forge_tensors(folder, name, change, *, is_thorough=True):
+    """Forge a file of tensors, and, if thorough, what task.json says of its content."""
     tensors = load_file(folder / name)
     change(tensors)
     forge(folder, name, save({key: value.contiguous() for key, value in tensors.items()}, {"format": "pt"}))
+    if is_thorough and name.startswith("tasks/"):
+        place = name.split("/")[1]
+        digest = RunDirectory(folder, read_manifest(folder)).record(int(place.split("-")[0]) - 1)[0].whole_digest()
+        forge_json(folder, f"tasks/{place}/task.json", lambda details: details.update(digest=digest))
 
 
 def forge_json(folder, name, change):
@@ -88,6 +94,50 @@ def flip(path):
 
 def breaches(folder):
     return " | ".join(certify(folder).breaches)
+
+
+def test_tensors_that_fit_but_are_not_those_of_the_task_are_found(folder):
+    forge_tensors(folder, f"{FIRST}/subspace.safetensors", lambda tensors: tensors[LAYER].neg_(), is_thorough=False)
+    assert "its files hold other tensors than those that its task.json was written for" in breaches(folder)
+
+
+def test_a_tensor_too_many_in_an_adapter_is_found(folder):
+    def add(tensors):
+        tensors["base_model.model.more"] = torch.zeros(2)
+
+    forge_tensors(folder, f"{FIRST}/{WEIGHTS}", add)
+    assert "its adapter holds 'base_model.model.more', which is no factor" in breaches(folder)
+
+
+@pytest.fixture(scope="module")
+def with_heads(place):
+    run(config_of(place, place / "heads", "keeplora_plus"))
+    return place / "heads"
+
+
+HEADS = {
+    "negated": (lambda tensors: tensors["weight"].neg_(), "other tensors than those", False),
+    "not a number": (lambda tensors: tensors["weight"].fill_(float("nan")), "not one finite weight", True),
+    "one class less": (lambda tensors: tensors.update(weight=tensors["weight"][:-1]), "for 3 classes", True),
+    "another name": (lambda tensors: tensors.update(bias=torch.zeros(3)), "not one finite weight", True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_forged_classifier_is_found(with_heads, tmp_path, kind):
+    change, words, is_thorough = HEADS[kind]
+    folder = shutil.copytree(with_heads, tmp_path / "run")
+    assert certify(folder).breaches == []
+    forge_tensors(folder, f"{FIRST}/head.safetensors", change, is_thorough=is_thorough)
+    assert words in breaches(folder)
+
+
+@pytest.mark.slow
+def test_a_classifier_that_was_removed_is_found(with_heads, tmp_path):
+    folder = shutil.copytree(with_heads, tmp_path / "run")
+    forge(folder, f"{FIRST}/head.safetensors", None)
+    assert "it has no classifier, against the run's settings" in breaches(folder)
 
 
 def unchecked(proof):

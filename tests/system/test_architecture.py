@@ -212,7 +212,6 @@ TESTED_BY = {
     "subspace/test_protected": ("subspace/certificate",),
     "runs/test_export": ("subspace/low_rank_update",),
     "evaluation/test_accuracy_matrix": ("evaluation/metrics",),
-    "data/test_readers": ("data/images",),
     "models/test_families": ("models/dual_encoder", "models/registry", "models/interfaces"),
     "report/test_html": ("report/charts",),
     "runs/test_loop": ("runs/phases", "progress"),

@@ -40,3 +40,13 @@ def test_a_phase_that_fails_does_not_stay_open(monkeypatch):
             raise KeyError
         now[0] += 5
     assert clock.read()["outer"]["seconds"] == 5
+
+
+def test_a_counter_that_may_not_be_reset_ends_no_run(monkeypatch, tmp_path):
+    closed = tmp_path / "folder"
+    closed.mkdir()
+    monkeypatch.setattr(profiling, "CLEAR", closed)  # There, and not to be written to.
+    clock = profiling.Clock()
+    with clock.phase("one"):
+        pass
+    assert clock.read()["one"]["peak_memory_mb"] > 0

@@ -509,3 +509,11 @@ def test_parts_without_examples_are_passed_over():
     for model in models[1:]:
         for name, value in model.state_dict().items():
             torch.testing.assert_close(value, models[0].state_dict()[name], rtol=1e-4, atol=1e-5)
+
+
+def test_processes_that_would_each_train_alone_are_refused(monkeypatch):
+    """As torchrun starts them on a machine without GPUs, if nobody tells accelerate."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for call in (best_device, lambda: fit(tiny.MLP(), tiny.VectorTask(), TrainConfig(epochs=1))):
+        with pytest.raises(ValueError, match="2 processes were started, and accelerate takes part in 1: .*USE_CPU=true"):
+            call()

@@ -24,6 +24,7 @@ from keeplora.studies.principal import PrincipalCurve
 WIDTH = 78  # Columns that every terminal is taken to have.
 BAR = 16  # Width of a bar in characters.
 
+MEASURED = ("merge_loss", "orthonormality")
 WITHOUT_LINES: dict[str, Any] = {"box": None, "padding": (0, 1, 0, 0)}
 Row = Iterable[object]
 Rows = Iterable[Row]
@@ -177,16 +178,17 @@ def _certificate_table(proof: Proof, *, layers: bool) -> Table:
         groups = [{name: layer} for name, layer in task.layers.items()] if layers else [task.layers]
         for group in filter(None, groups):
             name, worst = max(group.items(), key=lambda item: item[1].leak)
-            orthonormality = max(layer.orthonormality for layer in group.values())
+            lost, orthonormality = (max(getattr(layer, key) for layer in group.values()) for key in MEASURED)
             free = min(layer.residual_dims for layer in group.values())
             protected = max(layer.protected_dims for layer in group.values())
             ranks = sorted({layer.rank for layer in group.values()})
             rank = f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else ranks[0]
-            rows.append((task.name, name, f"{worst.leak:.1e}", f"{orthonormality:.1e}", free, protected, rank))
+            measured = (f"{value:.1e}" for value in (worst.leak, lost, orthonormality))
+            rows.append((task.name, name, *measured, free, protected, rank))
         if not task.layers:
             rows.append((task.name, "-" if task.is_checked else Text("cannot be checked", "red")))
     layer = "layer" if layers else "layer of the largest leak"
-    headings = ("task", layer, "leak", "orthonormality", "free", "protected", "rank")
+    headings = ("task", layer, "leak", "lost", "orthonormality", "free", "protected", "rank")
     made = table("Certificates, measured anew", headings, rows, left=2, no_wrap=True, **WITHOUT_LINES)
     made.columns[1].no_wrap, made.columns[1].overflow = False, "fold"
     return made

@@ -60,6 +60,12 @@ class TaskRecord:
         """Return the factors `(a, scaling * b)` of every layer's update, in float32."""
         return {} if self.adapter is None else self.adapter.factors()
 
+    def whole_digest(self) -> str:
+        """Return a hash of everything that the task left."""
+        parts = {"adapter": {} if self.adapter is None else self.adapter.weights, "directions": self.directions}
+        parts |= {"head": self.head, "state": self.state}
+        return weights.digest_of((f"{part}/{key}", own[key]) for part, own in parts.items() for key in sorted(own))
+
     def digest(self) -> str:
         """Return a hash of the update that the task left."""
         return weights.digest_of(sorted(({} if self.adapter is None else self.adapter.weights).items()))

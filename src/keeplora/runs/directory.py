@@ -41,6 +41,7 @@ class _FinishedTask(Form):
     scores: list[FiniteFloat]
     phases: dict[str, _Measured]
     certificate: Any  # Checked by who reads it.
+    digest: str = ""
     merged: bool = True
 
 
@@ -117,7 +118,7 @@ class RunDirectory(Store):
             if record.surviving_gradient:
                 certificate["surviving_gradient"] = record.surviving_gradient
             details = {**details, "certificate": certificate, "merged": record.merged}
-        self.tasks.append(details)
+        self.tasks.append({**details, "digest": record.whole_digest()})
         self.manifest["tasks_finished"] += 1
         if model is not None:
             name = self.manifest["config"]["model"]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from keeplora.evaluation.capacity import Capacity, capacity_of
 from keeplora.layers import lora, weights
+from keeplora.layers.lora import A_KEY, B_KEY, PREFIX
 from keeplora.layers.module_state import device_of
 from keeplora.methods.base import Method, TaskRecord
 from keeplora.methods.registry import find_method
@@ -161,6 +162,7 @@ class _Replay:
             if misfits := self._misfits(updates, record.directions, before):
                 self.proof.breaches += [f"task {name!r}: {misfit}" for misfit in misfits]
                 return
+            self.proof.breaches += [f"task {name!r}: {flaw}" for flaw in self._flaws(record, directory, index)]
             found, changes = self._merge(record, folder, updates, before)
             layers = certificates(self.method.protected(), changes)
             found += breaches_of(layers, self.method.leak_allowed)
@@ -170,6 +172,23 @@ class _Replay:
             return
         self.proof.breaches += [f"task {name!r}: {text}" for text in found]
         self.proof.tasks.append(TaskProof(name, layers))
+
+    def _flaws(self, record: TaskRecord, directory: RunDirectory, index: int) -> list[str]:
+        """Say what of a task's tensors is not what its task.json was written for, or cannot be."""
+        details, found = directory.tasks[index], []
+        if details["digest"] != record.whole_digest():
+            found.append("its files hold other tensors than those that its task.json was written for")
+        known = {PREFIX + layer + key for layer in record.factors() for key in (A_KEY, B_KEY)}
+        if record.adapter is not None and (extra := sorted(record.adapter.weights.keys() - known)):
+            found.append(f"its adapter holds {extra[0]!r}, which is no factor")
+        head, classes = record.head, directory.manifest.get("data", {}).get(details["name"], {}).get("classes")
+        if (getattr(self.method.config, "classifier", "none") != "none") != bool(head):
+            found.append(f"it has {'a' if head else 'no'} classifier, against the run's settings")
+        elif head and (head.keys() != {"weight"} or not torch.isfinite(head["weight"]).all()):
+            found.append("its classifier is not one finite weight")
+        elif head and classes is not None and head["weight"].shape[:-1] != (len(classes),):
+            found.append(f"its classifier has the shape {tuple(head['weight'].shape)} for {len(classes)} classes")
+        return found
 
     def _misfits(self, updates: Updates, directions: dict[str, Tensor], bases: dict[str, Tensor]) -> list[str]:
         """Say what is wrong with the form of a task's files, so that nothing of them can be measured."""
