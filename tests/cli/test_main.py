@@ -9,7 +9,9 @@ from pathlib import Path
 
 import datasets as hf_datasets
 import pytest
+import torch
 from rich.console import Console
+from safetensors import SafetensorError
 
 import tiny
 from keeplora.cli import learn, progress
@@ -353,3 +355,19 @@ def test_a_real_process_ends_without_a_traceback(place, tmp_path):
     assert "Traceback" not in ended.stderr + ended.stdout
     assert "Warning" not in ended.stderr
     assert "absent is neither a folder nor a zip archive" in words_of(ended.stderr)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), SafetensorError("No space")]
+)
+def test_a_lack_of_memory_or_disk_is_one_message_that_says_what_is_kept(monkeypatch, capsys, error):
+    def fails(folder):
+        raise error
+
+    monkeypatch.setattr("keeplora.cli.runs.read_run", fails)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["resume", "runs/x"])
+    assert caught.value.code == 1
+    text = capsys.readouterr().err
+    assert str(error) in text or "MemoryError" in text
+    assert "A run keeps what it has finished" in text

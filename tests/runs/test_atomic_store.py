@@ -225,7 +225,7 @@ def test_of_two_that_make_one_folder_at_once_one_is_refused(tmp_path):
     for one, text in ((first, "first"), (second, "second")):
         (one.__enter__() / "a").write_text(text)
     second.__exit__(None, None, None)
-    with pytest.raises(ValueError, match="another process has written .*out meanwhile"):
+    with pytest.raises(ValueError, match=r"another process has written .*out meanwhile"):
         first.__exit__(None, None, None)
     assert (tmp_path / "out" / "a").read_text() == "second"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -213,7 +213,7 @@ def test_an_edited_benchmark_is_told_by_every_command_that_reads_it(project, edi
         lambda: undo(project / "runs" / "one", "task0", project / "undone"),
         lambda: continued(project / "runs" / "one", str(project / "colors.toml")),
     ):
-        with pytest.raises(ValueError, match="is not what|holds another run|cannot change|are not those|was another"):
+        with pytest.raises(ValueError, match=r"is not what|holds another run|cannot change|are not those|was another"):
             command()
     assert len(tiny.tree(project / "runs" / "one")) > 5
 
@@ -231,7 +231,8 @@ def another_class(project):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("change", "words"), [(more_images, r"images were \[12, 12\], are \[18, 18\]"), (another_class, "new classes: pink")]
+    ("change", "words"),
+    [(more_images, r"images were \[12, 12\], are \[18, 18\]"), (another_class, "new classes: pink")],
 )
 def test_data_that_changed_are_told(project, change, words):
     half(project, project / "runs" / "half")
@@ -278,7 +279,7 @@ def test_what_nobody_listed_is_refused_by_every_command(project, kind):
         lambda: export_run(folder, ExportConfig(format="merged", output=project / "out")),
         lambda: undo(folder, "task0", project / "undone"),
     ):
-        with pytest.raises(ValueError, match="is not of this run|is a symbolic link"):
+        with pytest.raises(ValueError, match=r"is not of this run|is a symbolic link"):
             command()
     if "link" not in kind:
         assert any("is not of this run" in breach for breach in certify(folder).breaches)

@@ -143,7 +143,7 @@ def test_what_an_image_loses_is_said(stream, model):
     noise(5).save(folder / "moving.gif", save_all=True, append_images=[noise(6)])
     found = examine(stream, model)
     warnings, notes = "\n".join(texts(found, "warning")), "\n".join(texts(found, "note"))
-    assert "1 image of train with 16-bit pixels, cut to 8 bits" in warnings
+    assert "1 image of train with greys of 16 or 32 bits, cut to 8" in warnings
     assert "deep.png" in warnings
     assert "print.jpg" in warnings
     assert "moving.gif" in warnings

@@ -515,5 +515,7 @@ def test_processes_that_would_each_train_alone_are_refused(monkeypatch):
     """As torchrun starts them on a machine without GPUs, if nobody tells accelerate."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     for call in (best_device, lambda: fit(tiny.MLP(), tiny.VectorTask(), TrainConfig(epochs=1))):
-        with pytest.raises(ValueError, match="2 processes were started, and accelerate takes part in 1: .*USE_CPU=true"):
+        with pytest.raises(
+            ValueError, match=r"2 processes were started, and accelerate takes part in 1: .*USE_CPU=true"
+        ):
             call()

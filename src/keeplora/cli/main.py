@@ -80,9 +80,23 @@ def _call(name: str, arguments: list[str]) -> None:
             message = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
         errors.print(f"[bold red]error:[/] {escape(printable(message))}", soft_wrap=True, highlight=False)
         sys.exit(1)
+    except _lack_of_resources() as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        errors.print(f"[bold red]error:[/] {escape(printable(message))}", soft_wrap=True, highlight=False)
+        errors.print(
+            "Memory or disk ran out, or could not be used. A run keeps what it has finished; the same command,"
+        )
+        errors.print("with less batch_size or more space, resumes it.")
+        sys.exit(1)
     except KeyboardInterrupt:
         errors.print("[bold red]interrupted[/]; a run keeps what it has finished, and the same command resumes it")
         sys.exit(130)
+
+
+def _lack_of_resources() -> tuple[type[BaseException], ...]:
+    """Return what the libraries that are loaded raise where memory or disk run out."""
+    loaded = [(sys.modules.get("torch"), "OutOfMemoryError"), (sys.modules.get("safetensors"), "SafetensorError")]
+    return (MemoryError, *(getattr(library, name) for library, name in loaded if library is not None))
 
 
 def _show_help() -> None:

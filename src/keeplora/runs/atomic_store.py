@@ -124,7 +124,8 @@ class Store:
         listed = {self.folder / name for name in self.files}
         above = {folder for path in listed for folder in path.parents}
         there = (path for part in ("tasks", "model") for path in sorted((self.folder / part).rglob("*")))
-        return [path for path in there if path not in (above if path.is_dir() else listed)]
+        found = [path for path in there if path not in (above if path.is_dir() else listed)]
+        return [path for path in found if path.parent not in found]
 
     def _places_of(self, name: str) -> list[Path]:
         """Return where a file may be: in a commit that is under way, it may not have its name yet."""

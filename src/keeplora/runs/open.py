@@ -70,9 +70,11 @@ def open_run(
             )
         if different:  # Nothing is lost by starting over, perhaps with what was mended.
             manifest = new_manifest(config, tasks, settings)
-        manifest["config"] |= {key: config[key] for key in PLACES if key != "more" or not extend}
-        paths = [path for path in (config["benchmark"], config["model"], *config["more"]) if Path(path).is_absolute()]
-        manifest["nearby"] = {path: os.path.relpath(path, folder.resolve()) for path in paths}
+        # Where they lie now; and seen from here, so that they are found if all is moved.
+        manifest["config"] |= {key: config[key] for key in PLACES if key in config and not (extend and key == "more")}
+        paths = [config.get("benchmark", ""), config.get("model", ""), *config.get("more", [])]
+        nearby = {path: os.path.relpath(path, folder.resolve()) for path in paths if Path(path).is_absolute()}
+        manifest["nearby"] = nearby
         directory = RunDirectory(folder, manifest)
         require_no_strangers(directory)
         for name in directory.files:
@@ -85,8 +87,8 @@ def open_run(
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
     """Return what of a configuration makes a run: the content of its tasks and of its model, not where they lie."""
-    model = {} if Path(config["model"]).is_absolute() else {"model": config["model"]}
-    return {key: value for key, value in config.items() if key not in PLACES} | model
+    is_path = Path(config.get("model", "")).is_absolute()
+    return {key: value for key, value in config.items() if key not in PLACES or (key == "model" and not is_path)}
 
 
 def read_run(folder: Path) -> RunDirectory:

@@ -102,7 +102,8 @@ class DryRun:
                 message = f"no gradient reaches {len(unreached)} of {len(targets)} layers on a batch: "
                 cure = "choose other targets" if are_all else "leave them out of targets: they would learn nothing"
                 self.findings.append(Finding(level, task.name, message + listed(unreached), cure))
-            options: Any = config.options
+            # Steps that change nothing are all lost to rounding.
+            options: Any = dataclasses.replace(config.options, allow_merge_loss=True)
             if hasattr(options, "gradient_share"):  # A few batches are no share to speak of.
                 options = dataclasses.replace(options, gradient_share=1.0)
             method = find_method(config.method)[0](options, seed=config.seed)
