@@ -349,3 +349,29 @@ def test_principal_subspaces_are_not_computed_where_nobody_asks(monkeypatch):
 def test_protecting_every_input_is_refused_since_nothing_could_be_learned_after_one_task():
     with pytest.raises(ValueError, match=r"feature_energy = 1\.0 protects all that the first task's inputs reach"):
         KeepLoRAConfig(feature_energy=1.0)
+
+
+def integer(layer):
+    layer.weight = nn.Parameter(layer.weight.detach().mul(10).to(torch.int8), requires_grad=False)
+
+
+ODD_WEIGHTS = {
+    "integers": (integer, "has a weight of torch.int8, which takes no update"),
+    "weight norm": (torch.nn.utils.parametrizations.weight_norm, "has a weight that is computed from something else"),
+    "spectral norm": (
+        torch.nn.utils.parametrizations.spectral_norm,
+        "has a weight that is computed from something else",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("kind", ODD_WEIGHTS)
+def test_weights_that_take_no_update_are_refused_before_training(name, kind):
+    model, (change, words) = MLP(), ODD_WEIGHTS[kind]
+    change(model.fc2)
+    if name == "zero_shot":
+        return
+    with pytest.raises(ValueError, match=rf"layer 'fc2' {words}; leave it out of targets"):
+        method_for(name).before_task(model, VectorTask())
+    method_for(name, targets=("fc1", "out")).before_task(model, VectorTask())

@@ -595,3 +595,35 @@ def test_the_command_says_what_a_cut_lost_and_refuses_in_one_message(place, tmp_
     with pytest.raises(SystemExit):
         cli.main([*arguments, "--output", str(tmp_path / "out")])
     assert "out is not empty" in capsys.readouterr().err
+
+
+FOREIGN = "</td><script>alert(1)</script> | [a](http://b) `c` *d* _e_ <!-- "
+
+
+def test_text_from_elsewhere_is_shown_and_not_obeyed():
+    for text in (FOREIGN, "a`b``c", "a\nb", "| x |", "&lt;"):
+        prose, code = export_module.as_prose(text), export_module.as_code(text)
+        assert "\n" not in prose + code
+        assert "<" not in prose
+        assert not re.search(r"(?<!\\)[|`*_\[\]]", prose)
+        assert not re.search(r"(?<!\\)\|", code)
+        fence = re.match("`+", code)[0]
+        assert code.count(fence) == 2 or fence * 2 not in code[len(fence) : -len(fence)]
+
+
+@pytest.mark.slow
+def test_nothing_of_an_export_or_of_a_runs_scores_names_a_folder_of_this_machine(place, tmp_path):
+    run(config_of(place, tmp_path / "run", Case()))
+    for kind in ("merged", "adapter", "adapters"):
+        export_run(tmp_path / "run", ExportConfig(format=kind, output=tmp_path / kind))
+    texts = [path for kind in ("merged", "adapter", "adapters") for path in (tmp_path / kind).rglob("*")]
+    texts += [
+        tmp_path / "run" / "metrics.json",
+        tmp_path / "run" / "report.html",
+        *(tmp_path / "run").rglob("adapter_config.json"),
+    ]
+    for path in texts:
+        if path.is_file() and path.suffix in (".json", ".md", ".html"):
+            text = path.read_text()
+            assert str(tmp_path) not in text, path
+            assert str(place) not in text, path

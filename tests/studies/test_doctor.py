@@ -413,3 +413,38 @@ def test_findings_of_several_tasks_that_say_the_same_become_one():
     found = merged([Finding("note", "a", "x"), Finding("problem", "b", "y"), Finding("note", "c", "x")])
     assert found == [Finding("problem", "b", "y"), Finding("note", "a, c", "x")]
     assert listed(["1", "2", "3"], 2) == "1, 2, and 1 more"
+
+
+@pytest.mark.parametrize(("names", "is_told"), [(("n01440764", "n01443537", "n1"), True), (("0", "1", "2"), True),
+                                                (("a380", "robin", "wren"), False)])  # fmt: skip
+def test_class_names_that_are_codes_are_told(stream, model, names, is_told):
+    for split in ("train", "test"):
+        for old, new in zip(("blue", "green", "red"), names, strict=True):
+            (stream.parent / "data0" / split / old).rename(stream.parent / "data0" / split / new)
+    warnings = texts(examine(stream, model), "warning")
+    assert any("class names look like codes" in text for text in warnings) == is_told
+
+
+def test_files_that_are_left_out_and_pictures_without_light_are_told(stream, model):
+    folder = stream.parent / "data0" / "train" / "red"
+    (folder / "notes.txt").write_text("x")
+    Image.fromarray(np.random.default_rng(0).integers(0, 15, (20, 16, 3), dtype=np.uint8)).save(folder / "dark.png")
+    warnings = " ".join(texts(examine(stream, model), "warning"))
+    assert "1 file of train left out: train/red/notes.txt (.txt is no image that Pillow reads)" in warnings
+    assert "1 image of train are nearly black" in warnings
+
+
+def test_a_mistake_of_ours_is_no_finding(stream, model, monkeypatch):
+    monkeypatch.setattr("keeplora.studies.doctor.data.examine_splits", lambda *args: {}["ours"])
+    with pytest.raises(KeyError, match="ours"):
+        examine(stream, model)
+
+
+@pytest.mark.parametrize("kind", ["no class", "no image"])
+def test_a_split_without_anything_is_a_problem(tmp_path, model, kind):
+    path = tiny.write_benchmark(tmp_path, tasks=1)
+    for folder in (tmp_path / "data0" / "train").iterdir():
+        shutil.rmtree(folder)
+        if kind == "no image":
+            folder.mkdir()
+    assert texts(examine(path, model), "problem")

@@ -75,7 +75,7 @@ def _problems(
         yield f"{counted(len(odd), 'class name')} cannot be shown: {listed(odd)}", "rename each"
     stored_names: dict[str, list[str]] = {}
     for name in train:
-        stored_names.setdefault(spec.class_names.get(name, name), []).append(name)
+        stored_names.setdefault(spec.class_names.get(name, name.replace("_", " ")), []).append(name)
     for name, classes in stored_names.items():
         if len(classes) > 1:
             yield f"{len(classes)} classes are named {name!r}: {listed(classes)}", "their prompts must differ"
@@ -101,7 +101,7 @@ def _problems(
 def _named_for_prompts(spec: TaskSpec, splits: dict[str, Examples]) -> dict[str, Examples]:
     """Number the classes of all splits as the training split does, and give them their names in the prompt."""
     train = splits["train"].class_names
-    names = tuple(spec.class_names.get(name, name) for name in train)
+    names = tuple(spec.class_names.get(name, name.replace("_", " ")) for name in train)
     named = {}
     for split, examples in splits.items():
         numbers = [train.index(name) for name in examples.class_names]

@@ -231,7 +231,9 @@ def detach(adapted: nn.Module) -> SavedAdapter:
     """Copy the adapter out of a model, so that it can be saved after the merge."""
     weights = get_peft_model_state_dict(adapted, adapter_name=ADAPTER)
     copies = {name: value.detach().cpu().clone() for name, value in weights.items()}
-    return SavedAdapter(cast(PeftModel, adapted).peft_config[ADAPTER], copies)
+    config = copy.copy(cast(PeftModel, adapted).peft_config[ADAPTER])
+    config.base_model_name_or_path = None  # It may be a folder of this machine.
+    return SavedAdapter(config, copies)
 
 
 def inner(adapted: nn.Module) -> nn.Module:

@@ -331,5 +331,6 @@ class _Meet(torch.autograd.Function):
 
 def require_finite(tensor: Tensor, message: str) -> None:
     """Raise a `LearningError` with this message unless a tensor is finite; a mask would take more memory than it."""
-    if tensor.numel() > 0 and not torch.isfinite(torch.stack(tensor.detach().aminmax())).all():
+    is_whole = tensor.numel() == 0 or not tensor.is_floating_point()
+    if not is_whole and not torch.isfinite(torch.stack(tensor.detach().aminmax())).all():
         raise LearningError(message)

@@ -80,4 +80,11 @@ def require_own_weights(model: nn.Module, layers: Iterable[str]) -> None:
 
 
 def _stored(model: nn.Module, layer: str) -> nn.Parameter:
-    return model.get_parameter(f"{layer}.weight")
+    weight = getattr(model.get_submodule(layer), "weight", None)
+    if isinstance(weight, nn.Parameter) and weight.is_floating_point():
+        return weight
+    kind = f"of {weight.dtype}" if isinstance(weight, nn.Parameter) else "that is computed from something else"
+    raise ValueError(
+        f"layer {layer!r} has a weight {kind}, which takes no update; leave it out of targets, or make it a plain"
+        " floating-point parameter (torch.nn.utils.parametrize.remove_parametrizations)"
+    )

@@ -77,15 +77,15 @@ class RunDirectory(Store):
 
     def results(self) -> Results:
         """Return the scores so far, from the files."""
-        config = self.manifest["config"]
+        config, nearby = self.manifest["config"], self.manifest.get("nearby", {})
         measured = [*self.manifest["start"].items(), *(cost for task in self.tasks for cost in task["phases"].items())]
         seconds: dict[str, float] = {}
         for name, cost in measured:
             seconds[name] = seconds.get(name, 0.0) + cost["seconds"]
         return Results(
             method=config["method"],
-            benchmark=" + ".join([config["benchmark"], *config["more"]]),
-            model=config["model"],
+            benchmark=" + ".join(nearby.get(name, name) for name in (config["benchmark"], *config["more"])),
+            model=nearby.get(config["model"], config["model"]),
             seed=config["seed"],
             tasks=self.manifest["tasks"],
             zero_shot=self.manifest["zero_shot"],

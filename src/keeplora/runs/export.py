@@ -1,7 +1,10 @@
 """What a run learned, for use without keeplora: made again in float32 from base model and adapters, cast once."""
 
 import dataclasses
+import html
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,7 +40,8 @@ class Card:
 
     format: str
     dtype: str
-    base: str  # Hub name or absolute folder of the base model.
+    base: str  # Hub name of the base model, or its folder as seen from the card.
+    is_folder: bool
     model_class: str  # Its class in transformers.
     has_text_tower: bool  # Whether it tells images apart by prompts.
     embedded: tuple[str, ...]
@@ -63,13 +67,24 @@ def render_card(card: Card) -> str:
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters["literal"] = lambda value: json.dumps(value, ensure_ascii=False)
+    environment.filters |= {"prose": as_prose, "code": as_code}
     template = environment.from_string(Path(__file__).with_name("card.md.j2").read_text(encoding="utf-8"))
-    return template.render(
-        **vars(card), names=card.names, is_on_hub=not Path(card.base).is_absolute(), metric_names=METRIC_NAMES
-    )
+    return template.render(**vars(card), names=card.names, is_on_hub=not card.is_folder, metric_names=METRIC_NAMES)
 
 
 NOTICE = Path(__file__).parents[1] / "data" / "mini" / "NOTICE"
+
+
+def as_prose(text: object) -> str:
+    """Return text from elsewhere so that Markdown shows it as it is: no HTML, no links, no columns."""
+    return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", html.escape(" ".join(str(text).split()), quote=False))
+
+
+def as_code(text: object) -> str:
+    """Return text from elsewhere as a Markdown code span, which holds no HTML and ends where we end it."""
+    plain = " ".join(str(text).split()).replace("|", "\\|")
+    fence = "`" * (1 + max(map(len, re.findall("`+", plain)), default=0))
+    return f"{fence} {plain} {fence}" if "`" in plain else f"{fence}{plain}{fence}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +115,13 @@ class _Source:
     base: nn.Module
     records: dict[str, tuple[TaskRecord, Path]]
     track: Track
+    output: Path
 
     @property
     def base_name(self) -> str:
-        """The hub name of the base model, or its absolute folder."""
+        """The hub name of the base model, or its folder as seen from the export: nobody else has ours."""
         name = locate(self.config.model)
-        return str(Path(name).resolve()) if Path(name).is_dir() else name
+        return os.path.relpath(Path(name).resolve(), self.output.resolve()) if Path(name).is_dir() else name
 
     @property
     def adapters(self) -> dict[str, SavedAdapter]:
@@ -134,7 +150,7 @@ def export_run(folder: Path, config: ExportConfig, *, track: Track = silent) -> 
         )
     if config.format != "merged" and all(record.adapter is None for record, _ in records.values()):
         raise ValueError(f"{folder} was learned by {run.method}, which leaves no adapter; use --format merged")
-    source = _Source(directory, run, family_of(run.model).load(locate(run.model)), records, track)
+    source = _Source(directory, run, family_of(run.model).load(locate(run.model)), records, track, config.output)
     with made_whole(config.output) as part:
         found = WRITERS[config.format](source, config, part)
         card = _card(source, config, heads=_write_heads(source, part), **found)
@@ -226,6 +242,7 @@ def _card(source: _Source, config: ExportConfig, **found: Any) -> Card:
         format=config.format,
         dtype=config.dtype,
         base=source.base_name,
+        is_folder=Path(locate(run.model)).is_dir(),
         model_class=type(source.base).__name__,
         has_text_tower=hasattr(source.base, "get_text_features"),
         embedded=tuple(kind for kind in ("model", "benchmark") if getattr(run, kind) in EMBEDDED),

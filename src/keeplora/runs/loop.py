@@ -4,6 +4,7 @@ Every task is a sequence of durable phases: gradient, initialise, train, merge, 
 off resumes after the last completed one, and gives the same bytes as an uninterrupted run.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,11 @@ from keeplora.runs.open import open_run, open_stream, require_same_data
 from keeplora.runs.phases import TaskPhases
 from keeplora.training.profiling import Clock
 from keeplora.training.trainer import best_device, fit, seed_everything
+
+HARDLY = 1.0  # A task that gains fewer points, and is not at NEARLY_ALL before, was hardly learned.
+NEARLY_ALL = 95.0
+
+logger = logging.getLogger(__name__)
 
 Watch = Callable[[Results], None]  # Called with the results so far: at the start, and after each task.
 
@@ -78,7 +84,7 @@ def learn(config: RunConfig, directory: RunDirectory, track: Track, watch: Watch
                 losses = fit(adapted, watched, train, penalty=method.penalty, track=track, checkpoints=checkpoints)
             with phases.clock.phase("merge"):
                 model = method.after_task(adapted, training_task)
-            scores = [results.zero_shot, *results.accuracy][-1]
+            scores = before = [results.zero_shot, *results.accuracy][-1]
             if is_changed := method.record.adapter is not None:  # Otherwise the model is as it was before the task.
                 scores = phases.once(Step("evaluate"), _scores, model, tasks, track)["scores"].tolist()
         details = {"name": task.name, "scores": scores, "losses": losses, "phases": phases.clock.read()}
@@ -86,6 +92,9 @@ def learn(config: RunConfig, directory: RunDirectory, track: Track, watch: Watch
         is_saved = config.save_model and (index == 0 or (is_changed and method.record.merged))
         directory.add_task(method.record, details, model if is_saved else None)
         warn_of_full_layers(directory.tasks, len(tasks) - directory.num_finished)
+        if is_changed and method.one_by_one and scores[index] < min(before[index] + HARDLY, NEARLY_ALL):
+            gain = scores[index] - before[index]
+            logger.warning("task %r hardly moved (%+.1f points): raise learning_rate or epochs", task.name, gain)
         watch(results := directory.results())
 
 

@@ -1,6 +1,7 @@
 """Is the data of every task there, whole, and fit to learn from? All that is wrong is found, not only the first."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ MOST_IMBALANCE = 10  # A larger ratio of the largest class to the smallest one i
 DARK = 16  # An image whose colours are all below this, of 255, shows next to nothing.
 TINY = 4  # Images whose shorter side is this many times below the model's input hold little that the model could see.
 
+CODE = re.compile(r"[a-zA-Z]{0,3}[-_ ]?\d+")
 TRANSPARENT = "an alpha channel, put on white"
 
 
@@ -57,7 +59,9 @@ class TaskData:
     def class_names(self) -> tuple[str, ...]:
         """The names of the classes as the prompts have them."""
         stored = self.splits["train"].class_names if "train" in self.splits else ()
-        return stored if self.is_accepted else tuple(self.spec.class_names.get(name, name) for name in stored)
+        if self.is_accepted:
+            return stored
+        return tuple(self.spec.class_names.get(name, name.replace("_", " ")) for name in stored)
 
     @property
     def class_sizes(self) -> Counter[str]:
@@ -146,11 +150,16 @@ def _image_findings(data: TaskData, split: str, side: int) -> Iterator[Finding]:
 
 
 def _balance_findings(data: TaskData) -> Iterator[Finding]:
-    sizes = data.class_sizes.most_common()
+    if not (sizes := data.class_sizes.most_common()):
+        yield Finding("problem", data.spec.name, "train has no class", "add images at SPLIT/CLASS/IMAGE")
+        return
     (largest, most), (smallest, fewest) = sizes[0], sizes[-1]
     if len(sizes) == 1:
         message = f"{largest!r} is the only class: every answer is right, and there is nothing to learn"
         yield Finding("problem", data.spec.name, message, "add a second class")
+    if len(codes := [name for name in data.class_names if CODE.fullmatch(name)]) > len(data.class_names) / 2:
+        message = f"class names look like codes, which the model cannot read: {listed(codes, 5)}"
+        yield Finding("warning", data.spec.name, message, "give the words for the prompt with class_names")
     if most > MOST_IMBALANCE * fewest:
         many, few = f"{largest!r} has {counted(most, 'image')}", f"{smallest!r} {fewest:,}"
         message = f"the classes of train are out of balance: {many}, {few}, {most / fewest:.0f} times fewer"

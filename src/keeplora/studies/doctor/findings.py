@@ -4,13 +4,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
 from datasets.exceptions import DatasetsError
 
 Level = Literal["problem", "warning", "note"]
 """A problem stops a run or spoils it; a warning makes its numbers doubtful; a note is good to know."""
 
-FAILURES = (ValueError, RuntimeError, LookupError, OSError, DatasetsError)
-"""What data, a model or a method raise when they cannot be used; too little memory is a RuntimeError."""
+FAILURES = (ValueError, OSError, DatasetsError, torch.OutOfMemoryError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+"""What data, a model or a method raise when they cannot be used; our own mistakes raise something else."""
 
 
 @dataclass(frozen=True)
