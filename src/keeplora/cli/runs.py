@@ -69,10 +69,10 @@ def resume(
 ) -> None:
     """Resume a run after its last completed phase or checkpoint; a complete one is shown."""
     directory = read_run(run)
+    config = config_of(directory, benchmark=benchmark)
     if directory.is_complete and "report.html" in directory.files:  # On a read-only medium too.
         show_run(directory.results(), run)
         return
-    config = config_of(directory, benchmark=benchmark)
     config = replace(config, checkpoint_steps=checkpoint_steps, checkpoint_minutes=checkpoint_minutes)
     with Display(console) as display:
         results = run_stream(config, track=display.track, watch=display.watch)
