@@ -118,24 +118,26 @@ def readable_suffixes() -> frozenset[str]:
 
 
 def _in_folder(root: Path) -> Iterator[Entry]:
-    """Yield what is in a folder, each real folder once, however many links lead to it."""
-    seen = {_identity(root): "."}
-    waiting = [""]
-    while waiting:
-        above = waiting.pop()
+    """Yield what is in a folder, but for what is hidden: each real folder once, however many links lead to it."""
+    seen: dict[tuple[int, int], str] = {}
+    folders, links = [""], list[str]()
+    while folders or links:
+        above = folders.pop() if folders else links.pop(0)  # A folder's own name goes before those of links to it.
+        if (first := seen.setdefault(_identity(root / above), above)) != above:
+            yield above, f"a link to {first or '.'}, which is read already"
+            continue
+        if above:
+            yield above, ""
         with os.scandir(root / above) as found:
-            items = sorted(found, key=lambda item: item.name)
-        for item in items:
-            name = f"{above}{item.name}"
-            if (path := Path(item.path)).is_dir():
-                first = seen.setdefault(_identity(path), name)
-                yield f"{name}/", "" if first == name else f"a link to {first}, which is read already"
-                if first == name:
-                    waiting.append(f"{name}/")
+            names = sorted(item.name for item in found if not item.name.startswith((".", "__MACOSX")))
+        for name in names:
+            path = root / above / name
+            if path.is_dir():
+                (links if path.is_symlink() else folders).append(f"{above}{name}/")
             elif not path.is_file():  # Opening a pipe would wait for ever.
-                yield name, "a link to nothing" if item.is_symlink() else "no regular file"
+                yield f"{above}{name}", "a link to nothing" if path.is_symlink() else "no regular file"
             else:
-                yield name, _why_not(name, lambda path=path: _is_image(path))  # type: ignore[misc]
+                yield f"{above}{name}", _why_not(name, lambda path=path: _is_image(path))  # type: ignore[misc]
 
 
 def _identity(folder: Path) -> tuple[int, int]:
