@@ -11,15 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import tiny
 from keeplora.cli import main as cli
 from keeplora.config import parse
+from keeplora.evaluation.evaluate import evaluate
 from keeplora.layers.lora import SavedAdapter
 from keeplora.methods.registry import find_method
 from keeplora.models.dual_encoder import DualEncoder
-from keeplora.models.registry import EMBEDDED
+from keeplora.models.registry import EMBEDDED, family_of
 from keeplora.runs import export as export_module
 from keeplora.runs.config import RunConfig
 from keeplora.runs.export import ExportConfig, export_run
@@ -93,6 +95,7 @@ def script_of(folder):
 
 ELSEWHERE = r"""
 import json, os, re, sys
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 for place in json.load(sys.stdin):
@@ -627,3 +630,16 @@ def test_nothing_of_an_export_or_of_a_runs_scores_names_a_folder_of_this_machine
             text = path.read_text()
             assert str(tmp_path) not in text, path
             assert str(place) not in text, path
+
+
+@pytest.mark.slow
+def test_the_card_of_a_cut_adapter_has_the_scores_of_what_was_written(place, tmp_path):
+    card = exported(place, "reduced", tmp_path / "out", "adapter", rank=1)
+    directory, _, tasks = reopen(place / "reduced")
+    base = family_of(directory.manifest["config"]["model"]).load(directory.manifest["config"]["model"])
+    model = PeftModel.from_pretrained(base, tmp_path / "out")
+    assert card.cut_scores == pytest.approx(evaluate(model, tasks))
+    text = (tmp_path / "out" / "README.md").read_text()
+    for task, score in zip(tasks, card.cut_scores, strict=True):
+        assert re.search(rf"\| {task.name} \|.*\| {score:.1f} \|$", text, re.MULTILINE)
+    assert "the others are those of the exact model" in text

@@ -511,6 +511,18 @@ def test_parts_without_examples_are_passed_over():
             torch.testing.assert_close(value, models[0].state_dict()[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("sizes", [(8, 0, 5), (0, 8, 5), (8, 5, 0)])
+def test_an_empty_batch_changes_nothing_and_alone_in_a_step_is_named(sizes):
+    losses = {}
+    for chosen in (sizes, tuple(size for size in sizes if size)):
+        task = tiny.VectorTask(sizes=chosen)
+        losses[chosen] = fit(tiny.MLP(), task, TrainConfig(epochs=2, learning_rate=0.01, accumulation=3))
+    first, second = losses.values()
+    assert first == pytest.approx(second, rel=1e-6)
+    with pytest.raises(ValueError, match="the batches of a step have no weight; leave out what is empty"):
+        fit(tiny.MLP(), tiny.VectorTask(sizes=sizes), TrainConfig(epochs=1, learning_rate=0.01))
+
+
 def test_processes_that_would_each_train_alone_are_refused(monkeypatch):
     """As torchrun starts them on a machine without GPUs, if nobody tells accelerate."""
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -21,10 +21,12 @@ from keeplora.config import Config
 from keeplora.data.benchmark import TaskSpec
 from keeplora.data.readers import read_splits
 from keeplora.evaluation.accuracy_matrix import METRIC_NAMES, Results
+from keeplora.evaluation.evaluate import evaluate
 from keeplora.layers import lora
 from keeplora.layers.lora import SavedAdapter
 from keeplora.methods.base import TaskRecord
 from keeplora.methods.registry import find_method
+from keeplora.models.interfaces import StreamTask
 from keeplora.models.registry import EMBEDDED, family_of, locate
 from keeplora.progress import Track, silent
 from keeplora.runs.atomic_store import made_whole
@@ -54,6 +56,7 @@ class Card:
     folders: dict[str, str] = field(default_factory=dict)  # Task and folder of each adapter.
     heads: dict[str, str] = field(default_factory=dict)  # Task and file, without its ending, of each classifier.
     cut: Cut | None = None
+    cut_scores: list[float] | None = None  # Of what was exported on all tasks, where cutting lost something.
 
     @property
     def names(self) -> dict[str, str]:
@@ -171,15 +174,31 @@ def _write_merged(source: _Source, config: ExportConfig, part: Path) -> dict[str
 
 
 def _write_sum(source: _Source, config: ExportConfig, part: Path) -> dict[str, Any]:
-    factors, cut = summed([saved.factors() for saved in source.adapters.values()]), None
+    factors, cut, scores = summed([saved.factors() for saved in source.adapters.values()]), None, None
     if config.rank is not None:
         factors, cut = cut_to(factors, config.rank, track=source.track)
     ranks = {name: len(a) for name, (a, _) in factors.items()}
     adapted = lora.attach(source.base, ranks, {name: float(r) for name, r in ranks.items()}, factors=factors)
     saved = lora.detach(adapted)
+    if cut is not None and cut.overall > 0:
+        scores = evaluate(adapted, _tasks_of(source), track=source.track)
     lora.unload(adapted)
     _write_adapter(source, config, saved, part)
-    return {"cut": cut}
+    return {"cut": cut, "cut_scores": scores}
+
+
+def _tasks_of(source: _Source) -> list[StreamTask]:
+    """Load the tasks of a run, with the classifiers that it has learned for them."""
+    run = source.config
+    require_recorded_tasks(source.directory, run)
+    tasks = family_of(run.model).tasks(
+        locate(run.model), run.stream, batch_size=run.train.batch_size, evaluation=run.evaluation, seed=run.seed,
+        track=source.track,
+    )  # fmt: skip
+    for task in tasks:
+        if task.name in source.records and (head := source.records[task.name][0].head):
+            task.load_head(head)
+    return tasks
 
 
 def _write_each(source: _Source, config: ExportConfig, part: Path) -> dict[str, Any]:

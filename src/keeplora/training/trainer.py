@@ -151,6 +151,8 @@ class _Step:
         One micro-batch goes after the other: what the backward pass needs is kept of a single one. What stands around a
         model wants to be called once for a batch.
         """
+        if share == 0:
+            return 0.0  # An empty batch has no loss.
         is_bare = self.accelerator.distributed_type == DistributedType.NO and not is_wrapped(self.model)
         micro_batches = list(self.task.micro_batches(batch)) if is_bare else []
         if len(micro_batches) < 2:
