@@ -8,10 +8,12 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
+from keeplora.cli.tables import matrix_table
 from keeplora.evaluation.accuracy_matrix import Results
-from keeplora.evaluation.capacity import capacity_of, forecast
-from keeplora.report import html
+from keeplora.evaluation.capacity import Capacity, LayerCapacity, capacity_of, forecast
+from keeplora.report import charts, html
 from keeplora.report.charts import capacity_map, heat_maps
 from keeplora.report.html import page
 
@@ -144,3 +146,26 @@ def test_the_picture_of_the_capacity_grows_with_the_layers_and_stays_bounded():
         return Image.open(io.BytesIO(capacity_map(capacity))).height
 
     assert height(4) < height(40) < height(400) == height(900)
+
+
+def long_run(num_tasks):
+    names = [f"task number {i} with a name of forty letters"[:40] for i in range(num_tasks)]
+    row = [50.0 + i % 40 for i in range(num_tasks)]
+    return Results(method="keeplora", benchmark="long", model="mini", seed=0, tasks=names, zero_shot=row,
+                   accuracy=[row] * num_tasks, seconds={"train": 1.0}, peak_memory_mb=1.0)  # fmt: skip
+
+
+def test_a_long_stream_stays_readable():
+    results = long_run(120)
+    layers = {f"layer{i}": LayerCapacity(100, tuple(range(100, 40, -1)) * 2, 4) for i in range(48)}
+    capacity = Capacity(tuple(results.tasks), layers)
+    assert len(html.page([results], capacity).encode()) < 2 * 10**6
+    for drawn in (charts.heat_maps([results]), charts.capacity_map(capacity)):
+        assert max(Image.open(io.BytesIO(drawn)).size) < 2500
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(matrix_table(results))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    for i in range(120):
+        (line,) = [line for line in lines if line.strip().startswith(f"task number {i} ")]
+        assert line.split()[-3:] == [f"{results.zero_shot[i]:.1f}"] * 3

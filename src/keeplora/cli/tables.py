@@ -24,6 +24,8 @@ from keeplora.studies.principal import PrincipalCurve
 WIDTH = 78  # Columns that every terminal is taken to have.
 BAR = 16  # Width of a bar in characters.
 
+MOST_COLUMNS = 12  # More tasks do not fit side by side.
+LONG = ("task", "untouched", "right after", "at the end")
 MEASURED = ("merge_loss", "orthonormality")
 WITHOUT_LINES: dict[str, Any] = {"box": None, "padding": (0, 1, 0, 0)}
 Row = Iterable[object]
@@ -86,12 +88,19 @@ def evaluation_table(recorded: Results, recorded_on: str, scores: list[float], e
 
 
 def matrix_table(run: Results) -> Table:
-    """Tabulate a run's accuracy matrix: after each task (rows) on each task (columns)."""
+    """Tabulate a run's accuracy matrix: after each task (rows) on each task (columns); of a long one what it shows."""
+    caption = ", ".join(f"{METRIC_NAMES[key]} {_number(value)}" for key, value in run.summary().items())
+    if len(run.tasks) > MOST_COLUMNS:
+        learned = [f"{row[t]:.1f}" for t, row in enumerate(run.accuracy)] + ["-"] * len(run.tasks)
+        ends = zip(run.tasks, run.zero_shot, learned, [run.zero_shot, *run.accuracy][-1], strict=False)
+        rows_of_tasks = [(task, f"{before:.1f}", after, f"{now:.1f}") for task, before, after, now in ends]
+        made = table(f"{run.method}: accuracy in %", LONG, rows_of_tasks, caption=caption, **WITHOUT_LINES)
+        made.columns[0].overflow, made.columns[0].max_width = "ellipsis", WIDTH - 40
+        return made
     rows: list[Row] = [("(untouched)", *(f"{score:.0f}" for score in run.zero_shot))]
     for t, row in enumerate(run.accuracy):
         rows.append((run.tasks[t], *(Text(f"{score:.0f}", "bold" if i == t else "") for i, score in enumerate(row))))
     title, headings = f"{run.method}: accuracy in %", ("after learning", *run.tasks)
-    caption = ", ".join(f"{METRIC_NAMES[key]} {_number(value)}" for key, value in run.summary().items())
     made = table(title, headings, rows, no_wrap=True, caption=caption, min_width=WIDTH, **WITHOUT_LINES)
     for column in made.columns[1:]:
         column.width = min(max(map(len, run.tasks)), max(4, (WIDTH - 15) // len(run.tasks) - 1))

@@ -10,6 +10,9 @@ from keeplora.evaluation.accuracy_matrix import Results
 from keeplora.evaluation.capacity import Capacity
 from keeplora.evaluation.intervals import Estimate
 
+MOST_NAMES = 30  # A picture has the names of at most so many tasks, and grows no further with their number.
+LONGEST_NAME = 24
+
 
 def trade_off(points: Mapping[str, tuple[Estimate | None, Estimate | None]], reference: str) -> bytes:
     """Draw Last against Transfer (None: a line) of each method with 95 % intervals; the reference is a star."""
@@ -39,21 +42,25 @@ def heat_maps(runs: list[Results]) -> bytes:
     """
     num_tasks = len(runs[0].tasks)
     with matplotlib.rc_context({"font.size": 8, "text.parse_math": False}):
-        side = 1.4 + 0.42 * num_tasks
+        step = 1 + (num_tasks - 1) // MOST_NAMES
+        side = 1.4 + 0.42 * min(num_tasks, MOST_NAMES)
         figure = Figure(figsize=(1.2 + side * len(runs), 1.0 + side), layout="constrained", dpi=110)
         axes = figure.subplots(1, len(runs), squeeze=False, sharey=True)[0]
         for axis, run in zip(axes, runs, strict=True):
             rows = [run.zero_shot, *run.accuracy]
             axis.imshow(rows, vmin=0, vmax=100, cmap="viridis", aspect="equal")
             axis.set(title=run.method, xlabel="evaluated on")
-            axis.set_xticks(range(num_tasks), run.tasks, rotation=60, ha="right")
-            axis.set_yticks(range(len(rows)), ["(untouched)", *run.tasks[: len(rows) - 1]])
+            names = [shortened(name) for name in ("(untouched)", *run.tasks)]
+            axis.set_xticks(range(0, num_tasks, step), names[1::step], rotation=60, ha="right")
+            axis.set_yticks(range(0, len(rows), step), names[: len(rows) : step])
             for t, row in enumerate(rows):
-                for i, score in enumerate(row):
+                for i, score in enumerate(row if step == 1 else ()):
                     color = "white" if score < 60 else "black"
                     axis.text(i, t, f"{score:.0f}", ha="center", va="center", color=color, fontsize=7)
                 if t > 0:
-                    axis.add_patch(matplotlib.patches.Rectangle((t - 1.5, t - 0.5), 1, 1, fill=False, ec="red", lw=1.2))
+                    axis.add_patch(
+                        matplotlib.patches.Rectangle((t - 1.5, t - 0.5), 1, 1, fill=False, ec="red", lw=1.2 / step)
+                    )
         axes[0].set_ylabel("after learning")
         figure.colorbar(axes[0].images[0], ax=axes, label="accuracy in %", shrink=0.6)
         return png(figure)
@@ -63,17 +70,23 @@ def capacity_map(capacity: Capacity) -> bytes:
     """Draw the share of the input dimensions that is free in each layer (rows) after each task (columns)."""
     names = list(capacity.layers)
     with matplotlib.rc_context({"font.size": 8, "text.parse_math": False}):
-        size = (4.5 + 0.35 * len(capacity.tasks), 1.4 + min(0.14 * len(names), 30.0))
+        tasks, across = capacity.tasks, 1 + (len(capacity.tasks) - 1) // MOST_NAMES
+        size = (4.5 + 0.35 * min(len(tasks), MOST_NAMES), 1.4 + min(0.14 * len(names), 30.0))
         figure = Figure(figsize=size, layout="constrained", dpi=110)
         axis = figure.subplots()
         shares = [[100 * left / layer.d_in for left in layer.left] for layer in capacity.layers.values()]
         image = axis.imshow(shares, vmin=0, vmax=100, cmap="viridis", aspect="auto", interpolation="nearest")
-        axis.set_xticks(range(len(capacity.tasks)), capacity.tasks, rotation=60, ha="right")
+        axis.set_xticks(range(0, len(tasks), across), map(shortened, tasks[::across]), rotation=60, ha="right")
         step = 1 + len(names) // 200
         axis.set_yticks(range(0, len(names), step), names[::step], fontsize=6)
         axis.set_xlabel("after learning")
         figure.colorbar(image, ax=axis, label="input dimensions free, in %")
         return png(figure)
+
+
+def shortened(name: str) -> str:
+    """Return a name as it fits beside a picture."""
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
 
 def png(figure: Figure) -> bytes:
