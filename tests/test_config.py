@@ -1,12 +1,13 @@
 """Configurations: what a wrong file or key is told."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
 
 from keeplora.config import Config, parse, read_toml
-from keeplora.data.benchmark import Benchmark
+from keeplora.data.benchmark import Benchmark, TaskSpec
 from keeplora.methods.base import MethodConfig
 from keeplora.methods.keeplora import KeepLoRAConfig
 from keeplora.runs.config import RunConfig
@@ -169,3 +170,16 @@ def test_the_defaults_are_the_papers_for_mtil():
     assert (config.b_start, config.features, config.layer_scale, config.classifier) == (
         "zero", "second_moment", 1.0, "none",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "table"), [("epochs", "train"), ("learning_rate", "train"), ("rank", "options")])
+def test_a_key_in_the_wrong_table_is_told_the_right_one(key, table):
+    with pytest.raises(ValueError, match=rf"unknown key '{key}'; it belongs into the table \[{table}\]"):
+        parse(RunConfig, {key: 1}, source="settings.toml")
+
+
+@pytest.mark.parametrize("kind", [TaskSpec, RunConfig])
+def test_keys_that_are_filled_in_are_not_offered(kind):
+    with pytest.raises(ValueError, match="known keys") as caught:
+        parse(kind, {"nothing": 1}, source="x.toml")
+    assert not {"hub", "sources"} & set(re.findall(r"[a-z_]+", str(caught.value).split("known keys")[1]))

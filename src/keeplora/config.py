@@ -17,6 +17,8 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 C = TypeVar("C")
 
+FILLED_IN = {"filled_in": True}  # Marks a field that nobody sets.
+
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -115,7 +117,7 @@ def _made(kind: type[C], values: Any, above: str, problems: list[tuple[str, str]
     found: list[tuple[str, str]] = []
     for key in values:
         if key not in known:
-            found.append((above + key, f"unknown key {above + key!r}; known keys: {', '.join(known)}"))
+            found.append((above + key, f"unknown key {above + key!r}; {_hint(known, key)}"))
     ready = {}
     for key, field in known.items():
         if key in values:
@@ -129,6 +131,15 @@ def _made(kind: type[C], values: Any, above: str, problems: list[tuple[str, str]
         key = next((name for name in ready if str(error).startswith(name)), "")
         problems.append((above + key, above + str(error) if key else str(error)))
         return None
+
+
+def _hint(known: dict[str, dataclasses.Field[Any]], key: str) -> str:
+    """Say in which table an unknown key belongs, or else which keys there are, without those that are filled in."""
+    for name, field in known.items():
+        inner = _configuration(field.type)
+        if inner and key in {one.name for one in fields(inner)}:
+            return f"it belongs into the table [{name}]"
+    return f"known keys: {', '.join(name for name, field in known.items() if 'filled_in' not in field.metadata)}"
 
 
 def _ready(field: dataclasses.Field[Any], value: Any, key: str, problems: list[tuple[str, str]]) -> Any:

@@ -10,7 +10,7 @@ from unicodedata import normalize
 
 from pydantic import PositiveInt
 
-from keeplora.config import Config, Share, parse, read_toml
+from keeplora.config import FILLED_IN, Config, Share, parse, read_toml
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 
@@ -36,7 +36,7 @@ class TaskSpec(Config):
     test_share: Share = 0.0  # Share of the training images to test on, with a fixed seed, where there is no test split.
     max_megapixels: PositiveInt = 80  # A larger image is an error.
     max_file_mb: PositiveInt = 256  # So is a larger file; of an archive or a dataset, one that is larger unpacked.
-    hub: str = ""  # `path` as it was written, for a dataset of the hub; filled in.
+    hub: str = field(default="", metadata=FILLED_IN)  # `path` as it was written, for a dataset of the hub.
 
     def __post_init__(self) -> None:
         super().__post_init__()

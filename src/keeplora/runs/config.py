@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt
 
-from keeplora.config import Config, parse
+from keeplora.config import FILLED_IN, Config, parse
 from keeplora.data.benchmark import TaskSpec, absolute, read_benchmark, stream_of
 from keeplora.methods.base import MethodConfig
 from keeplora.methods.registry import find_method, known_methods, method_behind
@@ -54,7 +54,7 @@ class RunConfig(Config):
     """How each task is optimised."""
     options: MethodConfig = None  # type: ignore[assignment]
     """The method's own options; left out, its defaults."""
-    sources: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+    sources: dict[str, str] = field(default_factory=dict, compare=False, repr=False, metadata=FILLED_IN)
     """Where settings came from, by dotted name; filled in."""
 
     def __post_init__(self) -> None:
