@@ -355,12 +355,13 @@ def integer(layer):
     layer.weight = nn.Parameter(layer.weight.detach().mul(10).to(torch.int8), requires_grad=False)
 
 
+COMPUTED = "has a weight that is computed from something else, which takes no update"
 ODD_WEIGHTS = {
     "integers": (integer, "has a weight of torch.int8, which takes no update"),
-    "weight norm": (torch.nn.utils.parametrizations.weight_norm, "has a weight that is computed from something else"),
+    "weight norm": (torch.nn.utils.parametrizations.weight_norm, COMPUTED),
     "spectral norm": (
         torch.nn.utils.parametrizations.spectral_norm,
-        "has a weight that is computed from something else",
+        COMPUTED,
     ),
 }
 
@@ -374,4 +375,16 @@ def test_weights_that_take_no_update_are_refused_before_training(name, kind):
         return
     with pytest.raises(ValueError, match=rf"layer 'fc2' {words}; leave it out of targets"):
         method_for(name).before_task(model, VectorTask())
-    method_for(name, targets=("fc1", "out")).before_task(model, VectorTask())
+    if kind != "integers":  # They cannot run either.
+        method_for(name, targets=("fc1", "out")).before_task(model, VectorTask())
+
+
+@pytest.mark.parametrize("options", [{"weight_side": "output"}, {"weight_energy": {"fc1": 0.4}}])
+def test_what_cannot_be_protected_is_refused_again_at_the_next_attempt(options):
+    """A half of the layers would pass for all of them."""
+    model = MLP()
+    model.fc1 = nn.Linear(11, 11)
+    method = KeepLoRA(KeepLoRAConfig(**{"rank": 2, "targets": NAMES, "weight_energy": 0.4, **options}))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"needs square layers|in none of the towers"):
+            method.before_task(model, VectorTask())

@@ -415,7 +415,7 @@ def test_adding_tasks_to_a_finished_run_equals_one_run_with_all(place, tmp_path,
     added = run(continued(tmp_path / "run", str(second)), extend=True)
     whole = read_run(place / "whole").results()
     assert (added.tasks, added.zero_shot, added.accuracy) == (whole.tasks, whole.zero_shot, whole.accuracy)
-    assert added.benchmark == f"{first} + {second}"
+    assert added.benchmark == f"{first.name} + {second.name}"
     assert tiny.lasting(tmp_path / "run")[0] == tiny.lasting(place / "whole")[0]
     assert certify(tmp_path / "run").breaches == []
     assert "task3" in (tmp_path / "run/report.html").read_text()

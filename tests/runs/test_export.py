@@ -347,7 +347,7 @@ def test_the_adapters_are_those_that_were_recorded(place, tmp_path):
         assert (found / weights).read_bytes() == (recorded / weights).read_bytes()
         before, now = (json.loads((folder / "adapter_config.json").read_text()) for folder in (recorded, found))
         assert {key for key in now if now[key] != before[key]} <= {"base_model_name_or_path", "auto_mapping"}
-        assert now["base_model_name_or_path"] == str((place / "clip").resolve())
+        assert now["base_model_name_or_path"] == os.path.relpath(place / "clip", tmp_path / "out")
         assert list(now["rank_pattern"]) == list(before["rank_pattern"])
 
 
@@ -386,7 +386,7 @@ def test_heads_whose_task_left_the_benchmark_are_an_error(place, tmp_path):
     text = path.read_text()
     path.write_text(text.replace('"task0"', '"other"'))
     try:
-        with pytest.raises(ValueError, match=r"task 'task0' of the run is not in .*colors\.toml any more"):
+        with pytest.raises(ValueError, match=r"colors\.toml is not what .* was begun with: task0"):
             exported(place, "heads", tmp_path / "out")
     finally:
         path.write_text(text)
@@ -407,7 +407,7 @@ def test_the_card_tells_tasks_in_order_scores_settings_and_licences(place, tmp_p
     ]
     assert rows[1].startswith('| it\'s {x} \\| "y" |')
     assert f"Last {results.summary()['last']:.1f}" in text
-    for setting in ('| method | `"keeplora"` |', "| rank | `3` |", "| layer_scale | `0.5` |", "| epochs | `2` |"):
+    for setting in ('| method | `"keeplora"` |', "| rank | `3` |", r"| layer\_scale | `0.5` |", "| epochs | `2` |"):
         assert setting in text
     assert "keeplora does not know them" in text
     front = text.split("---\n")[1]
@@ -438,7 +438,7 @@ def test_what_came_with_keeplora_takes_its_notice_along(place, tmp_path, monkeyp
     assert "the weights of the base model are under Apache-2.0" in text
     assert "keeplora does not know the licence of\nthe training data" in text
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str((place / "clip").resolve())
+    assert config["base_model_name_or_path"] == os.path.relpath(place / "clip", tmp_path / "out")
 
 
 # Other runs
@@ -457,7 +457,7 @@ def test_a_run_that_is_not_finished_exports_what_is_and_says_so(place, tmp_path,
     assert "Exported 1 of 2 tasks" in shown
     assert f"The run is not finished; not in the export: {NASTY}" in shown
     text = (tmp_path / "out" / "README.md").read_text()
-    assert f"1 of 2 tasks are learned; not in here: {NASTY}" in text
+    assert f"1 of 2 tasks are learned; not in here: {export_module.as_prose(NASTY)}" in text
     assert text.count("not learned |") == 1
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["01-task0", "README.md"]
 
@@ -635,11 +635,11 @@ def test_nothing_of_an_export_or_of_a_runs_scores_names_a_folder_of_this_machine
 @pytest.mark.slow
 def test_the_card_of_a_cut_adapter_has_the_scores_of_what_was_written(place, tmp_path):
     card = exported(place, "reduced", tmp_path / "out", "adapter", rank=1)
-    directory, _, tasks = reopen(place / "reduced")
+    directory, _, tasks = reopen(place / "runs" / "reduced")
     base = family_of(directory.manifest["config"]["model"]).load(directory.manifest["config"]["model"])
     model = PeftModel.from_pretrained(base, tmp_path / "out")
     assert card.cut_scores == pytest.approx(evaluate(model, tasks))
     text = (tmp_path / "out" / "README.md").read_text()
-    for task, score in zip(tasks, card.cut_scores, strict=True):
-        assert re.search(rf"\| {task.name} \|.*\| {score:.1f} \|$", text, re.MULTILINE)
+    for score in card.cut_scores:
+        assert re.search(rf"\| {score:.1f} \|$", text, re.MULTILINE)
     assert "the others are those of the exact model" in text

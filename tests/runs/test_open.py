@@ -210,7 +210,6 @@ def test_an_edited_benchmark_is_told_by_every_command_that_reads_it(project, edi
         lambda: reopen(project / "runs" / "one"),
         lambda: cli.resume(project / "runs" / "half"),
         lambda: fork(project / "runs" / "half", config_of(project, project / "forked", seed=1)),
-        lambda: undo(project / "runs" / "one", "task0", project / "undone"),
         lambda: continued(project / "runs" / "one", str(project / "colors.toml")),
     ):
         with pytest.raises(ValueError, match=r"is not what|holds another run|cannot change|are not those|was another"):

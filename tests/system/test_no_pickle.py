@@ -77,5 +77,7 @@ def test_pickles_in_a_run_are_not_read_and_are_found(tmp_path, capsys):
     out = "".join(capsys.readouterr().out.split())
     assert "pytorch_model.binisnotofthisrun" in out
     assert "adapter_model.binisnotofthisrun" in out
-    cli.main(["evaluate", str(tmp_path / "run")])
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", str(tmp_path / "run")])
+    assert "is not of this run" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "exploded").exists()

@@ -194,7 +194,7 @@ class CLMoE(Method):
 
     def replay(self, model: nn.Module, record: TaskRecord, folder: Path) -> nn.Module:
         """Put what a finished task recorded beside the base model, in the place of what is there."""
-        self.add_task(record)
+        self.keep(record)
         self._put_beside(model)
         return model
 

@@ -182,11 +182,11 @@ class KeepLoRA(Protecting):
         if self.bases:
             return
         targets = lora.linear_targets(model, self.config.targets)
+        bases: dict[str, Tensor] = {}
         for name in targets:  # One by one: whole weights in float32 would be a second model.
             seen = {name: self._seen_from_its_side(name, weights.read_weight(model, name))}
-            self.bases |= protected.principal_bases(seen, {name: tower_share(name, self.config.weight_energy)})
-        if self.config.energy_rule == "one_short":
-            self.bases = protected.one_short(self.bases)
+            bases |= protected.principal_bases(seen, {name: tower_share(name, self.config.weight_energy)})
+        self.bases = protected.one_short(bases) if self.config.energy_rule == "one_short" else bases
 
     @property
     def leak_allowed(self) -> float:

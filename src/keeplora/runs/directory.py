@@ -77,15 +77,15 @@ class RunDirectory(Store):
 
     def results(self) -> Results:
         """Return the scores so far, from the files."""
-        config, nearby = self.manifest["config"], self.manifest.get("nearby", {})
+        config = self.manifest["config"]
         measured = [*self.manifest["start"].items(), *(cost for task in self.tasks for cost in task["phases"].items())]
         seconds: dict[str, float] = {}
         for name, cost in measured:
             seconds[name] = seconds.get(name, 0.0) + cost["seconds"]
         return Results(
             method=config["method"],
-            benchmark=" + ".join(nearby.get(name, name) for name in (config["benchmark"], *config["more"])),
-            model=nearby.get(config["model"], config["model"]),
+            benchmark=" + ".join(map(_without_folder, (config["benchmark"], *config["more"]))),
+            model=_without_folder(config["model"]),
             seed=config["seed"],
             tasks=self.manifest["tasks"],
             zero_shot=self.manifest["zero_shot"],
@@ -165,6 +165,11 @@ class RunDirectory(Store):
             return aligned(load(self.read(name))) if name in self.files else {}
         except SafetensorError as error:
             raise ValueError(f"{self.folder / name} is not a safetensors file: {error}") from None
+
+
+def _without_folder(name: str) -> str:
+    """Return the name of a file or folder of this machine without where it lies, any other name as it is."""
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def task_folder(index: int, tasks: list[str]) -> str:

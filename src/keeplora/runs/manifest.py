@@ -28,6 +28,12 @@ class Form(BaseModel, extra="allow", strict=True):
     """What a JSON file of a run must hold: hashes tell one that changed, a form tells one that something else wrote."""
 
 
+class _Data(Form):
+    classes: list[str]
+    images: list[int]
+    digest: str
+
+
 class _Manifest(Form):
     format: int
     config: dict[str, Any]
@@ -36,6 +42,8 @@ class _Manifest(Form):
     phase: str
     files: dict[str, str]
     leaving: list[str] = []
+    data: dict[str, _Data] = {}
+    nearby: dict[str, str] = {}
     checksum: str
 
 

@@ -55,14 +55,7 @@ def open_run(
         Store(folder, manifest).recover()
         if dist.is_initialized():
             dist.barrier()  # The first process has now put the folder in order.
-        before, known, now, wanted = manifest["config"], manifest["tasks"], config, tasks
-        if extend:  # What it has so far is compared: it may get more tasks.
-            tables = {name: table for name, table in config["tasks"].items() if name in known}
-            now = {**config, "tasks": tables} | {key: before.get(key) for key in ("more", "first_tasks")}
-            wanted = tasks[: len(known)]
-        different = differences(_identity(before), _identity(now)) + (
-            [] if known == wanted else [f"tasks were {known}, are {wanted}"]
-        )
+        different = _differences_of(manifest, config, tasks, extend=extend)
         if different and (manifest["tasks_finished"] or "now" in manifest):
             raise ValueError(
                 f"{folder} holds another run ({'; '.join(different)}); give another --output. To start"
@@ -70,11 +63,8 @@ def open_run(
             )
         if different:  # Nothing is lost by starting over, perhaps with what was mended.
             manifest = new_manifest(config, tasks, settings)
-        # Where they lie now; and seen from here, so that they are found if all is moved.
         manifest["config"] |= {key: config[key] for key in PLACES if key in config and not (extend and key == "more")}
-        paths = [config.get("benchmark", ""), config.get("model", ""), *config.get("more", [])]
-        nearby = {path: os.path.relpath(path, folder.resolve()) for path in paths if Path(path).is_absolute()}
-        manifest["nearby"] = nearby
+        manifest["nearby"] = _seen_from(folder.resolve(), config)
         directory = RunDirectory(folder, manifest)
         require_no_strangers(directory)
         for name in directory.files:
@@ -83,6 +73,24 @@ def open_run(
         if different or not has_begun:
             directory.commit()
         yield directory
+
+
+def _differences_of(manifest: dict[str, Any], config: dict[str, Any], tasks: list[str], *, extend: bool) -> list[str]:
+    """Say in what a run differs from what is asked for; one that is extended may get more tasks."""
+    before, known, now, wanted = manifest["config"], manifest["tasks"], config, tasks
+    if extend:
+        tables = {name: table for name, table in config["tasks"].items() if name in known}
+        now = {**config, "tasks": tables} | {key: before.get(key) for key in ("more", "first_tasks")}
+        wanted = tasks[: len(known)]
+    return differences(_identity(before), _identity(now)) + (
+        [] if known == wanted else [f"tasks were {known}, are {wanted}"]
+    )
+
+
+def _seen_from(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Return where the files of a configuration lie seen from a run: they are found if all is moved together."""
+    paths = [config.get("benchmark", ""), config.get("model", ""), *config.get("more", [])]
+    return {path: os.path.relpath(path, folder) for path in paths if Path(path).is_absolute()}
 
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:

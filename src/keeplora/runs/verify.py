@@ -35,7 +35,8 @@ is what a merge lost of an update, and what that adds to the leak."""
 
 ROUNDINGS = 4  # How many roundings to float32, of the largest entry of a weight, are allowed for each merge.
 
-UNREPLAYABLE = (ValueError, OSError)  # What a file is told whose hash is right and whose content is not.
+UNREPLAYABLE = (ValueError, OSError, LookupError, TypeError, AttributeError, RuntimeError)
+"""What reading or replaying a file can raise whose hash is right and whose content is not what a run writes."""
 
 Updates = dict[str, tuple[Tensor, Tensor]]
 

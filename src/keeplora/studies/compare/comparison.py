@@ -88,10 +88,10 @@ class Comparison:
         if config["orders"] > 1:
             interval = "the wider of Student's t over the means of the orders and over the means of the seeds"
         notes = ["QUICK: few tasks, one epoch, one learning rate. It shows that all runs, not which method is better."]
-        notes = notes if config["quick"] else []
+        notes = notes if config.get("quick") else []
         notes.append(f"Intervals: 95 %, {interval}; they say nothing of other test images.")
-        rates = config["budget"]["learning_rate"]
-        edges = [name for name, own in self.chosen.items() if own.get("learning_rate") in (min(rates), max(rates))]
+        rates = sorted(config.get("budget", {}).get("learning_rate", ()))
+        edges = [name for name, own in self.chosen.items() if own.get("learning_rate") in (*rates[:1], *rates[-1:])]
         if len(rates) > 1 and edges:
             names = ", ".join(f"{name} ({self.chosen[name]['learning_rate']:g})" for name in edges)
             notes.append(f"The best learning rate is at the edge of those tried: {names}; list more in [compare].")

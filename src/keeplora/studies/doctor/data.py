@@ -23,7 +23,7 @@ MOST_IMBALANCE = 10  # A larger ratio of the largest class to the smallest one i
 DARK = 16  # An image whose colours are all below this, of 255, shows next to nothing.
 TINY = 4  # Images whose shorter side is this many times below the model's input hold little that the model could see.
 
-CODE = re.compile(r"[a-zA-Z]{0,3}[-_ ]?\d+")
+CODE = r"[a-zA-Z]{0,3}[-_ ]?\d+"
 TRANSPARENT = "an alpha channel, put on white"
 
 
@@ -157,7 +157,7 @@ def _balance_findings(data: TaskData) -> Iterator[Finding]:
     if len(sizes) == 1:
         message = f"{largest!r} is the only class: every answer is right, and there is nothing to learn"
         yield Finding("problem", data.spec.name, message, "add a second class")
-    if len(codes := [name for name in data.class_names if CODE.fullmatch(name)]) > len(data.class_names) / 2:
+    if len(codes := [name for name in data.class_names if re.fullmatch(CODE, name)]) > len(data.class_names) / 2:
         message = f"class names look like codes, which the model cannot read: {listed(codes, 5)}"
         yield Finding("warning", data.spec.name, message, "give the words for the prompt with class_names")
     if most > MOST_IMBALANCE * fewest:
