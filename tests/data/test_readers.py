@@ -259,6 +259,15 @@ def test_a_class_folder_without_images_in_an_archive_is_named(folder, tmp_path):
     assert "1 class has no image in train: red" in text
 
 
+@pytest.mark.parametrize("options", [{}, {"test_share": 0.5}])
+@pytest.mark.parametrize("evaluation", ["test", "validation"])
+def test_a_class_that_no_held_out_split_took_is_not_said_to_be_taken(folder, evaluation, options):
+    for image in (folder / "train" / "red").iterdir():
+        image.unlink()
+    text = refused(spec_of(folder, **options), evaluation)
+    assert "1 class has no image in train: red; add some, or remove the class" in text
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_class_name_without_a_row_in_one_split_of_a_dataset_is_named(folder, tmp_path, split):
     stored = hf_datasets.load_from_disk(str(dataset_of(folder, tmp_path / "stored")))

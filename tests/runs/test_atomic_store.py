@@ -190,6 +190,14 @@ def test_every_change_waits_for_the_disk_itself(tmp_path, monkeypatch):
     assert {str(tmp_path / "new"), str(tmp_path / "new" / "deep"), str(tmp_path / "new" / "deep" / "z")} <= set(synced)
 
 
+def test_a_file_that_leaves_with_the_commit_under_way_is_no_stranger(tmp_path):
+    store = Store(tmp_path, new_manifest({}, []))
+    for name in ("model/old", "model/other"):
+        disk.write_through(tmp_path / name, b"x")
+    store.manifest["leaving"] = ["model/old"]
+    assert store.strangers() == [tmp_path / "model" / "other"]
+
+
 @pytest.mark.parametrize("write", [disk.write_through, disk.write_atomically])
 @pytest.mark.parametrize("name", ["x", "x.part", ".x.part", "lock"])
 def test_what_is_written_never_follows_a_link(tmp_path, write, name):

@@ -42,28 +42,39 @@ def examine_splits(spec: TaskSpec, evaluation: str) -> tuple[dict[str, Examples]
     Where there is a problem, classes have the names and numbers that are stored.
     """
     stored = stored_splits(spec)
-    splits = {name: stored[name] for name in ("train", evaluation) if name in stored}
+    available = _with_test_share(spec, stored)
+    splits = {name: available[name] for name in ("train", evaluation) if name in available}
     if evaluation == "validation" and list(splits) == ["train"]:
-        splits["train"], splits["validation"] = _hold_out(stored["train"], HELD_OUT)
+        splits["train"], splits["validation"] = _hold_out(splits["train"], HELD_OUT)
     problems = list(_problems(spec, evaluation, stored, splits))
     return splits if problems else _named_for_prompts(spec, splits), problems
 
 
 def stored_splits(spec: TaskSpec) -> dict[str, Examples]:
-    """Read all splits that a task has, the test split that `test_share` asks for among them."""
+    """Read all splits that a task has in its place."""
     try:
-        stored = READERS.find(spec.reader)(spec)
+        return READERS.find(spec.reader)(spec)
     except ValueError as error:
         raise ValueError(f"task {spec.name!r}: {error}") from None
-    if spec.test_share and "test" not in stored and "train" in stored:
-        stored["train"], stored["test"] = _hold_out(stored["train"], spec.test_share)
-    return stored
+
+
+def _with_test_share(spec: TaskSpec, stored: dict[str, Examples]) -> dict[str, Examples]:
+    """Return the splits with a test split drawn from train, if the task asks for one and has none."""
+    if not spec.test_share or "test" in stored or "train" not in stored:
+        return stored
+    train, test = _hold_out(stored["train"], spec.test_share)
+    return {**stored, "train": train, "test": test}
+
+
+def _classes_with_images(examples: Examples) -> set[str]:
+    return {examples.class_names[label] for label in examples.labels}
 
 
 def _problems(
     spec: TaskSpec, evaluation: str, stored: dict[str, Examples], splits: dict[str, Examples]
 ) -> Iterator[tuple[str, str]]:
-    # A validation split that there is not is drawn from train.
+    # A split that is evaluated on and not stored is drawn from train.
+    is_drawn = evaluation in splits and evaluation not in stored
     missing = [split for split in ("train", evaluation) if split not in splits and split != "validation"]
     for split in missing:
         cure = "add the split" + (", or to the task: test_share = 0.2" if split == "test" and "train" in stored else "")
@@ -85,12 +96,12 @@ def _problems(
         if only := sorted(set(examples.class_names) - set(train)):
             message = f"{split} has classes that train does not have: {listed(only)}"
             yield message, f"add images to train, which has {listed(train)}"
-        present = {examples.class_names[label] for label in examples.labels}
-        held_out = evaluation not in stored or (evaluation == "test" and spec.test_share > 0)
+        present = _classes_with_images(examples)
         if empty := [name for name in train if name not in present]:
             images = counted(len(empty), "class has no image", "classes have no image")
             message, cure = f"{images} in {split}: {listed(empty)}", "add some, or remove the class"
-            if split == "train" and evaluation in splits and held_out:
+            taken = _classes_with_images(splits[evaluation]) if split == "train" and is_drawn else set()
+            if taken.issuperset(empty):
                 message = f"{counted(len(empty), 'class has', 'classes have')} one image, which {evaluation} takes"
                 message, cure = f"{message}: {listed(empty)}", f"add images, or a {evaluation} split"
             elif examples.left_out:

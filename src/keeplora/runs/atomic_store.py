@@ -121,7 +121,8 @@ class Store:
 
     def strangers(self) -> list[Path]:
         """Return what lies among the files of tasks and of the model, and is none that the manifest lists."""
-        listed = {self.folder / name for name in self.files}
+        # Those that leave are still there while a commit settles.
+        listed = {self.folder / name for name in (*self.files, *self.manifest.get("leaving", []))}
         above = {folder for path in listed for folder in path.parents}
         there = (path for part in ("tasks", "model") for path in sorted((self.folder / part).rglob("*")))
         found = [path for path in there if path not in (above if path.is_dir() else listed)]
