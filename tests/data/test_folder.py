@@ -7,7 +7,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import Image
 
 import tiny
 from keeplora.data.benchmark import TaskSpec
@@ -69,9 +69,8 @@ def test_every_ending_that_pillow_knows_is_read_or_told(folder, tmp_path, in_arc
 @pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".ppm", ".jp2", ".avif", ".webp", ".tga", ".ico", ".pcx", ""])
 @pytest.mark.parametrize("in_archive", [False, True])
 def test_images_of_every_ending_are_read(folder, tmp_path, suffix, in_archive):
-    wanted = {".jp2": "jpg_2000", ".avif": "avif", ".webp": "webp"}.get(suffix)
-    if wanted and not features.check(wanted):
-        pytest.skip(f"this Pillow has no {wanted}")
+    if suffix and Image.registered_extensions().get(suffix) not in Image.SAVE:
+        pytest.skip(f"this Pillow writes no {suffix}")
     for file in sorted(folder.rglob("*.png")):
         target = file.with_suffix(suffix)
         if suffix:
