@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import sentencepiece
@@ -280,3 +281,33 @@ def test_a_failing_batch_does_not_leave_a_task_frozen():
         with pytest.raises(RuntimeError, match="stop"), task.frozen(model):
             raise RuntimeError("stop")
         assert task.outputs(model, batch).equal(before)
+
+
+@pytest.mark.parametrize("classifier", [False, True])
+def test_several_templates_are_an_ensemble_of_text_features(stored, classifier):
+    name, specs = stored
+    templates = ("a drawing of a {}.", "{} photo", "a big {} thing")
+    specs = tuple(replace(spec, template=templates) for spec in specs)
+    task, model = tasks_of((name, specs))[0], family_of(name).load(name)
+    batch = next(iter(task.batches()))
+    tokens = tokenise(tokenizer(), specs[0].prompts(sorted(tiny.COLORS)), "", model.config)
+    with torch.no_grad():
+        single = normalised(model.get_text_features(**tokens))
+        images = normalised(model.get_image_features(pixel_values=batch["pixel_values"]))
+        text = torch.stack([F.normalize(single[3 * c : 3 * c + 3].mean(0), dim=-1) for c in range(3)])
+        logits = model.logit_scale.double().exp() * images @ text.T
+        if classifier:
+            head = task.start_head(model)
+            assert head.weight.shape[0] == 3
+            logits += model.logit_scale.double().exp() * images @ F.normalize(head.weight.double(), dim=-1).T
+        torch.testing.assert_close(task.outputs(model, batch).double(), logits, atol=1e-3, rtol=1e-4)
+        with task.frozen(model):
+            torch.testing.assert_close(task.outputs(model, batch).double(), logits, atol=1e-3, rtol=1e-4)
+    loss = task.loss(model, batch)
+    torch.testing.assert_close(loss.double(), F.cross_entropy(logits, batch["labels"]), atol=1e-4, rtol=1e-4)
+    loss.backward()
+    assert all(layer.weight.grad.any() for layer in tower_ends(model))
+
+
+def tower_ends(model):
+    return [model.vision_model.encoder.layers[-1].self_attn.v_proj, model.text_model.encoder.layers[0].self_attn.v_proj]

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from keeplora.models.registry import EMBEDDED, family_of
 from keeplora.runs import export as export_module
 from keeplora.runs.config import RunConfig
 from keeplora.runs.export import ExportConfig, export_run
+from keeplora.runs.exported import reopen_export
 from keeplora.runs.loop import run
 from keeplora.runs.manifest import read_manifest
 from keeplora.runs.open import reopen
@@ -39,6 +41,7 @@ class Case:
     method: str = "keeplora"
     kind: str = "clip"
     options: dict | None = None
+    file: str = "colors.toml"
 
 
 CASES = {
@@ -48,6 +51,7 @@ CASES = {
     "siglip": Case(
         kind="siglip", options={"rank": 2, "classifier": "cosine", "weight_energy": 0.3, "feature_energy": 0.8}
     ),
+    "ensemble": Case(options={"rank": 3, "weight_energy": 0.3, "feature_energy": 0.8}, file="ensemble.toml"),
     "lora_ft": Case("lora_ft", options={"rank": 2}),
     "sd_lora": Case("sd_lora", options={"rank": 2}),
 }
@@ -62,7 +66,7 @@ class CutOff(Exception):
 def config_of(place, output, case, **changes):
     kind, variant = find_method(case.method)
     values = {
-        "benchmark": str(place / "colors.toml"),
+        "benchmark": str(place / case.file),
         "model": str(place / case.kind),
         "method": case.method,
         "train": TrainConfig(epochs=2, batch_size=5, learning_rate=0.1),
@@ -77,6 +81,8 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
     path = tiny.write_benchmark(folder, tasks=2, per_class=4)
     path.write_text(path.read_text().replace('"task1"', f"'''{NASTY}'''"))
+    ensemble = path.read_text().replace('"a drawing of a {}."', '["a drawing of a {}.", "{} photo"]')
+    (folder / "ensemble.toml").write_text(ensemble)
     for kind in ("clip", "siglip"):
         tiny.save_dual_encoder(folder / kind, kind)
     for name, case in CASES.items():
@@ -108,10 +114,7 @@ for place in json.load(sys.stdin):
         for task, inputs in enumerate(place["inputs"]):
             found[f"logits{task}"] = model(**load_file(inputs)).logits_per_image
             images = [names["Image"].open(path) for path in place["images"][task]]
-            if "classify" in names:
-                found[f"heads{task}"] = names["classify"](images, place["heads"][task])[1]
-            else:
-                found[f"images{task}"] = model(**names["inputs_of"](images, place["prompts"][task])).logits_per_image
+            found[f"images{task}"] = names["classify"](images, place["tasks"][task])[1]
     if "names" in place:
         model.set_adapter("task2")
         found["alone"] = model(**load_file(place["inputs"][0])).logits_per_image.detach()
@@ -136,15 +139,13 @@ def answers(place):
         for format, dtype in [*((format, "float32") for format in FORMATS), *halves]:
             target = place / "exports" / f"{name}-{format}-{dtype}"
             card = exported(place, name, target, format, dtype=dtype)
-            order = {"export": target, "script": script_of(target), "inputs": [], "images": [], "prompts": []}
+            order = {"export": target, "script": script_of(target), "inputs": [], "images": []}
             for index, task in enumerate(tasks):
                 inputs = {"pixel_values": all_of(task)["pixel_values"], **task.prompts}
                 order["inputs"].append(place / f"{name}-{index}.safetensors")
                 save_file(inputs, order["inputs"][-1])
                 order["images"].append(sorted((place / f"data{index}" / "test").glob("*/*.png")))
-                template = card.prompts[card.results.tasks[index]]
-                order["prompts"].append([template.replace("{}", color) for color in sorted(tiny.COLORS)])
-            order |= {"heads": list(card.heads.values()), "answer": target.with_suffix(".safetensors")}
+            order |= {"tasks": card.results.tasks, "answer": target.with_suffix(".safetensors")}
             order |= {"names": list(card.names)} if format == "adapters" else {}
             orders[name, format, dtype] = order | {"auto": format == "adapter" and name in AUTO}
     subprocess.run(
@@ -186,13 +187,13 @@ def test_an_export_gives_the_runs_logits_without_keeplora(place, answers, name, 
     with_heads = outputs(model, tasks)
     untouched = outputs(DualEncoder().load(str(place / CASES[name].kind)), without_heads(tasks))
     for index, logits in enumerate(outputs(model, tasks)):
-        torch.testing.assert_close(answer[f"logits{index}"], logits, atol=1e-5, rtol=1e-5)
+        if tasks[index].num_templates == 1:
+            torch.testing.assert_close(answer[f"logits{index}"], logits, atol=1e-5, rtol=1e-5)
         assert (logits - untouched[index]).abs().max() > 0.05, "what was learned matters"
-        if f"heads{index}" in answer:
-            torch.testing.assert_close(answer[f"heads{index}"], with_heads[index], atol=1e-4, rtol=1e-4)
-            assert (logits - with_heads[index]).abs().max() > 0.05, "the head matters"
-        else:
-            torch.testing.assert_close(answer[f"images{index}"], logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(answer[f"images{index}"], with_heads[index], atol=1e-4, rtol=1e-4)
+        assert (CASES[name].options or {}).get("classifier") is None or (
+            (logits - with_heads[index]).abs().max() > 0.05
+        ), "the head matters"
 
 
 @pytest.mark.slow
@@ -359,37 +360,20 @@ def test_heads_travel_with_their_class_names_and_prompts(place, tmp_path):
     exported(place, "heads", tmp_path / "out", "adapter")
     recorded = place / "runs" / "heads" / "tasks" / "01-task0" / "head.safetensors"
     assert (tmp_path / "out" / "heads" / "01-task0.safetensors").read_bytes() == recorded.read_bytes()
-    assert json.loads((tmp_path / "out" / "heads" / "01-task0.json").read_text()) == {
-        "task": "task0",
+    assert json.loads((tmp_path / "out" / "classes.json").read_text())["task0"] == {
         "class_names": ["blue", "green", "red"],
-        "prompts": ["a drawing of a blue.", "a drawing of a green.", "a drawing of a red."],
+        "templates": ["a drawing of a {}."],
+        "classifier": "heads/01-task0.safetensors",
     }
+    assert "- task0: blue, green, red\n" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.slow
-def test_heads_whose_data_changed_are_an_error(place, tmp_path):
-    for split in ("train", "test"):
-        shutil.copytree(place / "data0" / split / "red", place / "data0" / split / "pink")
-    try:
-        with pytest.raises(ValueError, match="its data have 4 classes, its classifier 3; the data were changed"):
-            exported(place, "heads", tmp_path / "out")
-        exported(place, "reduced", tmp_path / "no_heads")
-    finally:
-        for split in ("train", "test"):
-            shutil.rmtree(place / "data0" / split / "pink")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-def test_heads_whose_task_left_the_benchmark_are_an_error(place, tmp_path):
-    path = place / "colors.toml"
-    text = path.read_text()
-    path.write_text(text.replace('"task0"', '"other"'))
-    try:
-        with pytest.raises(ValueError, match=r"colors\.toml is not what .* was begun with: task0"):
-            exported(place, "heads", tmp_path / "out")
-    finally:
-        path.write_text(text)
+def test_an_export_needs_no_data(place, tmp_path):
+    shutil.copytree(place, tmp_path / "place", ignore=shutil.ignore_patterns("data*", "exports"))
+    exported(tmp_path / "place", "heads", tmp_path / "out")
+    exported(place, "heads", tmp_path / "with")
+    assert (tmp_path / "out" / "classes.json").read_bytes() == (tmp_path / "with" / "classes.json").read_bytes()
 
 
 # The card
@@ -459,7 +443,12 @@ def test_a_run_that_is_not_finished_exports_what_is_and_says_so(place, tmp_path,
     text = (tmp_path / "out" / "README.md").read_text()
     assert f"1 of 2 tasks are learned; not in here: {export_module.as_prose(NASTY)}" in text
     assert text.count("not learned |") == 1
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["01-task0", "README.md"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "01-task0",
+        "README.md",
+        "classes.json",
+        "export.json",
+    ]
 
 
 @pytest.mark.slow
@@ -643,3 +632,55 @@ def test_the_card_of_a_cut_adapter_has_the_scores_of_what_was_written(place, tmp
     for score in card.cut_scores:
         assert re.search(rf"\| {score:.1f} \|$", text, re.MULTILINE)
     assert "the others are those of the exact model" in text
+
+
+# Evaluated again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", ["reduced", "heads", "siglip", "ensemble"])
+def test_an_export_is_evaluated_to_the_scores_of_its_run_wherever_all_lies(place, tmp_path, capsys, name, format):
+    exported(place, name, tmp_path / "a" / "out", format)
+    told, _, model, tasks = reopen_export(tmp_path / "a" / "out")
+    _, whole, own = reopen(place / "runs" / name)
+    assert (scores := evaluate(model, tasks)) == pytest.approx(evaluate(whole, own))
+    assert scores == pytest.approx(told.scores)
+    for mine, other in zip(outputs(model, tasks), outputs(whole, own), strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-4)
+    assert str(tmp_path) not in (tmp_path / "a" / "out" / "export.json").read_text()
+    shutil.move(tmp_path / "a" / "out", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"colors\.toml|ensemble\.toml is not there any more; say with --benchmark"):
+        reopen_export(tmp_path / "out")
+    if format == "merged":
+        cli.main(["evaluate", str(tmp_path / "out"), "--benchmark", str(place / CASES[name].file)])
+        assert f"exported ({format})" in words(capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_the_scores_of_a_cut_export_are_its_own(place, tmp_path):
+    card = exported(place, "reduced", tmp_path / "out", "adapter", rank=1)
+    told, _, model, tasks = reopen_export(tmp_path / "out")
+    assert told.scores == card.cut_scores == pytest.approx(evaluate(model, tasks))
+
+
+@pytest.mark.slow
+def test_what_an_export_was_trained_on_or_never_knew_is_refused(place, tmp_path):
+    exported(place, "reduced", tmp_path / "out")
+    with pytest.raises(ValueError, match="task 'task0' has no validation split: a fifth of its training images"):
+        reopen_export(tmp_path / "out", split="validation")
+    other = place / "other.toml"
+    other.write_text((place / "colors.toml").read_text().replace('"task0"', '"other"'))
+    with pytest.raises(ValueError, match=r"other\.toml is not what .*out was begun with"):
+        reopen_export(tmp_path / "out", benchmark=other)
+    other.unlink()
+    told = json.loads((tmp_path / "out" / "export.json").read_text())
+    for key in told:
+        (tmp_path / "out" / "export.json").write_text(json.dumps({name: told[name] for name in told if name != key}))
+        with pytest.raises(ValueError, match=r"export\.json is damaged or not of keeplora: .*" + key):
+            reopen_export(tmp_path / "out")
+    for key in told["config"]:
+        config = {name: told["config"][name] for name in told["config"] if name != key}
+        (tmp_path / "out" / "export.json").write_text(json.dumps({**told, "config": config}))
+        with suppress(ValueError):  # Never another error; some keys have a default.
+            reopen_export(tmp_path / "out")

@@ -210,7 +210,7 @@ TESTED_BY = {
     "layers/test_statistics": ("layers/outside_uses",),
     "system/test_processes": ("layers/distributed",),
     "subspace/test_protected": ("subspace/certificate",),
-    "runs/test_export": ("subspace/low_rank_update",),
+    "runs/test_export": ("runs/exported", "subspace/low_rank_update"),
     "evaluation/test_accuracy_matrix": ("evaluation/metrics",),
     "models/test_families": ("models/dual_encoder", "models/registry", "models/interfaces"),
     "report/test_html": ("report/charts",),

@@ -17,6 +17,7 @@ from keeplora.evaluation.evaluate import evaluate as evaluate_model
 from keeplora.runs.atomic_store import write_json
 from keeplora.runs.branch import undo as undo_task
 from keeplora.runs.export import ExportConfig, export_run
+from keeplora.runs.exported import is_export, reopen_export
 from keeplora.runs.loop import run as run_stream
 from keeplora.runs.open import config_of, read_run, reopen
 from keeplora.runs.verify import certify as certify_run
@@ -30,12 +31,18 @@ def evaluate(
     split: Literal["test", "validation"] | None = None,
     benchmark: Path | None = None,
 ) -> None:
-    """Evaluate the model of a run on all tasks, and compare with what the run recorded."""
+    """Evaluate the model of a run, or an exported one, on all tasks, and compare with what was recorded."""
     with Display(console) as display:
-        directory, model, tasks = reopen(run, split=split, benchmark=benchmark, track=display.track)
+        if is_export(run):
+            told, config, model, tasks = reopen_export(run, split=split, benchmark=benchmark, track=display.track)
+            title, recorded, before = f"{config.method}, exported ({told.format})", config.evaluation, told.scores
+        else:
+            directory, model, tasks = reopen(run, split=split, benchmark=benchmark, track=display.track)
+            results, recorded = directory.results(), directory.manifest["config"]["evaluation"]
+            title, before = f"{results.method}, {len(results.accuracy)} tasks learned", results.accuracy[-1]
         scores = evaluate_model(model, tasks, track=display.track)
-    recorded = directory.manifest["config"]["evaluation"]
-    console.print(evaluation_table(directory.results(), recorded, scores, split or recorded))
+    names = [task.name for task in tasks]
+    console.print(evaluation_table(title, names, (recorded, before), (split or recorded, scores)))
 
 
 def export(run: tyro.conf.Positional[Path], flags: tyro.conf.OmitArgPrefixes[ExportConfig]) -> None:
@@ -79,10 +86,12 @@ def resume(
     show_run(results, run)
 
 
-def undo(run: tyro.conf.Positional[Path], task: tyro.conf.Positional[str], *, output: Path) -> None:
+def undo(
+    run: tyro.conf.Positional[Path], task: tyro.conf.Positional[str], *, output: Path, benchmark: Path | None = None
+) -> None:
     """Write a run directory that is another one without one of its tasks."""
     with Display(console) as display:
-        results = undo_task(run, task, output, track=display.track)
+        results = undo_task(run, task, output, benchmark=benchmark, track=display.track)
     console.print(f"Undone: {escape(task)}")
     show_run(results, output)
     if left := ", ".join(results.tasks[len(results.accuracy) :]):

@@ -79,12 +79,13 @@ def settings_table(config: RunConfig) -> Table:
     return made
 
 
-def evaluation_table(recorded: Results, recorded_on: str, scores: list[float], evaluated_on: str) -> Table:
-    """Tabulate what a run recorded after its last finished task beside a new evaluation of its model."""
-    title = f"{recorded.method}: accuracy in %, {len(recorded.accuracy)} tasks learned"
-    pairs = zip(recorded.tasks, recorded.accuracy[-1], scores, strict=True)
-    rows = [(task, f"{before:.1f}", f"{now:.1f}") for task, before, now in pairs]
-    return table(title, ("task", f"recorded\n({recorded_on})", f"evaluated\n({evaluated_on})"), rows)
+def evaluation_table(
+    title: str, tasks: list[str], recorded: tuple[str, list[float]], now: tuple[str, list[float]]
+) -> Table:
+    """Tabulate the scores that were recorded beside those of a new evaluation, each with the split they are of."""
+    rows = [(task, f"{old:.1f}", f"{new:.1f}") for task, old, new in zip(tasks, recorded[1], now[1], strict=True)]
+    headings = ("task", f"recorded\n({recorded[0]})", f"evaluated\n({now[0]})")
+    return table(f"{title}: accuracy in %", headings, rows)
 
 
 def matrix_table(run: Results) -> Table:

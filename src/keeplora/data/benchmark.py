@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -25,7 +26,8 @@ class TaskSpec(Config):
     path: Path
     """Folder or zip archive with SPLIT/CLASS/IMAGE, or a Hugging Face dataset; relative to the benchmark file."""
     reader: str = "folder"  # How to read `path`: folder (a zip archive is one too) or dataset.
-    template: str = "a photo of a {}."  # The prompt of a class; {} is replaced by its name.
+    template: str | tuple[str, ...] = "a photo of a {}."
+    """The prompt of a class, {} stands for its name; of several, the mean of their text features is a class's."""
     class_names: dict[str, str] = field(default_factory=dict)
     """The name to use in the prompt, for classes whose stored name does not read well."""
     image_column: str = "image"  # Column of the images (reader dataset).
@@ -44,10 +46,22 @@ class TaskSpec(Config):
             raise ValueError(f"task name {self.name!r} cannot name a folder")
         if len(self.name.encode(errors="replace")) > LONGEST_NAME:
             raise ValueError(f"task name {self.name[:20] + '...'!r} is too long for a folder; give a shorter one")
-        if "{}" not in self.template:
-            raise ValueError(f"task {self.name!r}: template {self.template!r} has no {{}} for the class name")
+        for template in self.templates:
+            if "{}" not in template:
+                raise ValueError(f"task {self.name!r}: template {template!r} has no {{}} for the class name")
+        if not self.templates or len(set(self.templates)) < len(self.templates):
+            raise ValueError(f"task {self.name!r}: template = {list(self.templates)}: give one or more, each once")
         composed = {normalize("NFC", name): shown for name, shown in self.class_names.items()}
         object.__setattr__(self, "class_names", composed)
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """The templates, however many."""
+        return (self.template,) if isinstance(self.template, str) else self.template
+
+    def prompts(self, class_names: Iterable[str]) -> list[str]:
+        """Return the prompts of classes: one after the other all those of the first, of the second, and so on."""
+        return [template.replace("{}", name) for name in class_names for template in self.templates]
 
     def require_size(self, num_bytes: int) -> None:
         """Raise ValueError if a file is larger than the task allows."""

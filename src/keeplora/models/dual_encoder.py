@@ -41,13 +41,25 @@ class CosineHead(nn.Module):
 
 
 class ClassificationTask(StreamTask):
-    """Images to be classified by the text features of their class prompts, and by the task's own head if it has one."""
+    """Images to be classified by the text features of their class prompts, and by the task's own head if it has one.
+
+    Each class has as many of the `prompts` as there are templates, one class's after the other's.
+    """
 
     def __init__(
-        self, name: str, train: Pixels, test: Pixels, prompts: dict[str, Tensor], *, batch_size: int, seed: int
+        self,
+        name: str,
+        train: Pixels,
+        test: Pixels,
+        prompts: dict[str, Tensor],
+        *,
+        batch_size: int,
+        seed: int,
+        num_templates: int = 1,
     ) -> None:
         self.name = name
         self.prompts = prompts
+        self.num_templates = num_templates
         self.head: CosineHead | None = None
         self._order = torch.Generator().manual_seed(seed)
         self.train = train
@@ -73,10 +85,13 @@ class ClassificationTask(StreamTask):
             # The model's own forward pass, which is what wraps around it (DDP, autocast) expect to be called.
             prompts = to_device(self.prompts, batch["labels"].device)
             with only_the_pooled_row(model):
-                return cast(Tensor, model(pixel_values=batch["pixel_values"], **prompts).logits_per_image)
-        images = _image_features(model, batch)
-        text = self._text_of(model)
-        scale = cast(Tensor, model.logit_scale).exp()
+                found = model(pixel_values=batch["pixel_values"], **prompts)
+            if self.num_templates == 1:
+                return cast(Tensor, found.logits_per_image)
+            images, text = found.image_embeds, self._of_classes(found.text_embeds)
+        else:
+            images, text = _image_features(model, batch), self._text_of(model)
+        scale = cast(Tensor, getattr(model, "module", model).logit_scale).exp()  # DDP has the model inside.
         logits = scale * F.normalize(images, dim=-1) @ text.T
         return logits if self.head is None else logits + scale * self.head.to(images.device)(images)
 
@@ -94,7 +109,7 @@ class ClassificationTask(StreamTask):
 
     def start_head(self, model: nn.Module) -> nn.Module:
         """Start the task's cosine classifier from the class means of its normalised training features."""
-        num_classes, sums = len(self.prompts["input_ids"]), None
+        num_classes, sums = len(self.prompts["input_ids"]) // self.num_templates, None
         with torch.no_grad(), evaluation_mode(model):
             for batch in self.batches():
                 for part in self.micro_batches(to_device(batch, device_of(model))):
@@ -135,12 +150,19 @@ class ClassificationTask(StreamTask):
         if self._text_features is not None:
             return self._text_features
         prompts = to_device(self.prompts, device_of(model))
-        features = F.normalize(_pooled(cast(Any, model).get_text_features(**prompts)), dim=-1)
+        features = self._of_classes(_pooled(cast(Any, model).get_text_features(**prompts)))
         if self._is_frozen and features.requires_grad:
             self._deferred.append(DeferredGradient(features))
             features = self._deferred[-1].leaf
         self._text_features = features if self._is_frozen else None
         return features
+
+    def _of_classes(self, features: Tensor) -> Tensor:
+        """Return the normalised features `[num_classes, d]` of classes: means over those of their prompts."""
+        features = F.normalize(features, dim=-1)
+        if self.num_templates == 1:
+            return features
+        return F.normalize(features.unflatten(0, (-1, self.num_templates)).mean(1), dim=-1)
 
 
 class DualEncoder(Family):
@@ -156,8 +178,7 @@ class DualEncoder(Family):
         tasks: list[StreamTask] = []
         for index, spec in enumerate(specs):
             splits = dict(zip(("train", evaluation), read_splits(spec, evaluation), strict=True))
-            texts = [spec.template.replace("{}", label) for label in splits["train"].class_names]
-            prompts = tokenise(tokenizer, texts, spec.name, config)
+            prompts = tokenise(tokenizer, spec.prompts(splits["train"].class_names), spec.name, config)
             train, test = (
                 store.read(examples, track, f"{spec.name}: reading {split}") for split, examples in splits.items()
             )
@@ -167,7 +188,10 @@ class DualEncoder(Family):
                     f"model {name!r} reads images of {side} x {side}, and its image processor makes {made}; get its"
                     " preprocessor_config.json anew"
                 )
-            task = ClassificationTask(spec.name, train, test, prompts, batch_size=batch_size, seed=seed + index)
+            task = ClassificationTask(
+                spec.name, train, test, prompts, batch_size=batch_size, seed=seed + index,
+                num_templates=len(spec.templates),
+            )  # fmt: skip
             task.epochs, task.metric = spec.epochs, spec.metric
             task.data = {
                 "classes": list(splits["train"].class_names),
@@ -190,6 +214,7 @@ def tokenise(tokenizer: Any, texts: list[str], task: str, config: Any) -> dict[s
     """
     prompts = token_ids(tokenizer, texts)
     context = config.text_config.max_position_embeddings
+    full = context_of(config)
     longest = max(prompts, key=len)
     if len(longest) > context:
         flaw = f"the prompt {texts[prompts.index(longest)]!r} has {len(longest)} tokens, the model's context {context}"
@@ -202,13 +227,17 @@ def tokenise(tokenizer: Any, texts: list[str], task: str, config: Any) -> dict[s
         )
     if (pad := tokenizer.pad_token_id) is None:
         raise ValueError(f"task {task!r}: the model's tokenizer has no pad token; get its files anew")
-    is_full = config.model_type in READS_PADDING
-    width = context if is_full else len(longest)
+    width = full or len(longest)
     ids = torch.tensor([prompt + [pad] * (width - len(prompt)) for prompt in prompts])
-    if is_full:
+    if full:
         return {"input_ids": ids}
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     return {"input_ids": ids, "attention_mask": (torch.arange(width) < lengths.unsqueeze(1)).long()}
+
+
+def context_of(config: Any) -> int | None:
+    """Return to how many tokens every prompt of a model is padded; None if padding is masked out."""
+    return int(config.text_config.max_position_embeddings) if config.model_type in READS_PADDING else None
 
 
 def token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:

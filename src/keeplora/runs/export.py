@@ -16,16 +16,17 @@ import torch
 from pydantic import PositiveInt
 from safetensors.torch import save
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from keeplora.config import Config
+from keeplora.config import Config, parse
 from keeplora.data.benchmark import TaskSpec
-from keeplora.data.readers import read_splits
 from keeplora.evaluation.accuracy_matrix import METRIC_NAMES, Results
 from keeplora.evaluation.evaluate import evaluate
 from keeplora.layers import lora
 from keeplora.layers.lora import SavedAdapter
 from keeplora.methods.base import TaskRecord
 from keeplora.methods.registry import find_method
+from keeplora.models.dual_encoder import context_of
 from keeplora.models.interfaces import StreamTask
 from keeplora.models.registry import EMBEDDED, family_of, locate
 from keeplora.progress import Track, silent
@@ -49,12 +50,14 @@ class Card:
     embedded: tuple[str, ...]
     """What of the run came with keeplora, so that its licence is known: model, benchmark, both or none."""
     results: Results
-    prompts: dict[str, str]  # The template of the prompts of each task.
+    context: int | None  # Tokens that every prompt is padded to; None if padding is masked out.
+    templates: dict[str, tuple[str, ...]]  # Those of the prompts of each task.
+    classes: dict[str, list[str]]  # Names of the classes of each task that told them, in the order of the logits.
     evaluation: str
     one_by_one: bool
     settings: dict[str, Any]
     folders: dict[str, str] = field(default_factory=dict)  # Task and folder of each adapter.
-    heads: dict[str, str] = field(default_factory=dict)  # Task and file, without its ending, of each classifier.
+    heads: dict[str, str] = field(default_factory=dict)  # Task and file of each classifier.
     cut: Cut | None = None
     cut_scores: list[float] | None = None  # Of what was exported on all tasks, where cutting lost something.
 
@@ -62,6 +65,13 @@ class Card:
     def names(self) -> dict[str, str]:
         """Names to load the adapters under, and the folder of each; PEFT allows no dot in a name."""
         return {f"task{number}": folder for number, folder in enumerate(self.folders.values(), 1)}
+
+    def to_classify(self) -> dict[str, dict[str, Any]]:
+        """Return what `classes.json` holds of each task: class names, templates, the file of its classifier."""
+        told = {task: {"class_names": names, "templates": self.templates[task]} for task, names in self.classes.items()}
+        for task, file in self.heads.items():
+            told.setdefault(task, {})["classifier"] = file
+        return told
 
 
 def render_card(card: Card) -> str:
@@ -72,8 +82,11 @@ def render_card(card: Card) -> str:
     environment.filters["literal"] = lambda value: json.dumps(value, ensure_ascii=False)
     environment.filters |= {"prose": as_prose, "code": as_code}
     template = environment.from_string(Path(__file__).with_name("card.md.j2").read_text(encoding="utf-8"))
-    return template.render(**vars(card), names=card.names, is_on_hub=not card.is_folder, metric_names=METRIC_NAMES)
+    more = {"is_on_hub": not card.is_folder, "metric_names": METRIC_NAMES, "most_classes": MOST_CLASSES}
+    return template.render(**vars(card), names=card.names, **more)
 
+
+MOST_CLASSES = 20  # More of a task are not on the card.
 
 NOTICE = Path(__file__).parents[1] / "data" / "mini" / "NOTICE"
 
@@ -100,6 +113,8 @@ class ExportConfig(Config):
     """Folder to write; it must not exist, or be empty."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of the weights."""
+    benchmark: Path | None = None
+    """Where the benchmark's file is now, if it was moved away from where the run knew it."""
     rank: PositiveInt | None = None
     """Format adapter: cut each layer's update to its best approximation of this rank; exact if not given."""
 
@@ -142,7 +157,7 @@ def export_run(folder: Path, config: ExportConfig, *, track: Track = silent) -> 
     directory = read_run(folder)
     if directory.num_finished == 0:
         raise ValueError(f"{folder} has nothing to export: no task is finished; resume the run first")
-    run = config_of(directory)
+    run = config_of(directory, benchmark=config.benchmark)
     finished = directory.manifest["tasks"][: directory.num_finished]
     records = {name: directory.record(index) for index, name in enumerate(finished)}
     if not all(record.merged for record, _ in records.values()):
@@ -158,6 +173,9 @@ def export_run(folder: Path, config: ExportConfig, *, track: Track = silent) -> 
         found = WRITERS[config.format](source, config, part)
         card = _card(source, config, heads=_write_heads(source, part), **found)
         (part / "README.md").write_text(render_card(card), encoding="utf-8")
+        if card.classes:
+            (part / "classes.json").write_text(json.dumps(card.to_classify(), indent=1) + "\n")
+        (part / "export.json").write_text(json.dumps(_origin(source, card), indent=1) + "\n")
         if card.embedded:
             shutil.copyfile(NOTICE, part / "NOTICE")
     return card
@@ -230,27 +248,37 @@ def _require_finite(weights: dict[str, Tensor], dtype: str) -> None:
 
 
 def _write_heads(source: _Source, part: Path) -> dict[str, str]:
-    """Write the tasks' own classifiers, with their class names and prompts; return the task and file of each."""
+    """Write the tasks' own classifiers; return the task and file of each."""
     heads = {name: record.head for name, (record, _) in source.records.items() if record.head}
-    files = {name: f"heads/{source.place(name)}" for name in heads}
-    if heads:
-        require_recorded_tasks(source.directory, source.config)
-    specs = {spec.name: spec for spec in source.config.stream} if heads else {}
+    files = {name: f"heads/{source.place(name)}.safetensors" for name in heads}
     for name, head in heads.items():
-        if name not in specs:
-            raise ValueError(f"task {name!r} of the run is not in {source.config.benchmark} any more; put it back")
-        classes = read_splits(specs[name], source.config.evaluation)[0].class_names
-        if len(classes) != (num_classes := len(head["weight"])):
-            raise ValueError(
-                f"task {name!r}: its data have {len(classes)} classes, its classifier {num_classes}; the data were"
-                " changed after the run, bring back those of the run"
-            )
-        prompts = [specs[name].template.replace("{}", label) for label in classes]
-        values = {"task": name, "class_names": list(classes), "prompts": prompts}
         (part / "heads").mkdir(exist_ok=True)
-        (part / f"{files[name]}.json").write_text(json.dumps(values, indent=1) + "\n")
-        (part / f"{files[name]}.safetensors").write_bytes(save(head))
+        (part / files[name]).write_bytes(save(head))
     return files
+
+
+def _origin(source: _Source, card: Card) -> dict[str, Any]:
+    """Return what `export.json` holds, which `keeplora evaluate` reads: nothing of where things lie on this machine."""
+    recorded = source.directory.manifest["config"]
+    paths = {path: os.path.relpath(path, source.output.resolve()) for path in _paths_of(source.config)}
+    config = recorded | {
+        "benchmark": paths.get(source.config.benchmark, source.config.benchmark),
+        "more": [paths.get(name, name) for name in source.config.more],
+        "model": source.config.model if source.config.model in EMBEDDED else card.base,
+    }
+    return {
+        "format": card.format,
+        "config": config,
+        "adapters": list(card.folders.values()),
+        "heads": card.heads,
+        "tasks": card.results.tasks,
+        "scores": card.cut_scores or card.results.accuracy[-1],
+    }
+
+
+def _paths_of(config: RunConfig) -> list[str]:
+    """Return the settings of a run that are paths of benchmarks."""
+    return [name for name in (config.benchmark, *config.more) if name.endswith(".toml")]
 
 
 def _card(source: _Source, config: ExportConfig, **found: Any) -> Card:
@@ -266,7 +294,9 @@ def _card(source: _Source, config: ExportConfig, **found: Any) -> Card:
         has_text_tower=hasattr(source.base, "get_text_features"),
         embedded=tuple(kind for kind in ("model", "benchmark") if getattr(run, kind) in EMBEDDED),
         results=source.directory.results(),
-        prompts={name: table.get("template", TaskSpec.template) for name, table in tables.items()},
+        context=context_of(source.base.config) if isinstance(source.base, PreTrainedModel) else None,
+        templates={name: parse(TaskSpec, table, source=name).templates for name, table in tables.items()},
+        classes={name: told["classes"] for name, told in source.directory.manifest.get("data", {}).items()},
         evaluation=run.evaluation,
         one_by_one=find_method(run.method)[0].one_by_one,
         settings={"method": run.method, **dataclasses.asdict(run.options), **train, "seed": run.seed},

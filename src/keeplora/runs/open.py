@@ -146,12 +146,7 @@ def reopen(
         raise ValueError(flaws[0] + CURE)
     config = config_of(directory, benchmark=benchmark)
     require_recorded_tasks(directory, config)
-    if split == "validation" != config.evaluation:
-        for spec in config.stream:
-            if "validation" not in stored_splits(spec):
-                flaw = f"a fifth of its training images would take its place, and {folder} was trained on these"
-                cure = "leave out --split, or run anew with --evaluation validation"
-                raise ValueError(f"task {spec.name!r} has no validation split: {flaw}; {cure}")
+    require_unseen(folder, config, split)
     config = replace(config, model=str(folder / "model"), evaluation=split or config.evaluation)
     model, tasks = open_stream(config, track)
     if config.evaluation == directory.manifest["config"]["evaluation"]:
@@ -194,7 +189,12 @@ def require_same_data(directory: RunDirectory, tasks: list[StreamTask]) -> None:
 
 def require_recorded_tasks(directory: RunDirectory, config: RunConfig) -> None:
     """Check that the benchmark still has the tasks that a run recorded: scores would stand under wrong names."""
-    recorded, now = directory.manifest["config"]["tasks"], plain_values(config)["tasks"]
+    require_tasks(directory.folder, directory.manifest["config"]["tasks"], config)
+
+
+def require_tasks(folder: Path, recorded: dict[str, Any], config: RunConfig) -> None:
+    """Check that the benchmark still has the tasks whose tables were recorded in a folder."""
+    now = plain_values(config)["tasks"]
     changes = differences({"table": recorded}, {"table": {name: now.get(name, {}) for name in recorded}})
     if not changes and list(now)[: len(recorded)] != list(recorded):
         changes = [f"its tasks were {', '.join(recorded)}, are {', '.join(now)}"]
@@ -202,7 +202,18 @@ def require_recorded_tasks(directory: RunDirectory, config: RunConfig) -> None:
         more = f", and {len(changes) - 1} more changes" if len(changes) > 1 else ""
         cure = "undo the change, or say with --benchmark where the file is that the run knows"
         first = changes[0].removeprefix("table.")
-        raise ValueError(f"{config.benchmark} is not what {directory.folder} was begun with: {first}{more}; {cure}")
+        raise ValueError(f"{config.benchmark} is not what {folder} was begun with: {first}{more}; {cure}")
+
+
+def require_unseen(folder: Path, config: RunConfig, split: str | None) -> None:
+    """Check that a split to evaluate on has no images that a run with this configuration was trained on."""
+    if split != "validation" or split == config.evaluation:
+        return
+    for spec in config.stream:
+        if "validation" not in stored_splits(spec):
+            flaw = f"a fifth of its training images would take its place, and {folder} was trained on these"
+            cure = "leave out --split, or run anew with --evaluation validation"
+            raise ValueError(f"task {spec.name!r} has no validation split: {flaw}; {cure}")
 
 
 def _moved(directory: RunDirectory, path: str) -> str:
@@ -211,7 +222,9 @@ def _moved(directory: RunDirectory, path: str) -> str:
     return str(place.resolve()) if Path(path).is_absolute() and not Path(path).exists() and place.exists() else path
 
 
-class _Config(Form):
+class RecordedConfig(Form):
+    """What is recorded of a run's configuration, at the least."""
+
     benchmark: str
     model: str
     method: str
@@ -227,7 +240,7 @@ def settings_of_run(directory: RunDirectory) -> Sourced:
     """Return the file that a run's settings are in, and these as a table; ValueError names a key that is wrong."""
     path, tasks = directory.folder / "run.json", directory.manifest["tasks"]
     values = dict(directory.manifest["config"])
-    tables = require(_Config, values, str(path)).tasks
+    tables = require(RecordedConfig, values, str(path)).tasks
     if list(tables) != tasks:
         flaw = f"its tasks are {tasks}, its tables those of {list(tables)}"
         raise ValueError(f"{path} is damaged or not of keeplora: {flaw}")

@@ -95,14 +95,15 @@ def prompt_findings(subject: Subject, tasks: list[TaskData]) -> Iterator[Finding
         return
     limit = subject.config("text_config", "max_position_embeddings") or tokenizer.model_max_length
     for data in tasks:
-        prompts = [data.spec.template.replace("{}", name) for name in data.class_names]
+        prompts = data.spec.prompts(data.class_names)
+        names = [name for name in data.class_names for _ in data.spec.templates]
         encoded = [tuple(ids) for ids in token_ids(tokenizer, prompts)] if prompts else []
         if long := [f"{p!r} ({len(ids)} tokens)" for p, ids in zip(prompts, encoded, strict=True) if len(ids) > limit]:
             message = f"{counted(len(long), 'prompt')} longer than the model's context of {limit} tokens"
             cure = "shorten the template or the class names"
             yield Finding("problem", data.spec.name, f"{message}: {listed(long)}", cure)
         groups: dict[tuple[int, ...], list[str]] = {}
-        for ids, name in zip(encoded, data.class_names, strict=True):
+        for ids, name in zip(encoded, names, strict=True):
             groups.setdefault(ids[:limit], []).append(name)
         if same := [" = ".join(map(repr, names)) for names in groups.values() if len(set(names)) > 1]:
             message = f"the tokenizer cannot tell class names apart: {listed(same)}"
