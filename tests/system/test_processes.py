@@ -7,16 +7,19 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.multiprocessing
+from torch.utils.data import DataLoader, TensorDataset
 
 import tiny
+from keeplora.errors import LearningError
 from keeplora.methods.cl_moe import CLMoE
 from keeplora.methods.keeplora import KeepLoRAConfig
+from keeplora.methods.registry import find_method
 from keeplora.runs.config import RunConfig
 from keeplora.runs.loop import run
 from keeplora.runs.manifest import read_manifest
 from keeplora.runs.phases import TaskPhases
 from keeplora.runs.verify import certify
-from keeplora.training.trainer import TrainConfig
+from keeplora.training.trainer import TrainConfig, best_device, fit
 
 CUT = 78
 
@@ -78,3 +81,43 @@ def test_a_run_in_two_processes_that_is_cut_off_ends_as_one_that_was_not(tmp_pat
     assert run_in_two(cut, port + 2) == [0, 0]
     assert tiny.lasting(cut.output) == tiny.lasting(config.output)
     assert certify(cut.output).breaches == []
+
+
+class Bad(tiny.VectorTask):
+    """Its batches are shared; the loss of one is no number."""
+
+    def __init__(self, when):
+        super().__init__(sizes=(32,))
+        self.when = when
+
+    def batches(self):
+        return DataLoader(TensorDataset(*self.data[0]), batch_size=8)
+
+    def loss(self, model, batch):
+        loss = super().loss(model, batch)
+        is_pass = not any(parameter.requires_grad for parameter in model.parameters())
+        return loss * float("nan") if (is_pass, torch.distributed.get_rank()) == (self.when == "gradient", 1) else loss
+
+
+def in_one_of_two_with_a_bad_batch(rank, port, when, folder):
+    """Learn a task whose loss is no number on the second process alone; write what each is told."""
+    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}", "ACCELERATE_USE_CPU": "true"}  # fmt: skip
+    torch.set_num_threads(1)
+    best_device()
+    method = find_method("keeplora")[0](KeepLoRAConfig(rank=2, weight_energy=0.3, targets=("fc1", "fc2")))
+    try:
+        adapted = method.before_task(tiny.MLP(), Bad(when))
+        fit(adapted, Bad(when), TrainConfig(epochs=1, batch_size=8))
+    except LearningError as error:
+        (folder / f"{rank}").write_text(str(error))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("when", "port", "said"), [("gradient", 29531, "gradient pass"), ("train", 29532, "the loss is nan")]
+)
+def test_what_one_process_finds_wrong_ends_both(tmp_path, when, port, said):
+    torch.multiprocessing.spawn(in_one_of_two_with_a_bad_batch, (port, when, tmp_path), nprocs=2)
+    assert said in (tmp_path / "1").read_text()
+    assert (tmp_path / "0").read_text() == "another process ended with an error, and says which"

@@ -3,11 +3,13 @@
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from keeplora.errors import LearningError
 from keeplora.layers.module_state import device_of
 from keeplora.progress import Track
 from keeplora.task import Batch, Task, to_device
@@ -51,6 +53,18 @@ def total_of(number: float, device: torch.device) -> float:
         return number
     add_up(total := torch.tensor(number, dtype=torch.float64, device=device))
     return float(total)
+
+
+@contextmanager
+def ending_together(device: torch.device) -> Iterator[None]:
+    """End all processes with an error if one ends with one inside, where none waits for another: else they would."""
+    try:
+        yield
+    except Exception:
+        total_of(1.0, device)
+        raise
+    if total_of(0.0, device):
+        raise LearningError("another process ended with an error, and says which")
 
 
 def is_main_process() -> bool:

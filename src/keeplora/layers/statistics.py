@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from keeplora.errors import LearningError
-from keeplora.layers.distributed import add_up, batches_of, total_of
+from keeplora.layers.distributed import add_up, batches_of, ending_together, total_of
 from keeplora.layers.fused_forward import fused_layers
 from keeplora.layers.module_state import (
     device_of,
@@ -136,7 +136,7 @@ def collect(
     task = Task.of(task)
     watcher = Watcher(task, accumulators)
     layers = {name: model.get_submodule(name) for name in accumulators}
-    with ExitStack() as inside:
+    with ending_together(device_of(model)), ExitStack() as inside:
         mode = training_mode_without_dropout if watcher.reads_gradients else evaluation_mode
         for context in (mode(model), nothing_requires_grad(model), fused_layers(model), watcher.watching(layers)):
             inside.enter_context(context)

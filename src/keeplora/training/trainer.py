@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
@@ -113,6 +113,7 @@ class _Step:
     task: Task
     penalty: Callable[[nn.Module], Tensor | None]
     accumulation: int
+    flaws: list[str] = field(default_factory=list)  # What this process found wrong, where others wait for it.
 
     def epoch(self, rest: Iterable[Any], total: int, state: TrainingState, track: Track, description: str) -> None:
         """Go through what is left of an epoch of so many batches, a group of them for each step."""
@@ -126,6 +127,7 @@ class _Step:
                 with nullcontext() if number == done + len(group) else self.accelerator.no_sync(self.model):
                     state.of_epoch.append((self._backward(batch, name, share), weight))
             done += len(group)
+            self._agree()
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             # A scaler expects overflow: it skips the step and lowers the scale.
             if self.accelerator.scaler is None and not torch.isfinite(nn.utils.get_total_norm(gradients)):
@@ -135,6 +137,11 @@ class _Step:
             if not self.accelerator.optimizer_step_was_skipped:
                 self.scheduler.step()
             state.after_step(is_last=done == total)
+
+    def _agree(self) -> None:
+        """End the training of all processes with what one found: alone, it would let the others wait for ever."""
+        if self.accelerator.num_processes > 1 and total_of(len(self.flaws), self.accelerator.device) > 0:
+            raise LearningError(self.flaws[0] if self.flaws else "another process ended with an error, and says which")
 
     def _shares(self, group: list[Any]) -> list[tuple[Any, float, float]]:
         """Return each batch of a step, its weight, and its share of the loss: by the mean over processes of all."""
@@ -183,7 +190,9 @@ class _Step:
         value = float(loss.detach())
         if not math.isfinite(value):
             cure = "Lower learning_rate, or set mixed_precision to no; finished tasks are kept"
-            raise LearningError(f"{name}: the loss is {value}. {cure}")
+            self.flaws.append(f"{name}: the loss is {value}. {cure}")
+            if self.accelerator.num_processes == 1:
+                raise LearningError(self.flaws[0])
         self.accelerator.backward(loss if share == 1 else loss * share)
         return value
 
