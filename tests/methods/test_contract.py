@@ -450,10 +450,10 @@ def test_layer_scale_reaches_the_saved_adapter_as_alpha_pattern():
         assert alpha == pytest.approx(3.0 * wanted[int(name.split(".layers.")[1][0])])
 
 
-def test_a_rank_larger_than_the_room_shrinks_with_a_warning_that_names_the_layer(caplog):
+def test_a_rank_larger_than_the_room_shrinks_with_a_note_that_names_the_layer(caplog):
     # fc1 has 11 inputs; the first 6 hold 90 % of its weight's energy, so 5 are left. fc2 keeps 17 - 6 = 11.
     method = keeplora(rank=6, weight_energy=0.9, targets=("fc1", "fc2"))
-    with caplog.at_level(logging.WARNING, logger="keeplora"):
+    with caplog.at_level(logging.INFO, logger="keeplora"):
         adapted = method.before_task(MLP(), VectorTask("wide"))
     assert method.bases["fc1"].shape[1] == 6
     assert "'wide'" in caplog.text

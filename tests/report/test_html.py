@@ -169,3 +169,16 @@ def test_a_long_stream_stays_readable():
     for i in range(120):
         (line,) = [line for line in lines if line.strip().startswith(f"task number {i} ")]
         assert line.split()[-3:] == [f"{results.zero_shot[i]:.1f}"] * 3
+
+
+def test_the_page_has_the_settings_of_every_run_those_that_differ_first(tmp_path):
+    one = results(settings={"rank": 4, "epochs": 3, "weight_energy": {"vision": 0.85, "text": 0.2}})
+    other = results("lora_ft", settings={"rank": 8, "epochs": 3, "targets": ["q_proj", "<v>"]})
+    assert html.compared({"a": one.settings, "b": other.settings}) == [
+        ("rank", ["4", "8"]),
+        ("weight_energy", ["vision 0.85, text 0.2", ""]),
+        ("targets", ["", "q_proj, <v>"]),
+        ("epochs", ["3", "3"]),
+    ]
+    _, parsed = read(tmp_path, [one, other])
+    assert {"rank", "vision 0.85, text 0.2", "q_proj, <v>"} <= set(parsed.text)

@@ -110,6 +110,9 @@ def test_files_hold_the_comparison(compared):
     assert found == json.loads(json.dumps(comparison.to_json()))
     assert set(found["differences"]) == {"zero_shot", "lora_ft"}
     page = (config.output / "report.html").read_text()
+    assert "<td>learning_rate</td>" in page
+    assert f"Tasks: {', '.join(comparison.tasks)}." in page
+    assert 'class="banner"' not in page
     assert page.count("data:image/png;base64,") == 1
     assert str(comparison.score("keeplora", "last")) in page
     assert "the wider of" in page
@@ -161,6 +164,7 @@ def test_a_run_that_diverges_is_listed_and_the_others_are_kept(given, tmp_path, 
 
     monkeypatch.setattr(Workers, "run_all", one_fails)
     found = compare(CompareConfig(**given, methods="keeplora,zero_shot", seeds=2, quick=True, output=tmp_path / "f"))
+    assert '<p class="banner">QUICK' in (tmp_path / "f" / "report.html").read_text()
     assert list(found.failures.values()) == ["the loss is nan"]
     assert len(found.rows) == 3
 

@@ -1,6 +1,7 @@
 """Two processes share a run: one writes, both go on from what it wrote, and the run ends as if never cut off."""
 
 import os
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -121,3 +122,27 @@ def test_what_one_process_finds_wrong_ends_both(tmp_path, when, port, said):
     torch.multiprocessing.spawn(in_one_of_two_with_a_bad_batch, (port, when, tmp_path), nprocs=2)
     assert said in (tmp_path / "1").read_text()
     assert (tmp_path / "0").read_text() == "another process ended with an error, and says which"
+
+
+@pytest.mark.slow
+def test_two_processes_say_everything_once(tmp_path):
+    benchmark = tiny.write_benchmark(tmp_path, tasks=2, per_class=4)
+    model, output = tiny.save_dual_encoder(tmp_path / "model"), tmp_path / "run"
+    launch = ["-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29541"]
+    settings = ["--benchmark", str(benchmark), "--model", str(model), "--rank", "99", "--epochs", "1"]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+    def said(*more):
+        run = ["-m", "keeplora", "run", "--batch-size", "3", *settings, "--output", str(output), *more]
+        command = [sys.executable, *launch, *run]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        return done.returncode, " ".join((done.stdout + done.stderr).split())
+
+    code, text = said()
+    assert code == 0, text
+    assert text.count("after learning") == text.count("(2 processes took part)") == 1
+    assert text.count("layers have fewer directions") == 1
+    assert read_manifest(output)["processes"] == 2
+    code, text = said("--seed", "1")
+    assert code != 0
+    assert text.count("holds another run") == 1

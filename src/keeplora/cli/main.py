@@ -5,8 +5,11 @@ import importlib
 import logging
 import os
 import sys
+import time
 import tomllib
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +27,8 @@ errors = Console(stderr=True)
 
 DESCRIPTION = "Teach a pre-trained vision-language model one new domain after another, without losing what it knew."
 
+GRACE = 5.0  # Seconds that a process waits with its error for the first one to have told its own.
+
 TRACEBACK = "KEEPLORA_TRACEBACK"  # Set this variable to see where an error was raised.
 
 
@@ -36,9 +41,14 @@ def commands() -> dict[str, dict[str, Any]]:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; what a user did wrong ends with one message and a non-zero exit."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if _rank():
+        with _silenced():
+            _call(arguments[0], arguments[1:])
+        return
     logging.basicConfig(
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=errors, show_path=False)]
     )
+    logging.getLogger("keeplora").setLevel(logging.INFO)
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
         _show_help()
@@ -54,6 +64,31 @@ def main(arguments: list[str] | None = None) -> None:
         _call(name, arguments[1:])
         return
     sys.exit(0 if arguments else 2)
+
+
+def _rank() -> int:
+    """Return the number of this process among those that a launcher started."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Leave it to the first process to say what all would say."""
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable()
+        yield
+
+
+def _show_error(message: str) -> None:
+    """Show an error; if the first process has it too, a launcher ends this one before it says so again."""
+    number = _rank()
+    if number:
+        time.sleep(GRACE)
+    which = f" in process {number}" if number else ""
+    text = escape(printable(message))
+    errors.print(f"[bold red]error{which}:[/] {text}", soft_wrap=True, highlight=False)
 
 
 def _function(name: str) -> Callable[..., Any]:
@@ -78,11 +113,11 @@ def _call(name: str, arguments: list[str]) -> None:
         message = str(error)
         if isinstance(error, OSError) and error.strerror:
             message = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-        errors.print(f"[bold red]error:[/] {escape(printable(message))}", soft_wrap=True, highlight=False)
+        _show_error(message)
         sys.exit(1)
     except _lack_of_resources() as error:
         message = " ".join(str(error).split()) or type(error).__name__
-        errors.print(f"[bold red]error:[/] {escape(printable(message))}", soft_wrap=True, highlight=False)
+        _show_error(message)
         errors.print(
             "Memory or disk ran out, or could not be used. A run keeps what it has finished; the same command,"
         )

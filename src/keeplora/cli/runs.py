@@ -101,7 +101,9 @@ def undo(
 def show_run(results: Results, folder: Path) -> None:
     """Print the scores of a run, the remaining capacity of its layers, and where it is."""
     show_scores(results, folder)
-    console.print(f"Run directory: {escape(str(folder))}")
+    processes = read_run(folder).manifest.get("processes", 1)
+    shared = f" ({processes} processes took part)" if processes > 1 else ""
+    console.print(f"Run directory: {escape(str(folder))}{shared}")
 
 
 def show_scores(results: Results, folder: Path) -> None:

@@ -6,6 +6,7 @@ not finished has fewer rows; its metrics are those of the rows there are, and No
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 METRIC_NAMES = {
     "transfer": "Transfer",
@@ -59,10 +60,12 @@ class Results:
     accuracy: Matrix = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_mb: float = 0.0
+    settings: dict[str, Any] = field(default_factory=dict)  # By name, for who reads a report; `run.json` has them all.
 
     def to_json(self) -> dict[str, object]:
         """Return the keys of `metrics.json` in their order."""
         values = asdict(self)
+        del values["settings"]
         costs = {key: values.pop(key) for key in ("seconds", "peak_memory_mb")}
         return values | self.summary() | costs
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from keeplora.errors import LearningError
+from keeplora.errors import LearningError, listed
 from keeplora.layers import lora
 from keeplora.layers.gradients import NamedTensors
 from keeplora.methods.base import HEAD, Method, TaskRecord
@@ -32,6 +32,8 @@ class Protecting(Method):
         self.bases: dict[str, Tensor] = {}
         self._surviving: dict[str, float] = {}
         self._num_learned = 0
+        self._told_of_smaller = False
+        self._left_alone: set[str] = set()
 
     def before_task(self, model: nn.Module, task: Task) -> nn.Module:
         """Return a stock PEFT LoRA model with `a` set outside the bases and frozen."""
@@ -45,7 +47,7 @@ class Protecting(Method):
             )
         self._surviving = start.surviving
         ranks = {name: len(start.a.get(name, ())) for name in self.bases}
-        _warn_of_small_ranks(ranks, self.config.rank, task.name)
+        self._tell_of_small_ranks(ranks, task.name)
         head = self.new_head(model, task)
         factors = {name: (a, start.b[name]) for name, a in start.a.items()}
         adapted = self.attach(model, {name: ranks[name] for name in factors}, factors=factors, scales=self.scales())
@@ -99,18 +101,19 @@ class Protecting(Method):
     def protected(self) -> dict[str, Tensor]:
         return dict(self.bases)
 
-
-def _warn_of_small_ranks(ranks: dict[str, int], rank: int, task: str) -> None:
-    """Name the layers with fewer residual directions than the rank, and those with none."""
-    smaller = [f"{name} ({found})" for name, found in ranks.items() if 0 < found < rank]
-    left_alone = [name for name, found in ranks.items() if found == 0]
-    if smaller:
-        logger.warning(
-            "task %r: %d of %d layers have fewer directions to learn with than rank %d, and take these: %s",
-            task, len(smaller), len(ranks), rank, ", ".join(smaller),
-        )  # fmt: skip
-    if left_alone:
-        logger.warning(
-            "task %r: %d of %d layers have no residual direction left and are left alone: %s",
-            task, len(left_alone), len(ranks), ", ".join(left_alone),
-        )  # fmt: skip
+    def _tell_of_small_ranks(self, ranks: dict[str, int], task: str) -> None:
+        """Note once that layers have fewer residual directions than the rank; warn of each that has none any more."""
+        smaller = [f"{name} ({found})" for name, found in ranks.items() if 0 < found < self.config.rank]
+        if smaller and not self._told_of_smaller:
+            self._told_of_smaller = True
+            logger.info(
+                "task %r: %d of %d layers have fewer directions to learn with than rank %d, and take these, as in later"
+                " tasks: %s",
+                task, len(smaller), len(ranks), self.config.rank, listed(smaller),
+            )  # fmt: skip
+        if new := [name for name, found in ranks.items() if found == 0 and name not in self._left_alone]:
+            self._left_alone.update(new)
+            logger.warning(
+                "task %r: %d of %d layers have no residual direction left and are left alone: %s",
+                task, len(new), len(ranks), listed(new),
+            )  # fmt: skip

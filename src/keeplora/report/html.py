@@ -1,6 +1,7 @@
 """One self-contained HTML page about some runs: their metrics in a table, their accuracy matrices as heat maps."""
 
 import base64
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,24 @@ def page(runs: list[Results], capacity: Capacity | None = None) -> str:
     return render("report.html.j2", runs=runs, capacity=capacity, metric_names=METRIC_NAMES, **drawings)
 
 
+def compared(columns: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Return every setting of some runs, by the name of the run, with its value in each; those that differ first."""
+    names = dict.fromkeys(key for settings in columns.values() for key in settings)
+    rows = [(name, [_plain(settings.get(name, "")) for settings in columns.values()]) for name in names]
+    return sorted(rows, key=lambda row: len(set(row[1])) == 1)
+
+
+def _plain(value: Any) -> str:
+    parts = [f"{key} {one}" for key, one in value.items()] if isinstance(value, dict) else value
+    return ", ".join(map(str, parts)) if isinstance(parts, list | tuple) else str(parts)
+
+
 def render(template: str, **values: Any) -> str:
     """Return the page of a template of this folder; what is put into it is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
+    environment.globals["compared"] = compared
     environment.filters["shown"] = lambda value, spec="": "-" if value is None else format(value, spec)
     environment.filters["base64"] = lambda png: base64.b64encode(png).decode()
     return environment.get_template(template).render(**values)

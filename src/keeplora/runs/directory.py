@@ -92,6 +92,7 @@ class RunDirectory(Store):
             accuracy=[task["scores"] for task in self.tasks],
             seconds=seconds,
             peak_memory_mb=max((cost["peak_memory_mb"] for _, cost in measured), default=0.0),
+            settings=_settings_of(self.manifest),
         )
 
     def start(self, model_digest: str, zero_shot: list[float], phases: Costs) -> None:
@@ -165,6 +166,14 @@ class RunDirectory(Store):
             return aligned(load(self.read(name))) if name in self.files else {}
         except SafetensorError as error:
             raise ValueError(f"{self.folder / name} is not a safetensors file: {error}") from None
+
+
+def _settings_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that a run learned with, by name, and where a task has its own epochs."""
+    config = manifest["config"]
+    own = {f"epochs of {name}": epochs for name, table in config["tasks"].items() if (epochs := table.get("epochs"))}
+    shared = {"evaluation": config["evaluation"], "processes": manifest.get("processes", 1)}
+    return {**config["train"], **own, **config["options"], **shared}
 
 
 def _without_folder(name: str) -> str:

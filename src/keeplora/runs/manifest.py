@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
-from pydantic import BaseModel
+from pydantic import BaseModel, PositiveInt
 
 from keeplora.config import Count, require
 from keeplora.errors import InUseError
@@ -44,6 +44,7 @@ class _Manifest(Form):
     leaving: list[str] = []
     data: dict[str, _Data] = {}
     nearby: dict[str, str] = {}
+    processes: PositiveInt = 1
     checksum: str
 
 

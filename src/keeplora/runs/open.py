@@ -64,6 +64,7 @@ def open_run(
         if different:  # Nothing is lost by starting over, perhaps with what was mended.
             manifest = new_manifest(config, tasks, settings)
         manifest["config"] |= {key: config[key] for key in PLACES if key in config and not (extend and key == "more")}
+        manifest["processes"] = dist.get_world_size() if dist.is_initialized() else 1
         manifest["nearby"] = _seen_from(folder.resolve(), config)
         directory = RunDirectory(folder, manifest)
         require_no_strangers(directory)

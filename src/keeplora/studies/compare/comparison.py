@@ -22,6 +22,8 @@ class RunRow:
     order: int
     scores: dict[str, float | None]  # The metrics of `SCORES`, in percent; None where one means nothing for the method.
     costs: dict[str, float]  # The figures of `COSTS`; memory in MiB, the most of any phase.
+    tasks: list[str] = field(default_factory=list)  # In the order they were learned.
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,16 @@ class Comparison:
     def methods(self) -> list[str]:
         """The methods with at least one finished run, in their order."""
         return list(dict.fromkeys(row.method for row in self.rows))
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks, in the first order of them."""
+        return self.rows[0].tasks if self.rows else []
+
+    @property
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """The settings that every method was run with."""
+        return {method: next(row.settings for row in self.rows if row.method == method) for method in self.methods}
 
     def score(self, method: str, key: str) -> Estimate | None:
         """Estimate a metric, or a cost, of a method over its runs."""

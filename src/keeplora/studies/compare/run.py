@@ -120,7 +120,8 @@ def _row(config: RunConfig, results: Results) -> RunRow:
         "seconds_per_task": sum(phase["seconds"] for phase in learning) / len(tasks),
         "peak_memory_mb": max(phase["peak_memory_mb"] for phase in learning),
     }
-    return RunRow(config.method, config.seed, config.order, scores_of(config.method, results), costs)
+    scores = scores_of(config.method, results)
+    return RunRow(config.method, config.seed, config.order, scores, costs, results.tasks, results.settings)
 
 
 def search(config: CompareConfig, workers: Workers, track: Track) -> tuple[list[Trial], dict[str, Settings]]:

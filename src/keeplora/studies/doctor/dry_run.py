@@ -166,13 +166,15 @@ def spread(items: Sequence[T]) -> list[T]:
 def _warnings_as_notes(findings: list[Finding], task: str) -> Iterator[None]:
     """Turn what the library logs inside into notes: a run would say it too."""
     logger, heard = logging.getLogger("keeplora"), BufferingHandler(sys.maxsize)
-    heard.setLevel(logging.WARNING)
+    level = logger.level
     logger.addHandler(heard)
+    logger.setLevel(logging.INFO)
     before, logger.propagate = logger.propagate, False
     try:
         yield
     finally:
         logger.propagate = before
+        logger.setLevel(level)
         logger.removeHandler(heard)
         findings += [Finding("note", task, record.getMessage()) for record in heard.buffer]
 
