@@ -1,6 +1,7 @@
 """Each defect that is planted in a small stream is found, named, and decides the exit code; a clean one can start."""
 
 import shutil
+from types import SimpleNamespace
 
 import datasets as hf_datasets
 import numpy as np
@@ -14,6 +15,7 @@ from keeplora.cli import main as cli
 from keeplora.errors import listed
 from keeplora.methods.registry import METHODS
 from keeplora.models.registry import family_of
+from keeplora.progress import silent
 from keeplora.runs.manifest import manifest_bytes, new_manifest
 from keeplora.studies.doctor import diagnose as doctor
 from keeplora.studies.doctor import dry_run
@@ -448,3 +450,24 @@ def test_a_split_without_anything_is_a_problem(tmp_path, model, kind):
         if kind == "no image":
             folder.mkdir()
     assert texts(examine(path, model), "problem")
+
+
+def test_prompts_and_the_untouched_model_are_shown_for_every_task(stream, model):
+    found = examine(stream, model, train={"batch_size": 4})
+    assert found.tasks[0].prompts == [f"a drawing of a {color}." for color in ("blue", "green", "red")]
+    family = family_of(str(model))
+    tasks = family.tasks(str(model), found.config.stream, batch_size=4, evaluation="test", seed=0, track=silent)
+    for task in tasks:
+        batches = list(task.test_batches())
+        assert len(batches) == 5
+        predicted = [task.predict(family.load(str(model)), batch) for batch in batches[:4]]
+        labels = torch.cat([batch["labels"] for batch in batches[:4]])
+        expected = 100 * float((torch.cat(predicted) == labels).double().mean())
+        assert found.dry_run.untouched[task.name] == (pytest.approx(expected), "4 of 5")
+
+
+def test_a_spread_clock_takes_batches_from_all_over():
+    source = SimpleNamespace(test_batches=lambda: list(range(23)))
+    with dry_run.clocked(source, "test_batches", 4, spread=True) as clock:
+        assert list(source.test_batches()) == [0, 5, 10, 15]
+        assert len(clock) == 4

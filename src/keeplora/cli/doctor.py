@@ -32,9 +32,18 @@ PHASES = {
 }
 
 
-def doctor(settings: Any, train: Any, method: Any, *, duplicates: bool = True, strict: bool = False) -> None:
+def doctor(
+    settings: Any,
+    train: Any,
+    method: Any,
+    ablations: Any,
+    others: Any,
+    *,
+    duplicates: bool = True,
+    strict: bool = False,
+) -> None:
     """Examine data, model, time, memory and disk of a run before hours are spent on it."""
-    config = resolve(*sourced(settings, train, method))
+    config = resolve(*sourced(settings, train, {**method, **ablations, **others}))
     with Display(console) as display:
         found = diagnose(config, duplicates=duplicates, track=display.track)
     console.print(diagnosis_page(found))
@@ -50,6 +59,8 @@ def diagnosis_page(found: Diagnosis) -> RenderableType:
     parts: list[RenderableType] = [_data_table(found)]
     if found.subject is not None:
         parts.append(_model_line(found, found.subject))
+    if any(data.prompts for data in found.tasks):
+        parts.append(_prompt_table(found))
     if found.estimate:
         tried = f"{BATCHES - 1} batches of each phase on {len(found.dry_run.paces)} of {len(found.tasks)} tasks"
         memory = f"Images in memory: {found.pixels_mb:,.0f} MiB"
@@ -87,6 +98,18 @@ def _model_line(found: Diagnosis, subject: Subject) -> str:
     if subject.free:
         line += f", {_range(list(subject.free.values()))} free directions a layer"
     return line
+
+
+def _prompt_table(found: Diagnosis) -> Table:
+    """Tabulate a few prompts of each task, and what the untouched model makes of them."""
+    rows = []
+    for data in found.tasks:
+        score, batches = found.dry_run.untouched.get(data.spec.name, (None, ""))
+        rows.append((data.spec.name, "\n".join(data.prompts), "-" if score is None else f"{score:.1f}", batches))
+    headings = ("task", "prompts, such as", "untouched\nmodel, in %", "batches")
+    made = table("What the model is asked", headings, rows, left=2)
+    made.caption = "untouched: on batches from all over the split; near chance, try other templates or class_names"
+    return made
 
 
 def _time_table(seconds: dict[str, float], peak_memory_mb: dict[str, float]) -> Table:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypedDict, Union, cast, get_args, get_origin
 import tyro
 
 from keeplora.config import read_toml
-from keeplora.methods.base import MethodConfig
+from keeplora.methods.base import ABLATION, MethodConfig
 from keeplora.methods.registry import METHODS
 from keeplora.registry import load_extensions
 from keeplora.runs.config import RunConfig, Sourced
@@ -25,11 +25,11 @@ def flag(kind: Any, text: str, hint: str = "(optional)") -> Any:
 
 
 def run_flags(**more: Any) -> dict[str, Any]:
-    """Return the annotations of a command whose arguments are the settings of a run, and `more`, in three groups."""
+    """Return the annotations of a command whose arguments are the settings of a run, and `more`, in groups."""
     groups = {
         "settings": _flags(RunConfig, without=("train", "options", "sources")) | more,
         "train": _flags(TrainConfig),
-        "method": _options(),
+        **_options(),
     }
     return {
         name: tyro.conf.OmitArgPrefixes[TypedDict(name.capitalize(), flags, total=False)]  # type: ignore[operator, misc]
@@ -48,8 +48,11 @@ def sourced(settings: Mapping[str, Any], train: Mapping[str, Any], options: Mapp
     return [*flags, (str(file), read_toml(file))] if file else flags
 
 
-def _options() -> dict[str, Any]:
-    """Return a flag for every option of every method; one that several have says of whom it is."""
+def _options() -> dict[str, dict[str, Any]]:
+    """Return a flag for every option of every method, which says of whom it is, in groups.
+
+    First those of the default method, then what ablations of it need, then those of the other methods.
+    """
     load_extensions()
     owners: dict[str, dict[str, Field[Any]]] = {}
     docs: dict[str, str] = {}
@@ -57,13 +60,15 @@ def _options() -> dict[str, Any]:
         docs = _docs(method.Config) | docs
         for field in fields(method.Config):
             owners.setdefault(field.name, {})[name] = field
-    common, flags = _docs(MethodConfig), {}
+    common = _docs(MethodConfig)
+    groups: dict[str, dict[str, Any]] = {"method": {}, "ablations": {}, "others": {}}
     for name, of in owners.items():
         field = next(iter(of.values()))
         differ = [f"{method} {_default(of[method])}" for method in of if _default(of[method]) != _default(field)]
         text = ("" if name in common else f"({', '.join(of)}) ") + docs[name]
-        flags[name] = _flag(field, f"{text} {', '.join(differ)}." if differ else text)
-    return flags
+        group = "ablations" if field.metadata == ABLATION else "method" if RunConfig.method in of else "others"
+        groups[group][name] = _flag(field, f"{text} {', '.join(differ)}." if differ else text)
+    return groups
 
 
 def _flags(kind: type[Any], without: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -44,14 +44,14 @@ def demo(output: Path = Path("runs/demo"), *, seed: int = 0) -> None:
     console.print(f"Report: {escape(str(output / 'report.html'))}")
 
 
-def run(settings: Any, train: Any, method: Any) -> None:
+def run(settings: Any, train: Any, method: Any, ablations: Any, others: Any) -> None:
     """Learn a stream of tasks with a model and a method."""
     given = dict(settings)
     continued, fork = given.pop("continue", None), given.pop("fork", None)
     is_shown = given.pop("show_settings", False)
     if sum(source is not None for source in (given.get("config"), continued, fork)) > 1:
         raise ValueError("give one of --config, --continue and --fork: each says where the other settings come from")
-    tables = sourced(given, train, method)
+    tables = sourced(given, train, {**method, **ablations, **others})
     if continued is not None:
         if "benchmark" not in given:
             cure = f"to resume a run that was cut off: keeplora resume {continued}"

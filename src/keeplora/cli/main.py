@@ -49,6 +49,8 @@ def main(arguments: list[str] | None = None) -> None:
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=errors, show_path=False)]
     )
     logging.getLogger("keeplora").setLevel(logging.INFO)
+    # peft reads it of every model of transformers; no user can do anything about it.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
         _show_help()

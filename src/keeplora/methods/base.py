@@ -24,6 +24,9 @@ from keeplora.task import Task, to_device
 HEAD = "task_head"  # Name under which a task's own classifier joins the adapted model, so that its weights are trained.
 
 
+ABLATION: dict[str, Any] = {"ablation": True}  # Metadata of an option that a comparison needs, and no other user.
+
+
 class Step(NamedTuple):
     """A costly step of a task: a method of the class, from a model and a task to a result."""
 

@@ -22,7 +22,7 @@ from keeplora.layers.gradients import RESIDUALS, ResidualGradients
 from keeplora.layers.input_covariance import SEEN, SeenInputs, Watched, grams_of, input_grams
 from keeplora.layers.module_state import device_of
 from keeplora.layers.names import layer_scales, tower_share
-from keeplora.methods.base import MethodConfig, Step
+from keeplora.methods.base import ABLATION, MethodConfig, Step
 from keeplora.methods.protecting import Initialisation, Protecting
 from keeplora.subspace import linear_algebra as linalg
 from keeplora.subspace import protected
@@ -46,20 +46,20 @@ class KeepLoRAConfig(MethodConfig):
     gradient: Literal["exact", "sketch"] = "exact"
     """`sketch` takes the leading directions of the gradient from two small random pictures of it, in place of the
     gradient itself: less memory where layers are wide."""
-    b_start: Literal["zero", "gradient"] = "zero"
+    b_start: Literal["zero", "gradient"] = field(default="zero", metadata=ABLATION)
     """Start of B: zero with the weight untouched, or the residual gradient's factor with the weight reduced by it."""
     features: Literal["second_moment", "last_epoch", "batch_mean"] = "second_moment"
     """Statistic of the inputs: exact second moment; the same, collected in the last epoch of training, which saves a
     pass and is of slightly earlier weights; or the released code's average over batches."""
-    weight_side: Literal["input", "output"] = "input"
+    weight_side: Literal["input", "output"] = field(default="input", metadata=ABLATION)
     """Side of the weight whose singular vectors are its principal subspace: `output` is the released code's, for square
     layers only."""
-    energy_rule: Literal["reach", "one_short"] = "reach"
-    """Directions that are kept: the fewest that reach the share, or, as in the released code, one less for the weights
-    and for the first task."""
-    a_start: Literal["gradient", "random"] = "gradient"
+    energy_rule: Literal["reach", "one_short"] = field(default="reach", metadata=ABLATION)
+    """Directions that are kept: the fewest that reach the share, or, as in the released code, one less (but never none)
+    in the first call for a layer, which is that for its weight where `weight_energy` is above 0."""
+    a_start: Literal["gradient", "random"] = field(default="gradient", metadata=ABLATION)
     """Start of A: the top of the residual gradient, or random directions of the residual subspace (an ablation)."""
-    a_training: Literal["frozen", "trained"] = "frozen"
+    a_training: Literal["frozen", "trained"] = field(default="frozen", metadata=ABLATION)
     """`trained` lets the optimiser move A out of the residual subspace (an ablation); the certificate tells how far."""
     layer_scale: Share = 1.0
     """KeepLoRA++: factor of the first block's update, growing linearly to 1 at the last."""

@@ -35,7 +35,7 @@ is what a merge lost of an update, and what that adds to the leak."""
 
 ROUNDINGS = 4  # How many roundings to float32, of the largest entry of a weight, are allowed for each merge.
 
-UNREPLAYABLE = (ValueError, OSError, LookupError, TypeError, AttributeError, RuntimeError)
+UNREPLAYABLE = (ValueError, OSError, LookupError, RuntimeError)
 """What reading or replaying a file can raise whose hash is right and whose content is not what a run writes."""
 
 Updates = dict[str, tuple[Tensor, Tensor]]
@@ -106,6 +106,8 @@ def certify(folder: Path, *, track: Track = silent) -> Proof:
     readable = list(takewhile(lambda place: not any(place in message for message in damage), folders))
     try:
         _replay(proof, RunDirectory(folder, manifest | {"tasks_finished": len(readable)}), finished, track)
+    except torch.OutOfMemoryError:  # Says nothing of the run.
+        raise
     except UNREPLAYABLE as error:
         proof.breaches.append(f"not everything can be checked: {error}")
     proof.tasks += [TaskProof(name, is_checked=False) for name in finished[len(proof.tasks) :]]
@@ -165,6 +167,8 @@ class _Replay:
             layers = certificates(self.method.protected(), changes)
             found += breaches_of(layers, self.method.leak_allowed)
             found += contradictions(directory.tasks[index]["certificate"], layers)
+        except torch.OutOfMemoryError:
+            raise
         except UNREPLAYABLE as error:
             self.proof.breaches.append(f"task {name!r} cannot be checked: {type(error).__name__}: {error}")
             return

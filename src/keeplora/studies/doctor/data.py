@@ -47,6 +47,7 @@ class TaskData:
     splits: dict[str, Examples] = field(default_factory=dict)
     is_accepted: bool = False  # Whether a run would accept the splits.
     looks: dict[str, list[Look]] = field(default_factory=dict)
+    prompts: list[str] = field(default_factory=list)  # A few of them.
     exact: int = 0  # How many held-out images are in the training split too, pixel by pixel.
     alike: int = 0  # How many others look like one there.
 

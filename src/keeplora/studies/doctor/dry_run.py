@@ -39,13 +39,19 @@ HARMLESS_RATE = 1e-9  # A learning rate whose steps vanish when they are added t
 DRY_RUN_SECONDS = 20.0
 """After two tasks, those with the fewest and the most classes, no further one is tried once this long was spent."""
 
+EVALUATION_SECONDS = 3 * DRY_RUN_SECONDS  # Nor is the untouched model evaluated on a further one after so long.
+
 
 @dataclass
 class FirstBatches:
-    """The first batches of an iterable, and the seconds from the request of each to the request of the next."""
+    """The first batches of an iterable, and the seconds from the request of each to the request of the next.
+
+    With `spread`, as many from all over it: held-out images lie class by class.
+    """
 
     source: Callable[[], Iterable[Batch]]
     limit: int
+    spread: bool = False
     passes: list[list[float]] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -55,16 +61,17 @@ class FirstBatches:
         seconds: list[float] = []
         self.passes.append(seconds)
         start = time.perf_counter()
-        for batch in itertools.islice(self.source(), self.limit):
+        step = max(1, len(cast(Sized, self.source())) // self.limit) if self.spread else 1
+        for batch in itertools.islice(self.source(), 0, step * self.limit, step):
             yield batch
             _wait_for_device()
             seconds.append(time.perf_counter() - start - sum(seconds))
 
 
 @contextmanager
-def clocked(task: Task, verb: str, limit: int) -> Iterator[FirstBatches]:
+def clocked(task: Task, verb: str, limit: int, *, spread: bool = False) -> Iterator[FirstBatches]:
     """Let one of a task's sources of batches (`batches`, `test_batches`) give only the first few; give it back."""
-    clock = FirstBatches(getattr(task, verb), limit)
+    clock = FirstBatches(getattr(task, verb), limit, spread)
     vars(task)[verb] = lambda: clock
     try:
         yield clock
@@ -89,6 +96,8 @@ class DryRun:
     extra_bytes: int = 0  # The most that a task left beside its adapter and directions.
     changes_model: bool = False  # Whether the method learned anything.
     findings: list[Finding] = field(default_factory=list)
+    untouched: dict[str, tuple[float, str]] = field(default_factory=dict)
+    """The untouched model's score on some batches of each task, and how many of how many these are."""
 
     def run(
         self, model: nn.Module, tasks: list[StreamTask], targets: list[str], config: RunConfig, track: Track
@@ -109,20 +118,31 @@ class DryRun:
             method = find_method(config.method)[0](options, seed=config.seed)
             scheduled = list(zip(tasks, method.schedule(tasks), strict=True))
             order = spread(scheduled) if method.one_by_one else scheduled
+            is_over = False
             for task, training_task in track(order, "dry run", len(order)):
-                with _warnings_as_notes(self.findings, task.name):
-                    model = self._learn(model, task, training_task, method, config.train)
-                if method.one_by_one and len(self.paces) > 1 and time.perf_counter() - start > DRY_RUN_SECONDS:
+                is_over |= method.one_by_one and len(self.paces) > 1 and time.perf_counter() - start > DRY_RUN_SECONDS
+                if time.perf_counter() - start > EVALUATION_SECONDS:
                     break
+                pace = self._evaluate(model, task)
+                if is_over:
+                    continue
+                with _warnings_as_notes(self.findings, task.name):
+                    model = self._learn(model, task, training_task, method, config.train, pace)
         except FAILURES as error:
             cure = "lower batch_size" if isinstance(error, torch.OutOfMemoryError) else ""
             self.findings.append(Finding("problem", task.name, f"a run would fail: {error}", cure))
 
     def _learn(
-        self, model: nn.Module, task: StreamTask, training_task: Task, method: Method, train: TrainConfig
+        self,
+        model: nn.Module,
+        task: StreamTask,
+        training_task: Task,
+        method: Method,
+        train: TrainConfig,
+        evaluate: Pace,
     ) -> nn.Module:
         """Learn one task with a few batches and return the merged model."""
-        paces: dict[str, Pace] = {}
+        paces: dict[str, Pace] = {"evaluate": evaluate}
         train = dataclasses.replace(train, epochs=1, learning_rate=HARMLESS_RATE)
         self.batches[task.name] = len(cast(Sized, training_task.batches()))
         with clocked(training_task, "batches", BATCHES) as clock:
@@ -132,13 +152,20 @@ class DryRun:
                 fit(adapted, method.training_task(adapted, training_task, epochs=1), train, penalty=method.penalty)
             with self._phase("merge", clock, paces):
                 model = method.after_task(adapted, training_task)
-        with clocked(task, "test_batches", BATCHES) as clock, self._phase("evaluate", clock, paces):
-            evaluate(model, [task])
         self.paces[task.name] = Paces(**paces)
         self.changes_model |= method.record.adapter is not None
         beside = [*method.record.head.values(), *method.record.state.values()]
         self.extra_bytes = max(self.extra_bytes, sum(tensor.nbytes for tensor in beside))
         return model
+
+    def _evaluate(self, model: nn.Module, task: StreamTask) -> Pace:
+        """Score the untouched model on some batches of a task, and return the pace of it."""
+        paces: dict[str, Pace] = {}
+        total = len(cast(Sized, task.test_batches()))
+        with clocked(task, "test_batches", BATCHES, spread=True) as clock, self._phase("evaluate", clock, paces):
+            (score,) = evaluate(model, [task])
+        self.untouched[task.name] = score, f"{min(BATCHES, total)} of {total}"
+        return paces["evaluate"]
 
     @contextmanager
     def _phase(self, name: str, clock: FirstBatches, paces: dict[str, Pace]) -> Iterator[None]:

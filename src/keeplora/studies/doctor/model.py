@@ -21,6 +21,8 @@ from keeplora.studies.doctor.data import TaskData
 from keeplora.studies.doctor.findings import FAILURES, Finding
 from keeplora.training.trainer import best_device
 
+SHOWN = 3  # Prompts of each task that are shown.
+
 
 @dataclass
 class Subject:
@@ -96,6 +98,7 @@ def prompt_findings(subject: Subject, tasks: list[TaskData]) -> Iterator[Finding
     limit = subject.config("text_config", "max_position_embeddings") or tokenizer.model_max_length
     for data in tasks:
         prompts = data.spec.prompts(data.class_names)
+        data.prompts = prompts[:: max(1, len(prompts) // SHOWN)][:SHOWN]
         names = [name for name in data.class_names for _ in data.spec.templates]
         encoded = [tuple(ids) for ids in token_ids(tokenizer, prompts)] if prompts else []
         if long := [f"{p!r} ({len(ids)} tokens)" for p, ids in zip(prompts, encoded, strict=True) if len(ids) > limit]:
