@@ -14,6 +14,7 @@ import tiny
 from keeplora.cli import main as cli
 from keeplora.evaluation.capacity import forecast
 from keeplora.methods.registry import known_methods
+from keeplora.runs import verify
 from keeplora.runs.atomic_store import Store, write_atomically
 from keeplora.runs.directory import RunDirectory
 from keeplora.runs.loop import run
@@ -569,3 +570,14 @@ def test_a_run_prints_the_remaining_capacity(place, capsys, monkeypatch, tmp_pat
     text = " ".join(capsys.readouterr().out.split())
     assert "Remaining capacity after 3 tasks" in text
     assert forecast(certify(tmp_path / "run").capacity) in text
+
+
+@pytest.mark.parametrize("error", [TypeError("ours"), AttributeError("ours"), torch.OutOfMemoryError("no memory")])
+def test_a_mistake_of_ours_or_a_lack_of_memory_is_no_breach(folder, monkeypatch, error):
+    def broken(*args, **kwargs):
+        raise error
+
+    for name in ("updates_of", "certificates"):
+        monkeypatch.setattr(verify, name, broken)
+        with pytest.raises(type(error), match=str(error)):
+            certify(folder)

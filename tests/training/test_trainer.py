@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
@@ -21,6 +22,7 @@ from keeplora.methods.baselines import Joint, LoRAFT
 from keeplora.methods.keeplora import KeepLoRA, KeepLoRAConfig
 from keeplora.models.dual_encoder import ClassificationTask
 from keeplora.task import DeferredGradient
+from keeplora.training import trainer
 from keeplora.training.trainer import TrainConfig, best_device, fit, seed_everything
 
 
@@ -316,6 +318,45 @@ def test_half_precision_trains_nearly_as_float32_and_in_any_order_with_it():
     assert losses["bf16"] != losses["no"]
     assert losses["bf16"] == pytest.approx(losses["no"], rel=0.05)
     assert again == losses["no"]
+
+
+class Overflowing(tiny.VectorTask):
+    """The gradient of one batch is finite, and is not once a loss scaler has scaled it."""
+
+    def __init__(self, bad):
+        super().__init__(sizes=(8,) * 6)
+        self.bad = bad
+
+    def loss(self, model, batch):
+        loss = super().loss(model, batch)
+        if not batch[0].equal(self.data[self.bad][0]):
+            return loss
+        steep = 1e35 * model.fc1.bias.sum()
+        return loss + steep - steep.detach()
+
+
+@pytest.mark.parametrize("bad", [2, 3])
+def test_an_accumulated_step_that_a_scaler_skips_changes_neither_weights_nor_schedule(monkeypatch, bad):
+    def scaled(precision):
+        accelerator = Accelerator(mixed_precision="no")
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+        return accelerator
+
+    monkeypatch.setattr(trainer, "_accelerator", scaled)
+    config = TrainConfig(epochs=1, accumulation=2, learning_rate=0.02, weight_decay=0.0)
+    task, model = Overflowing(bad), tiny.MLP()
+    rates = rates_of(lambda: fit(model, task, config))
+
+    expected, plain = tiny.MLP(), tiny.VectorTask(sizes=(8,) * 6)
+    optimizer = torch.optim.AdamW(expected.parameters(), lr=0.02, weight_decay=0.0)
+    scheduler = one_cycle(optimizer, 3)
+    for group in (plain.data[:2], plain.data[4:]):  # The second step is skipped.
+        optimizer.zero_grad()
+        sum(F.cross_entropy(expected(x), y) / 2 for x, y in group).backward()
+        optimizer.step()
+        scheduler.step()
+    assert len(rates) == 2
+    torch.testing.assert_close(state(model), state(expected))
 
 
 def test_progress_is_told_what_is_done_and_how_many_batches_there_are():
