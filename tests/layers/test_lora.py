@@ -5,8 +5,18 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load
 from torch import nn
+from transformers import (
+    CLIPVisionConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from keeplora.layers import lora
+from keeplora.layers.names import tower_share
+from keeplora.methods.keeplora import KeepLoRAConfig
 from tiny import (
     MLP,
     TokenTask,
@@ -284,3 +294,52 @@ def test_a_detached_adapter_does_not_change_with_the_model():
     train(adapted, VectorTask(), epochs=1)
     assert saved.files() == before
     assert lora.detach(adapted).files() != before
+
+
+BLOCK = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+         "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]  # fmt: skip
+
+
+def llava():
+    text = {"vocab_size": 40, "hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+    vision = {"hidden_size": 20, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14, "projection_dim": 16}  # fmt: skip
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**vision), text_config=LlamaConfig(**text), image_token_id=30, image_seq_length=4
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+def test_targets_of_a_vision_language_model_are_in_the_language_model_unless_asked():
+    model, language = llava(), "model.language_model.layers."
+    assert lora.linear_targets(model, ("auto",)) == [f"{language}{i}.{name}" for i in range(2) for name in BLOCK]
+    assert lora.linear_targets(model, ("q_proj",)) == [f"{language}{i}.self_attn.q_proj" for i in range(2)]
+    towers = {tower: lora.linear_targets(model, ("auto",), (tower,)) for tower in ("vision", "projector", "language")}
+    assert {len(found) for found in towers.values()} == {12, 2, 14}
+    assert all("vision_tower" in name for name in towers["vision"])
+    assert towers["projector"] == [f"model.multi_modal_projector.linear_{i}" for i in (1, 2)]
+    assert lora.linear_targets(model, ("q_proj",), ("vision",)) == [
+        f"model.vision_tower.encoder.layers.{i}.self_attn.q_proj" for i in range(2)
+    ]
+    both = lora.linear_targets(model, ("auto",), ("vision", "language"))
+    assert set(both) == {*towers["vision"], *towers["language"]}
+    with pytest.raises(ValueError, match="no linear layer is named out_proj in language; set targets to some of: down"):
+        lora.linear_targets(model, ("out_proj",), ("language",))
+
+
+def test_layers_of_another_kind_are_named():
+    config = GPT2Config(vocab_size=40, n_embd=12, n_layer=1, n_head=2)
+    with pytest.raises(ValueError, match=r"no linear layer is named auto.*its Conv1D layers are no nn.Linear"):
+        lora.linear_targets(GPT2LMHeadModel(config), ("auto",))
+
+
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [("vision_model.encoder.layers.0.self_attn.q_proj", 0.85), ("text_model.encoder.layers.0.self_attn.q_proj", 0.2),
+     ("model.text_model.layers.0.self_attn.q_proj", 0.6), ("model.layers.0.mlp.up_proj", 0.6),
+     ("model.language_model.layers.1.mlp.down_proj", 0.6), ("model.visual.blocks.0.attn.qkv", 0.85),
+     ("model.multi_modal_projector.linear_1", 0.6)],
+)  # fmt: skip
+def test_the_default_energies_are_those_of_the_towers(name, share):
+    assert tower_share(name, KeepLoRAConfig().weight_energy) == share

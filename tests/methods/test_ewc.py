@@ -93,7 +93,8 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path):
 def test_the_ledger_gives_the_fishers_back(tmp_path):
     method = ewc()
     learn(method, MLP(), seeds=(0,))
-    manifest = {"config": {"method": "ewc", "benchmark": "b", "model": "m", "seed": 0, "more": []}, "tasks": ["task0"],
+    manifest = {"config": {"method": "ewc", "benchmark": "b", "model": "m", "seed": 0, "more": [],
+                           "evaluation": "test", "tasks": {}, "train": {}, "options": {}}, "tasks": ["task0"],
                 "tasks_finished": 0, "files": {}, "start": {}, "zero_shot": [0.1], "model_digest": "x"}  # fmt: skip
     directory = RunDirectory(tmp_path, manifest)
     directory.add_task(method.record, {"name": "task0", "scores": [0.5], "phases": {}}, None)

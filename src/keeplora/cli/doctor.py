@@ -32,26 +32,27 @@ PHASES = {
 }
 
 
-def doctor(
-    settings: Any,
-    train: Any,
-    method: Any,
-    ablations: Any,
-    others: Any,
-    *,
-    duplicates: bool = True,
-    strict: bool = False,
-) -> None:
+def doctor(settings: Any, train: Any, method: Any, ablations: Any, others: Any) -> None:
     """Examine data, model, time, memory and disk of a run before hours are spent on it."""
-    config = resolve(*sourced(settings, train, {**method, **ablations, **others}))
+    given = dict(settings)
+    duplicates, is_strict = given.pop("duplicates", True), given.pop("strict", False)
+    config = resolve(*sourced(given, train, {**method, **ablations, **others}))
     with Display(console) as display:
         found = diagnose(config, duplicates=duplicates, track=display.track)
     console.print(diagnosis_page(found))
-    if code := found.exit_code(strict=strict):
+    if code := found.exit_code(strict=is_strict):
         sys.exit(code)
 
 
-doctor.__annotations__ |= run_flags(config=flag(Path, "TOML file with the settings of the run."))
+doctor.__annotations__ |= run_flags(
+    config=flag(Path, "TOML file with the settings of the run."),
+    duplicates=flag(
+        bool,
+        "Decode every image and look for the same or alike ones in two splits; without it only headers are read.",
+        "(default: True)",
+    ),
+    strict=flag(bool, "Let warnings count as problems in the exit code.", "(default: False)"),
+)
 
 
 def diagnosis_page(found: Diagnosis) -> RenderableType:

@@ -58,12 +58,13 @@ def total_of(number: float, device: torch.device) -> float:
 @contextmanager
 def ending_together(device: torch.device) -> Iterator[None]:
     """End all processes with an error if one ends with one inside, where none waits for another: else they would."""
+    flaws = 1.0
     try:
         yield
-    except Exception:
-        total_of(1.0, device)
-        raise
-    if total_of(0.0, device):
+        flaws = 0.0
+    finally:
+        flaws = total_of(flaws, device)
+    if flaws:
         raise LearningError("another process ended with an error, and says which")
 
 

@@ -6,6 +6,7 @@ Layer names are those of the base model, without PEFT's prefix.
 import copy
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias, TypeVar, cast
@@ -18,9 +19,11 @@ from peft.utils import get_peft_model_state_dict
 from pydantic import BaseModel, FiniteFloat, PositiveInt
 from safetensors.torch import save
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from keeplora.config import read_json, require
 from keeplora.errors import LearningError
+from keeplora.layers.names import ATTENTION, AUTO, DECODER, tower_of
 from keeplora.layers.weights import with_update
 from keeplora.subspace.certificate import Change, change_of, loss_of
 
@@ -117,11 +120,14 @@ def require_unadapted(model: nn.Module) -> None:
         )
 
 
-def linear_targets(model: nn.Module, suffixes: tuple[str, ...]) -> list[str]:
-    """List the `nn.Linear` modules whose name is, or ends in, one of the suffixes, in the model's order.
+def linear_targets(model: nn.Module, names: tuple[str, ...], towers: tuple[str, ...] = (AUTO,)) -> list[str]:
+    """List the `nn.Linear` modules whose name is, or ends in, one of the names, in the model's order.
 
-    Linear layers inside `nn.MultiheadAttention` are left out: it reads their weights past the layer itself, so that an
-    adapter on them would change nothing. If there is none, the error lists the names there are.
+    `auto` among the names stands for the linear layers of a language model's blocks, and for the attention projections
+    of a model without one. Of a vision-language model only the layers in the language model are listed, unless `towers`
+    names others (of vision, text, language, projector). Linear layers inside `nn.MultiheadAttention` are left out: it
+    reads their weights past the layer itself, so that an adapter on them would change nothing. If there is none, the
+    error lists the names there are.
     """
     hidden = {
         f"{name}.{child}"
@@ -130,10 +136,29 @@ def linear_targets(model: nn.Module, suffixes: tuple[str, ...]) -> list[str]:
         for child, _ in module.named_modules()
     }
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in hidden]
-    found = [name for name in linears if any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)]
+    decoder = [name for name in linears if re.search(DECODER, name)]
+    if AUTO not in towers:
+        inside = [name for name in linears if tower_of(name) in towers]
+    else:  # With a vision tower beside it, a suffix alone would reach into that.
+        has_vision = decoder and any(tower_of(name) == "vision" for name in linears)
+        inside = [name for name in linears if tower_of(name) == "language"] if has_vision else linears
+    suffixes = tuple(name for name in names if name != AUTO)
+    if AUTO in names and decoder:
+        automatic = {name for name in inside if tower_of(name)}
+    else:
+        automatic = set()
+        suffixes += ATTENTION if AUTO in names else ()
+    found = [
+        name
+        for name in inside
+        if name in automatic or any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)
+    ]
     if not found:
-        endings = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linears})) or "none"
-        raise ValueError(f"no linear layer is named {' or '.join(suffixes)}; set targets to some of: {endings}")
+        endings = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in inside or linears})) or "none"
+        asked, where = " or ".join(names), "" if AUTO in towers else f" in {' or '.join(towers)}"
+        others = sorted({type(module).__name__ for module in model.modules() if isinstance(module, Conv1D)})
+        hint = f"; its {others[0]} layers are no nn.Linear and take no update" if others else ""
+        raise ValueError(f"no linear layer is named {asked}{where}; set targets to some of: {endings}{hint}")
     return found
 
 

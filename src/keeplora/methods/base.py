@@ -6,7 +6,7 @@ What a method carries from task to task it takes up in `add_task`, from a task's
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import PositiveInt
@@ -17,6 +17,7 @@ from keeplora.errors import LearningError
 from keeplora.layers import lora, weights
 from keeplora.layers.lora import SavedAdapter
 from keeplora.layers.module_state import device_of, evaluation_mode
+from keeplora.layers.names import AUTO
 from keeplora.progress import Track, silent
 from keeplora.subspace.certificate import LEAK_ALLOWED, LayerCertificate
 from keeplora.task import Task, to_device
@@ -74,6 +75,9 @@ class TaskRecord:
         return weights.digest_of(sorted(({} if self.adapter is None else self.adapter.weights).items()))
 
 
+Tower = Literal["auto", "vision", "text", "language", "projector"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig(Config):
     """What every LoRA method has."""
@@ -82,8 +86,11 @@ class MethodConfig(Config):
     """Rank r of each layer's update."""
     alpha: PositiveNumber = 1.0
     """LoRA's alpha; the update is alpha / rank * B A."""
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj", "o_proj")
-    """Names, or ends of names, of the linear layers to adapt."""
+    targets: tuple[str, ...] = (AUTO,)
+    """Names, or ends of names, of the linear layers to adapt; auto: the attention projections of a dual encoder, all
+    linear layers of a language model's blocks."""
+    towers: tuple[Tower, ...] = ("auto",)
+    """Parts of the model whose layers may be targets; auto: the language model if there is one, else all."""
     allow_merge_loss: bool = False
     """Merge even where the precision of the weights (half precision) loses more than 5 % of the update."""
 
@@ -104,7 +111,7 @@ class Method:
     """Whether each task is learned from its own data alone; Transfer and forgetting mean nothing otherwise."""
     stands_alone: ClassVar[bool] = True
     """Whether what a task left does not depend on the tasks before it, so that any one can be undone."""
-    fixed: ClassVar[tuple[str, ...]] = ("targets",)  # Options that cannot change in the middle of a stream.
+    fixed: ClassVar[tuple[str, ...]] = ("targets", "towers")  # Options that cannot change in the middle of a stream.
     has_settings: ClassVar[bool] = True  # Whether it trains, so that a learning rate has to be chosen for it.
 
     def __init__(self, config: MethodConfig | None = None, *, seed: int = 0, track: Track = silent) -> None:
@@ -209,7 +216,7 @@ class Method:
     def targets_of(self, model: nn.Module) -> list[str]:
         """Return the layers to adapt, of a model without an adapter, each the only owner of its weight, or raise."""
         lora.require_unadapted(model)
-        targets = lora.linear_targets(model, self.config.targets)
+        targets = lora.linear_targets(model, self.config.targets, self.config.towers)
         weights.require_own_weights(model, targets)
         return targets
 

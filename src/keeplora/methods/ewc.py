@@ -66,7 +66,7 @@ class EWC(Method):
 
     def features(self, model: nn.Module, task: Task) -> dict[str, Tensor]:
         """Return the task's Fisher at the merged weights."""
-        layers = lora.linear_targets(model, self.config.targets)
+        layers = lora.linear_targets(model, self.config.targets, self.config.towers)
         return fisher_diagonals(model, task, layers, batch_size=self.config.fisher_batch, track=self.track)
 
     def add_task(self, record: TaskRecord) -> None:

@@ -69,7 +69,7 @@ class InfLoRA(Protecting):
 
     def protect(self, model: nn.Module) -> None:
         """Start the bases of all target layers: empty before the first task."""
-        names = lora.linear_targets(model, self.config.targets)
+        names = lora.linear_targets(model, self.config.targets, self.config.towers)
         empty = {name: torch.zeros(weights.shape_of(model, name)[1], 0) for name in names}
         self.bases = {name: self.bases.get(name, none).to(device_of(model)) for name, none in empty.items()}
 

@@ -94,7 +94,14 @@ class KeepLoRA(Protecting):
         Step("head"),
         Step("features"),
     )
-    fixed: ClassVar[tuple[str, ...]] = ("targets", "weight_energy", "weight_side", "energy_rule", "a_training")
+    fixed: ClassVar[tuple[str, ...]] = (
+        "targets",
+        "towers",
+        "weight_energy",
+        "weight_side",
+        "energy_rule",
+        "a_training",
+    )
 
     def start(self) -> None:
         super().start()
@@ -181,7 +188,7 @@ class KeepLoRA(Protecting):
         """Start the bases with the principal subspace of every target weight (Eq. 2), unless that was done."""
         if self.bases:
             return
-        targets = lora.linear_targets(model, self.config.targets)
+        targets = lora.linear_targets(model, self.config.targets, self.config.towers)
         bases: dict[str, Tensor] = {}
         for name in targets:  # One by one: whole weights in float32 would be a second model.
             seen = {name: self._seen_from_its_side(name, weights.read_weight(model, name))}

@@ -194,7 +194,8 @@ class _Replay:
 
     def _misfits(self, updates: Updates, directions: dict[str, Tensor], bases: dict[str, Tensor]) -> list[str]:
         """Say what is wrong with the form of a task's files, so that nothing of them can be measured."""
-        targets = lora.linear_targets(self.model, self.method.config.targets) if updates else []
+        config = self.method.config
+        targets = lora.linear_targets(self.model, config.targets, config.towers) if updates else []
         found = [f"its adapter changes {layer}, which is no target" for layer in updates if layer not in targets]
         for layer, (a, b) in updates.items():
             if layer in targets and (b.shape[0], a.shape[1]) != weights.shape_of(self.model, layer):

@@ -61,7 +61,8 @@ def load_subject(config: RunConfig, findings: list[Finding]) -> Subject | None:
         if broken := [name for name, weight in weights.items() if not torch.isfinite(weight).all()]:
             message = f"{counted(len(broken), 'weight')} of the model hold numbers that are not finite"
             findings.append(Finding("problem", "", f"{message}: {listed(broken)}", "get the model anew"))
-        subject.shapes = {name: shape_of(model, name) for name in linear_targets(model, config.options.targets)}
+        targets = linear_targets(model, config.options.targets, config.options.towers)
+        subject.shapes = {name: shape_of(model, name) for name in targets}
         findings += _full_layers(subject, config)
     except FAILURES as error:
         findings.append(Finding("problem", "", str(error)))
