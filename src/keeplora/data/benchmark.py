@@ -32,7 +32,16 @@ class TaskSpec(Config):
     """The name to use in the prompt, for classes whose stored name does not read well."""
     image_column: str = "image"  # Column of the images (reader dataset).
     label_column: str = "label"  # Column of the labels (reader dataset).
-    metric: str = "accuracy"  # What its predictions are scored by.
+    files: dict[str, str] = field(default_factory=dict)
+    """File of each split inside `path`, where it is not SPLIT.json or SPLIT.jsonl (readers of conversations)."""
+    image_root: str = ""  # Folder inside `path` that paths of images are relative to (readers of conversations).
+    question_column: str = "question"  # Column of the questions (reader question_answer).
+    answer_column: str = "answer"  # Column of the answers (reader question_answer).
+    chat_template: str = ""  # Chat format: a name such as vicuna_v1, or a .jinja file; the model's own if not given.
+    suffix: str = ""  # What is put behind a question when the task is evaluated.
+    max_new_tokens: PositiveInt = 64  # The most tokens of an answer.
+    max_length: PositiveInt = 2048  # The most tokens of a conversation.
+    metric: str = ""  # What its predictions are scored by; if not given, accuracy of classes, exact_match of answers.
     epochs: PositiveInt | None = None  # Number of epochs of this task, where it differs from the run's.
     config: str = ""  # Configuration of a dataset of the hub that has several (reader dataset).
     test_share: Share = 0.0  # Share of the training images to test on, with a fixed seed, where there is no test split.

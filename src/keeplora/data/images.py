@@ -32,20 +32,25 @@ class Examples:
 
     def image(self, index: int) -> Image.Image:
         """Decode image `index` as RGB: turned as its EXIF data say, transparent parts on white, greys as 8 bits."""
-        try:
-            with self.load(index) as image:
-                if (size := image.width * image.height) > self.max_megapixels * 10**6:
-                    limit = f"more than the task's max_megapixels = {self.max_megapixels}"
-                    raise ValueError(f"it has {size / 1e6:,.0f} megapixels, {limit}")
-                return _as_rgb(image)
-        except (*UNREADABLE_IMAGE, Image.DecompressionBombError) as error:
-            raise ValueError(f"{self.origin(index)} is not a readable image ({error}); replace or remove it") from None
+        return decoded(lambda: self.load(index), self.origin(index), self.max_megapixels)
 
     def subset(self, indices: list[int]) -> "Examples":
         """Return some of the examples."""
         labels = tuple(self.labels[i] for i in indices)
         load, origin = (lambda i: self.load(indices[i])), (lambda i: self.origin(indices[i]))
         return replace(self, labels=labels, load=load, origin=origin)
+
+
+def decoded(load: Callable[[], Image.Image], origin: str, max_megapixels: int) -> Image.Image:
+    """Decode an image as RGB, as `Examples.image` does; ValueError names where it comes from."""
+    try:
+        with load() as image:
+            if (size := image.width * image.height) > max_megapixels * 10**6:
+                limit = f"more than the task's max_megapixels = {max_megapixels}"
+                raise ValueError(f"it has {size / 1e6:,.0f} megapixels, {limit}")
+            return _as_rgb(image)
+    except (*UNREADABLE_IMAGE, Image.DecompressionBombError) as error:
+        raise ValueError(f"{origin} is not a readable image ({error}); replace or remove it") from None
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

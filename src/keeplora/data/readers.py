@@ -1,7 +1,7 @@
 """Named readers: from a folder, an archive or a Hugging Face dataset to labelled images; all that is wrong is named."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 from unicodedata import normalize
@@ -12,6 +12,14 @@ from datasets.exceptions import DatasetsError
 from PIL import Image
 
 from keeplora.data.benchmark import TaskSpec
+from keeplora.data.conversations import (
+    HOLD_OUT_SEED,
+    Conversations,
+    hold_out,
+    read_llava,
+    read_messages,
+    read_question_answer,
+)
 from keeplora.data.folder import read_folder
 from keeplora.data.images import Examples
 from keeplora.errors import counted, listed
@@ -19,7 +27,6 @@ from keeplora.registry import Registry
 
 HELD_OUT = 0.2  # Share of the training images that becomes the validation split of a task that has none.
 
-HOLD_OUT_SEED = 42
 TEXT = ("string", "large_string", "bool")
 STORED = {"bytes": hf.Value("binary"), "path": hf.Value("string")}
 
@@ -41,7 +48,10 @@ def examine_splits(spec: TaskSpec, evaluation: str) -> tuple[dict[str, Examples]
 
     Where there is a problem, classes have the names and numbers that are stored.
     """
-    stored = stored_splits(spec)
+    stored = {split: read for split, read in stored_splits(spec).items() if isinstance(read, Examples)}
+    if not stored:
+        flaw = "gives conversations, which need a generative model"
+        raise ValueError(f"task {spec.name!r}: reader {spec.reader!r} {flaw}; give another model or reader")
     available = _with_test_share(spec, stored)
     splits = {name: available[name] for name in ("train", evaluation) if name in available}
     if evaluation == "validation" and list(splits) == ["train"]:
@@ -50,7 +60,21 @@ def examine_splits(spec: TaskSpec, evaluation: str) -> tuple[dict[str, Examples]
     return splits if problems else _named_for_prompts(spec, splits), problems
 
 
-def stored_splits(spec: TaskSpec) -> dict[str, Examples]:
+def read_conversations(spec: TaskSpec, evaluation: str) -> tuple[Conversations, Conversations]:
+    """Read the training split of a task of conversations, and the one to evaluate on, as `read_splits` does."""
+    stored = {split: read for split, read in stored_splits(spec).items() if isinstance(read, Conversations)}
+    if not stored:
+        cure = "set reader to llava, messages or question_answer"
+        raise ValueError(f"task {spec.name!r}: reader {spec.reader!r} gives no conversations; {cure}")
+    if evaluation == "validation" and "validation" not in stored and "train" in stored:
+        stored["train"], stored["validation"] = hold_out(stored["train"], HELD_OUT, seed=HOLD_OUT_SEED)
+    for split in ("train", evaluation):
+        if split not in stored:
+            raise ValueError(f"task {spec.name!r}: {spec.path} has no {split} split; it has {', '.join(stored)}")
+    return stored["train"], stored[evaluation]
+
+
+def stored_splits(spec: TaskSpec) -> Mapping[str, Examples | Conversations]:
     """Read all splits that a task has in its place."""
     try:
         return READERS.find(spec.reader)(spec)
@@ -195,9 +219,18 @@ def _labels_of(kind: Any, labels: Any, split: str, spec: TaskSpec) -> tuple[tupl
     return names, tuple(labels)
 
 
-Reader = Callable[[TaskSpec], dict[str, Examples]]
+Reader = Callable[[TaskSpec], Mapping[str, Examples | Conversations]]
 
-READERS: Registry[Reader] = Registry("reader", {"folder": read_folder, "dataset": _read_dataset})
+READERS: Registry[Reader] = Registry(
+    "reader",
+    {
+        "folder": read_folder,
+        "dataset": _read_dataset,
+        "llava": read_llava,
+        "messages": read_messages,
+        "question_answer": read_question_answer,
+    },
+)
 
 
 def _hold_out(train: Examples, share: float) -> tuple[Examples, Examples]:

@@ -1,6 +1,7 @@
 """A model's score on every task of a stream."""
 
 from collections.abc import Sized
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,23 +25,30 @@ def evaluate(model: nn.Module, tasks: list[StreamTask], *, track: Track = silent
 
 
 def _score(model: nn.Module, task: StreamTask, track: Track) -> float:
-    predictions, references = [], []
+    predictions: list[Any] = []
+    references: list[Any] = []
     batches = task.test_batches()
     total = len(batches) if isinstance(batches, Sized) else None
     # Not inference mode: what a model or a task caches inside could not be trained with afterwards.
     with torch.no_grad(), evaluation_mode(model), fused_layers(model), task.frozen(model):
         for number, batch in enumerate(track(batches, f"{task.name}: evaluating", total), start=1):
             for part in task.micro_batches(to_device(batch, device_of(model))):
-                predictions.append(_predicted(model, task, part, number))
-                references.append(task.references(part).cpu())
-    return METRICS.find(task.metric)(torch.cat(predictions), torch.cat(references))
+                predictions += plain(_predicted(model, task, part, number))
+                references += plain(task.references(part))
+    return METRICS.find(task.metric)(predictions, references)
 
 
-def _predicted(model: nn.Module, task: StreamTask, batch: Batch, number: int) -> Tensor:
+def plain(values: Tensor | list[Any]) -> list[Any]:
+    """Return predictions or references as a list."""
+    return values.tolist() if isinstance(values, Tensor) else values
+
+
+def _predicted(model: nn.Module, task: StreamTask, batch: Batch, number: int) -> Tensor | list[Any]:
     """Return the answers to a batch, finite ones: the largest of several NaN would be an answer like any other."""
     try:
-        answers = task.predict(model, batch).cpu()
-        require_finite(answers, "the answers are not finite")
+        answers = task.predict(model, batch)
+        if isinstance(answers, Tensor):
+            require_finite(answers, "the answers are not finite")
     except LearningError as error:
         raise LearningError(f"task {task.name!r}, test batch {number}: {error}") from None
     return answers

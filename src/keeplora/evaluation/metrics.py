@@ -1,15 +1,20 @@
-"""Named scores of predictions against references, in percent."""
+"""Named scores of predictions against references, in percent.
 
-from collections.abc import Callable
+Predictions of classes are whole numbers, and so are their references. Answers are texts; their references are records,
+which have `question`, `answer` and `place`.
+"""
 
-from torch import Tensor
+from collections.abc import Sequence
+from typing import Any
 
+from keeplora.evaluation.text_metrics import TEXT_METRICS, Metric
 from keeplora.registry import Registry
 
 
-def accuracy(predictions: Tensor, references: Tensor) -> float:
+def accuracy(predictions: Sequence[Any], references: Sequence[Any]) -> float:
     """Return the share of right answers, in percent."""
-    return 100.0 * float((predictions == references).double().mean())
+    right = [bool(one == other) for one, other in zip(predictions, references, strict=True)]
+    return 100.0 * sum(right) / len(right)
 
 
-METRICS: Registry[Callable[[Tensor, Tensor], float]] = Registry("metric", {"accuracy": accuracy})
+METRICS: Registry[Metric] = Registry("metric", {"accuracy": accuracy, **TEXT_METRICS})

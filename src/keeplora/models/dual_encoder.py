@@ -192,7 +192,7 @@ class DualEncoder(Family):
                 spec.name, train, test, prompts, batch_size=batch_size, seed=seed + index,
                 num_templates=len(spec.templates),
             )  # fmt: skip
-            task.epochs, task.metric = spec.epochs, spec.metric
+            task.epochs, task.metric = spec.epochs, spec.metric or ClassificationTask.metric
             task.data = {
                 "classes": list(splits["train"].class_names),
                 "images": [len(examples) for examples in splits.values()],

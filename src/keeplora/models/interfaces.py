@@ -24,12 +24,12 @@ class StreamTask(Task):
         """Return the held-out batches, in a fixed order."""
         raise NotImplementedError
 
-    def predict(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the model's answers to a batch, `[n]`; a `LearningError` says that its outputs are not finite."""
+    def predict(self, model: nn.Module, batch: Batch) -> Tensor | list[Any]:
+        """Return the model's `n` answers to a batch; a `LearningError` says that its outputs are not finite."""
         raise NotImplementedError
 
-    def references(self, batch: Batch) -> Tensor:
-        """Return the right answers to a batch, `[n]`."""
+    def references(self, batch: Batch) -> Tensor | list[Any]:
+        """Return what the metric compares the `n` answers to a batch with."""
         raise NotImplementedError
 
 

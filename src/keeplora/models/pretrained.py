@@ -7,7 +7,17 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
 
 ATTENTION = "sdpa"  # Whatever a config asks for: another name may be that of a kernel to fetch.
 
@@ -26,15 +36,18 @@ def load_config(name: str) -> Any:
     return config
 
 
-def load_model(name: str) -> nn.Module:
-    """Load a model in float32 from safetensors alone; ValueError names what is wrong with it."""
+def load_model(name: str, kind: Any = AutoModel) -> nn.Module:
+    """Load a model in float32 from safetensors alone; ValueError names what is wrong with it.
+
+    `kind` is a class of transformers that finds the model's own by its configuration.
+    """
     config = load_config(name)
     cure = (
         ". Weights are read from safetensors alone: a pickled .bin or .pt could run any code; save the model anew with"
         " save_pretrained"
     )
     with naming(f"the weights of model {name!r}", cure):
-        model, info = AutoModel.from_pretrained(
+        model, info = kind.from_pretrained(
             name, config=config, dtype=torch.float32, output_loading_info=True, use_safetensors=True,
             trust_remote_code=False, attn_implementation=ATTENTION,
         )  # fmt: skip
@@ -43,6 +56,27 @@ def load_model(name: str) -> nn.Module:
         hint = f"; it was saved as {saved}, and {kind} is needed" if saved not in ("", kind) else "; get it anew"
         raise ValueError(f"model {name!r} has no weight {missing[0]!r} ({len(missing)} are missing){hint}")
     return cast(nn.Module, model.eval())
+
+
+def is_generative(config: Any) -> bool:
+    """Tell whether transformers has a class that answers texts, with images or without, for a configuration."""
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def load_generative(name: str) -> nn.Module:
+    """Load a model that answers conversations, as `load_model` does."""
+    reads_images = type(load_config(name)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return load_model(name, AutoModelForImageTextToText if reads_images else AutoModelForCausalLM)
+
+
+def load_processor(name: str) -> Any:
+    """Return the processor of a model that reads images, which works with Pillow; the tokenizer of another one."""
+    if type(load_config(name)) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return load_tokenizer(name)
+    with naming(f"the processor of model {name!r}"):
+        processor: Any = AutoProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
+    processor.tokenizer = load_tokenizer(name)  # The other one took `pil` for its own backend.
+    return processor
 
 
 def load_tokenizer(name: str) -> Any:

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from keeplora.config import Config, Share
-from keeplora.evaluation.evaluate import evaluate
+from keeplora.evaluation.evaluate import evaluate, plain
 from keeplora.layers.lora import linear_targets
 from keeplora.layers.names import in_tower
 from keeplora.layers.weights import other_weights
@@ -123,8 +123,8 @@ def principal_curve(
         width = fmean(basis.shape[1] / basis.shape[0] for basis in bases.values())
         points.append(Point(share, width, *scores))
     # Every class has examples in every split.
-    references = [torch.cat([task.references(batch) for batch in task.test_batches()]) for task in tasks]
-    chance = [100.0 / len(labels.unique()) for labels in references]
+    labels = [{label for batch in task.test_batches() for label in plain(task.references(batch))} for task in tasks]
+    chance = [100.0 / len(known) for known in labels]
     return PrincipalCurve(config, [task.name for task in tasks], layers, untouched, chance, points)
 
 

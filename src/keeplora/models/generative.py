@@ -1,0 +1,235 @@
+"""Generative models of Hugging Face: conversations about images or text are learned by their answers, and answered."""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from keeplora.data.benchmark import TaskSpec
+from keeplora.data.conversations import Conversations, Record, told_of
+from keeplora.data.readers import read_conversations
+from keeplora.layers.names import tower_of
+from keeplora.layers.statistics import require_finite
+from keeplora.models.chat import ChatFormat, Encoded, ends_of, template_named
+from keeplora.models.interfaces import Family, StreamTask
+from keeplora.models.pretrained import load_config, load_generative, load_processor
+from keeplora.progress import Track, silent
+from keeplora.task import Batch
+
+IGNORED = -100  # The label of what is no answer.
+AT_ONCE = 512  # Records that are checked together.
+
+
+class ConversationTask(StreamTask):
+    """Conversations whose answers are to be learned; what of a batch is padding is never counted.
+
+    The loss is the mean cross-entropy over the tokens of the answers and their end tokens. `metric` names one of texts.
+    """
+
+    metric = "exact_match"
+
+    def __init__(
+        self,
+        name: str,
+        train: Conversations,
+        test: Conversations,
+        chat: ChatFormat,
+        *,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self.name, self.chat, self.spec = name, chat, train.spec
+        self.train, self.test = train, test
+        self._order = torch.Generator().manual_seed(seed)
+        self._train = DataLoader(
+            _Rows(train), batch_size, shuffle=True, generator=self._order, collate_fn=self._to_learn
+        )
+        self._test = DataLoader(_Rows(test), batch_size, collate_fn=self._to_answer)
+
+    def batches(self) -> Iterable[Batch]:
+        return self._train
+
+    def test_batches(self) -> Iterable[Batch]:
+        return self._test
+
+    def generators(self) -> tuple[torch.Generator, ...]:
+        return (self._order,)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the mean cross-entropy over the answers' tokens, in float32."""
+        labels = batch["labels"][:, 1:]
+        places = (labels != IGNORED).any(0).nonzero().squeeze(1)
+        # Of the positions that lead to an answer somewhere in the batch: those of all would take the most memory.
+        kept = {"logits_to_keep": places} if _keeps_some(model) else {}
+        logits = cast(Tensor, model(**batch["inputs"], use_cache=False, **kept).logits)
+        logits = logits if kept else logits[:, :-1][:, places]
+        return F.cross_entropy(logits.float().flatten(0, 1), labels[:, places].flatten(), ignore_index=IGNORED)
+
+    def weight(self, batch: Batch) -> float:
+        """Return the number of answer tokens."""
+        return float((batch["labels"][:, 1:] != IGNORED).sum())
+
+    def padding_mask(self, layer: str, batch: Batch) -> Tensor | None:
+        """Leave the padding out of the language model's statistics; a vision tower and a projector see none."""
+        return batch["inputs"]["attention_mask"] if tower_of(layer) not in ("vision", "projector") else None
+
+    def predict(self, model: nn.Module, batch: Batch) -> list[str]:
+        """Return the model's answers as text: greedy, up to the end token."""
+        inputs = batch["inputs"]
+        tokens = cast(Any, model).generate(
+            **inputs, generation_config=self._generation(), logits_processor=LogitsProcessorList([_Finite()])
+        )
+        tokens = tokens[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in self.chat.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+    def references(self, batch: Batch) -> list[Record]:
+        return list(batch["records"])
+
+    def _generation(self) -> GenerationConfig:
+        tokenizer = self.chat.tokenizer
+        return GenerationConfig(
+            do_sample=False, num_beams=1, max_new_tokens=self.spec.max_new_tokens, pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=list(ends_of(tokenizer, self.chat.end_tokens)),
+        )  # fmt: skip
+
+    def _to_learn(self, rows: Sequence[tuple[Conversations, int]]) -> Batch:
+        records = [split.records[i] for split, i in rows]
+        encoded = [self.chat.encode(record.messages) for record in records]
+        found = self.chat.batch([one.text for one in encoded], [split.images(i) for split, i in rows])
+        mask = self.chat.answer_mask(encoded, found.pop("offsets"), found.pop("replaced"))
+        return {"inputs": found, "labels": found["input_ids"].masked_fill(~mask, IGNORED)}
+
+    def _to_answer(self, rows: Sequence[tuple[Conversations, int]]) -> Batch:
+        records = [split.records[i] for split, i in rows]
+        prompts = [self.chat.prompt(record.messages[:-1], suffix=self.spec.suffix) for record in records]
+        found = self.chat.batch(prompts, [split.images(i) for split, i in rows], left=True)
+        return {"inputs": {key: found[key] for key in found if key not in ("offsets", "replaced")}, "records": records}
+
+
+class _Rows(torch.utils.data.Dataset[tuple[Conversations, int]]):
+    """The places of a split's records: their images are read where a batch is put together."""
+
+    def __init__(self, split: Conversations) -> None:
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> tuple[Conversations, int]:
+        return self.split, index
+
+
+class _Finite(LogitsProcessor):
+    """Raises a `LearningError` where outputs are not finite: the largest of several NaN would be an answer."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        require_finite(scores, "the model's outputs hold NaN or infinity; are its weights whole, and in float32?")
+        return scores
+
+
+class Generative(Family):
+    """Loads a language model, with or without a vision tower, and makes tasks of conversations for it."""
+
+    def load(self, name: str) -> nn.Module:
+        return load_generative(name)
+
+    def tasks(
+        self, name: str, specs: tuple[TaskSpec, ...], *, batch_size: int, evaluation: str, seed: int, track: Track
+    ) -> list[StreamTask]:
+        processor, context = load_processor(name), _context_of(load_config(name))
+        tasks: list[StreamTask] = []
+        for index, spec in enumerate(specs):
+            train, test = read_conversations(spec, evaluation)
+            try:
+                chat = ChatFormat(processor, template_named(spec.chat_template))
+                for read in (train, test):
+                    what = f"{spec.name}: checking {read.split}"
+                    require_answers(read, chat, min(spec.max_length, context), track, what)
+            except ValueError as error:
+                raise ValueError(f"task {spec.name!r}: {error}") from None
+            task = ConversationTask(spec.name, train, test, chat, batch_size=batch_size, seed=seed + index)
+            task.epochs, task.metric = spec.epochs, spec.metric or ConversationTask.metric
+            texts = [[(one.identity, one.question, one.answer) for one in read.records] for read in (train, test)]
+            task.data = {
+                "classes": [],
+                "images": [len(read) for read in (train, test)],
+                "digest": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
+            }
+            tasks.append(task)
+        return tasks
+
+    def save(self, model: nn.Module, name: str, folder: Path) -> None:
+        cast(Any, model).save_pretrained(folder)
+        load_processor(name).save_pretrained(folder)
+
+
+def require_answers(read: Conversations, chat: ChatFormat, longest: int, track: Track = silent, what: str = "") -> None:
+    """Check every record of a split before any is learned: its answers are found, and all of it has a place.
+
+    Raises:
+        ValueError: If answers cannot be found or have no token, or records are too long; it counts and names them.
+    """
+    flaws: dict[str, list[str]] = {}
+    starts = range(0, len(read), AT_ONCE)
+    image_tokens = _ImageTokens(chat)
+    for start in track(starts, what, len(starts)):
+        some: list[tuple[int, Encoded]] = []
+        for index in range(start, min(start + AT_ONCE, len(read))):
+            record = read.records[index]
+            if record.images and not chat.reads_images:
+                flaws.setdefault("an image, which the model does not read", []).append(record.identity)
+                continue
+            try:
+                some.append((index, chat.encode(record.messages)))
+            except ValueError as error:
+                flaws.setdefault(str(error), []).append(record.identity)
+        if not some:
+            continue
+        texts = [one.text for _, one in some]
+        tokens = chat.tokenizer(texts, add_special_tokens=chat.adds_special_tokens(texts[0]))["input_ids"]
+        for (index, _), ids in zip(some, tokens, strict=True):
+            record = read.records[index]
+            length = len(ids) + (sum(image_tokens.of(size) for size in read.sizes(index)) if record.images else 0)
+            if length > longest:
+                flaws.setdefault(f"more than {longest} tokens", []).append(f"{record.identity} ({length})")
+    if flaws:
+        cure = "Mend or remove them, or raise max_length if the model's context allows it"
+        raise ValueError(f"{told_of(flaws, read.split)}. {cure}")
+
+
+class _ImageTokens:
+    """How many more tokens an image of a size makes than its placeholder."""
+
+    def __init__(self, chat: ChatFormat) -> None:
+        self.chat = chat
+        self.known: dict[tuple[int, int], int] = {}
+
+    def of(self, size: tuple[int, int]) -> int:
+        if size not in self.known:
+            text = self.chat.prompt([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}])
+            whole = self.chat.batch([text], [[Image.new("RGB", size)]])["input_ids"].shape[1]
+            bare = len(self.chat.tokenizer(text, add_special_tokens=self.chat.adds_special_tokens(text))["input_ids"])
+            self.known[size] = whole - bare
+        return self.known[size]
+
+
+def _context_of(config: Any) -> int:
+    """Return how many tokens a model can read."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return int(getattr(text, "max_position_embeddings", None) or 2**31)
+
+
+def _keeps_some(model: nn.Module) -> bool:
+    """Tell whether a model can compute the logits of some positions alone."""
+    inner: Any = getattr(model, "module", model)  # DDP has the model inside.
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    return "logits_to_keep" in inspect.signature(type(inner).forward).parameters

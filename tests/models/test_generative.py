@@ -1,0 +1,178 @@
+"""Generative models: the loss, its padding, and answers, against ones made record by record."""
+
+import json
+import re
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, pipeline
+
+import chatty
+from keeplora.cli import main as cli
+from keeplora.data.benchmark import read_benchmark
+from keeplora.errors import LearningError
+from keeplora.evaluation.evaluate import evaluate
+from keeplora.layers.gradients import mean_gradients
+from keeplora.layers.input_covariance import input_grams
+from keeplora.layers.lora import linear_targets
+from keeplora.methods.keeplora import KeepLoRA, KeepLoRAConfig
+from keeplora.models.generative import Generative
+from keeplora.models.registry import family_of
+from keeplora.progress import silent
+from tiny import autograd_gradients
+
+KINDS = ("llava", "llama")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def stored(request, tmp_path_factory):
+    """The folder of a model, and a stream for it."""
+    folder = tmp_path_factory.mktemp(request.param)
+    save = {"llava": chatty.save_llava, "llama": chatty.save_llama}[request.param]
+    stream = chatty.write_stream(folder, with_images=request.param == "llava")
+    return str(save(folder / "model")), stream
+
+
+def tasks_of(stored, batch_size=3):
+    model, stream = stored
+    specs = read_benchmark(str(stream)).tasks
+    return family_of(model).tasks(model, specs, batch_size=batch_size, evaluation="test", seed=0, track=silent)
+
+
+def load(stored):
+    return family_of(stored[0]).load(stored[0])
+
+
+def test_the_family_is_found_for_models_that_answer(stored):
+    assert isinstance(family_of(stored[0]), Generative)
+    model = load(stored)
+    assert isinstance(model, tuple(type(auto.from_pretrained(stored[0])) for auto in (
+        AutoModelForImageTextToText if "Llava" in type(model).__name__ else AutoModelForCausalLM,)))  # fmt: skip
+
+
+def test_the_loss_is_the_mean_over_all_answer_tokens_without_padding(stored):
+    model, tasks = load(stored), [tasks_of(stored, size)[0] for size in (8, 1)]
+    (batch,) = tasks[0].batches()
+    singles = list(tasks[1].batches())
+    sums, total = 0.0, 0.0
+    for one in singles:
+        ids, labels = one["inputs"]["input_ids"], one["labels"]
+        logits = model(**one["inputs"]).logits.double()
+        picked = F.log_softmax(logits[0, :-1], -1).gather(1, ids[0, 1:, None])[:, 0]
+        sums -= picked[labels[0, 1:] != -100].sum()
+        total += int((labels != -100).sum())
+    assert sum(tasks[1].weight(one) for one in singles) == tasks[0].weight(batch) == total
+    torch.testing.assert_close(tasks[0].loss(model, batch).double(), sums / total, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_and_second_moments_know_no_padding_and_no_batch_size(stored):
+    model = load(stored)
+    names = linear_targets(model, ("auto",))
+    assert len(names) == 14
+    small, large = (tasks_of(stored, size)[0] for size in (1, 4))
+    found = [mean_gradients(model, task, names) for task in (small, large)]
+    reference = autograd_gradients(model, tasks_of(stored, 2)[0], names)
+    moments = [input_grams(model, task, names) for task in (small, large)]
+    for name in names:
+        for one in found:
+            torch.testing.assert_close(one[name], reference[name], atol=1e-6, rtol=1e-3)
+        torch.testing.assert_close(moments[0][name], moments[1][name], atol=1e-4, rtol=1e-3)
+
+
+def test_answers_know_no_padding_and_no_batch_size(stored):
+    model = load(stored)
+    answers = []
+    for size in (1, 3, 8):
+        task = tasks_of(stored, size)[0]
+        with torch.no_grad():
+            answers.append([text for batch in task.test_batches() for text in task.predict(model, batch)])
+    assert answers[0] == answers[1] == answers[2]
+    assert len(set(answers[0])) > 1, "the model says different things"
+
+
+def test_a_task_is_learned_and_its_certificate_is_clean(stored):
+    model, task = load(stored), tasks_of(stored, 4)[0]
+    method = KeepLoRA(KeepLoRAConfig(rank=3, weight_energy=0.3, feature_energy=0.8))
+    before = torch.stack([task.loss(model, batch).detach() for batch in task.batches()]).mean()
+    adapted = method.before_task(model, task)
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=0.02)
+    for _ in range(20):
+        for batch in task.batches():
+            optimizer.zero_grad()
+            task.loss(adapted, batch).backward()
+            optimizer.step()
+    model = method.after_task(adapted, task)
+    after = torch.stack([task.loss(model, batch).detach() for batch in task.batches()]).mean()
+    assert after < 0.7 * before
+    assert max(layer.leak for layer in method.record.certificate.values()) < 1e-5
+
+
+def test_a_run_ends_and_its_export_answers_as_the_evaluator(stored, tmp_path, capsys):
+    model, stream = stored
+    flags = ["--benchmark", str(stream), "--model", model, "--rank", "4", "--batch-size", "4", "--epochs", "8",
+             "--learning-rate", "0.02", "--weight-energy", "0.3", "--method", "keeplora"]  # fmt: skip
+    cli.main(["run", *flags, "--output", str(tmp_path / "run")])
+    cli.main(["certify", str(tmp_path / "run")])
+    cli.main(["export", str(tmp_path / "run"), "--format", "merged", "--output", str(tmp_path / "out")])
+    assert "no breach was found" in capsys.readouterr().out
+    exported = Generative().load(str(tmp_path / "out"))
+    task = tasks_of(stored, 3)[1]
+    recorded = json.loads((tmp_path / "run" / "metrics.json").read_text())["accuracy"][-1][1]
+    assert evaluate(exported, [task]) == [pytest.approx(recorded)]
+    with torch.no_grad():
+        expected = [text for batch in task.test_batches() for text in task.predict(exported, batch)]
+    answers = []
+    has_images = task.chat.reads_images
+    kind = "image-text-to-text" if has_images else "text-generation"
+    ends = [task.chat.tokenizer.convert_tokens_to_ids(token) for token in task.chat.end_tokens]
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": ends}
+    asked = (
+        pipeline(kind, model=str(tmp_path / "out"), backend="pil")
+        if has_images
+        else pipeline(kind, model=str(tmp_path / "out"))
+    )
+    for index, record in enumerate(task.test.records):
+        images = iter(task.test.images(index))
+        messages = [
+            {**one, "content": [{**p, "image": next(images)} if p["type"] == "image" else p for p in one["content"]]}
+            for one in record.messages[:-1]
+        ]
+        if has_images:
+            found = asked(text=messages, return_full_text=False, generate_kwargs=options)
+        else:
+            plain = [{**one, "content": "".join(p["text"] for p in one["content"])} for one in messages]
+            found = asked(plain, return_full_text=False, **options)
+        answers.append(found[0]["generated_text"].strip())
+    assert answers == expected
+
+
+def test_outputs_that_are_not_finite_get_no_score(stored):
+    model, task = load(stored), tasks_of(stored)[0]
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if name.endswith("down_proj.weight")).fill_(float("nan"))
+    with pytest.raises(LearningError, match="task 'task0', test batch 1: the model's outputs hold NaN or infinity"):
+        evaluate(model, [task])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ('chat_template = "nope"', "task 'task0': unknown chat template 'nope'"),
+        (
+            "max_length = 9",
+            r"8 records of train have more than 9 tokens: train0 \(",
+        ),
+        ('metric = "nope"', "unknown metric 'nope'"),
+    ],
+)
+def test_wrong_settings_of_a_task_are_named(stored, tmp_path, change, message, capsys):
+    (tmp_path / "chat.toml").write_text(stored[1].read_text().replace('path = "', f'path = "{stored[1].parent}/')
+                                        .replace("max_new_tokens = 4", f"max_new_tokens = 4\n{change}"))  # fmt: skip
+    with pytest.raises(SystemExit) as end:
+        cli.main(
+            ["run", "--benchmark", str(tmp_path / "chat.toml"), "--model", stored[0], "--output", str(tmp_path / "run")]
+        )
+    assert end.value.code == 1
+    text = " ".join(capsys.readouterr().err.split())
+    assert re.search(message, text), text
