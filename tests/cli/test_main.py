@@ -371,3 +371,33 @@ def test_a_lack_of_memory_or_disk_is_one_message_that_says_what_is_kept(monkeypa
     text = capsys.readouterr().err
     assert str(error) in text or "MemoryError" in text
     assert "A run keeps what it has finished" in text
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["rnu"], [], ["certify", "--foo"], ["--version"]])
+def test_a_further_process_says_nothing_and_ends_as_the_first(monkeypatch, capsys, arguments):
+    codes = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(SystemExit) as end:
+            cli.main(arguments)
+        codes.append(end.value.code)
+        shown = capsys.readouterr()
+        assert bool(shown.out + shown.err) == (rank == "0")
+    assert codes[0] == codes[1]
+
+
+@pytest.mark.parametrize(("rank", "number"), [("x", "2"), ("1", "1"), ("1", "")])
+def test_what_some_other_program_calls_a_rank_silences_nothing(monkeypatch, capsys, rank, number):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", number)
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert "keeplora" in capsys.readouterr().out
+
+
+def test_an_option_of_another_method_says_whose_it_is(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["run", "--strength", "3", "--show-settings"])
+    text = " ".join(capsys.readouterr().err.split())
+    assert "--strength: strength is an option of ewc, sefe, and the method is keeplora; leave it out, or choose" in text

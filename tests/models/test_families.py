@@ -311,3 +311,22 @@ def test_several_templates_are_an_ensemble_of_text_features(stored, classifier):
 
 def tower_ends(model):
     return [model.vision_model.encoder.layers[-1].self_attn.v_proj, model.text_model.encoder.layers[0].self_attn.v_proj]
+
+
+@pytest.mark.parametrize(
+    ("names", "templates", "message"),
+    [
+        (("dog", "small dog"), ("a photo of a {}.", "a photo of a small {}."), ""),
+        (("dog", "cat"), ("a photo of a {}.", "a  photo of a {}."), "reads two templates alike, as in 'a photo of a"),
+        (("red xyz", "red zyx"), ("a {} thing", "big {}"), "reads 'a red xyz thing' and 'a red zyx thing' alike"),
+    ],
+)
+def test_an_ensemble_is_refused_only_where_classes_or_templates_are_alike(names, templates, message):
+    prompts = [template.replace("{}", name) for name in names for template in templates]
+    known = tokenizer()
+    known.add_tokens(["dog", "cat", "small"])
+    if message:
+        with pytest.raises(ValueError, match=message):
+            tokenise(known, prompts, "t", tiny.clip_config(), len(templates))
+    else:
+        assert tokenise(known, prompts, "t", tiny.clip_config(), len(templates))["input_ids"].shape[0] == 4

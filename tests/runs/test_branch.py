@@ -415,7 +415,7 @@ def test_adding_tasks_to_a_finished_run_equals_one_run_with_all(place, tmp_path,
     added = run(continued(tmp_path / "run", str(second)), extend=True)
     whole = read_run(place / "whole").results()
     assert (added.tasks, added.zero_shot, added.accuracy) == (whole.tasks, whole.zero_shot, whole.accuracy)
-    assert added.benchmark == f"{first.name} + {second.name}"
+    assert added.benchmark == f"{first.stem} + {second.stem}"
     assert tiny.lasting(tmp_path / "run")[0] == tiny.lasting(place / "whole")[0]
     assert certify(tmp_path / "run").breaches == []
     assert "task3" in (tmp_path / "run/report.html").read_text()
@@ -502,7 +502,7 @@ def test_more_tasks_come_with_the_settings_of_the_run_or_not_at_all(place, tmp_p
         ({"more": (str(second),)}, "more was"),
         ({"output": tmp_path / "other"}, "output was"),
     ):
-        with pytest.raises(ValueError, match=rf"takes the settings of .*{words}.*or --fork it"):
+        with pytest.raises(ValueError, match=rf"takes the settings of .*{words}.*or give others to --fork"):
             with_more(tmp_path / "run", replace(same, **changes))
     assert read_run(tmp_path / "run").is_complete
 

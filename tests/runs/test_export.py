@@ -684,3 +684,99 @@ def test_what_an_export_was_trained_on_or_never_knew_is_refused(place, tmp_path)
         (tmp_path / "out" / "export.json").write_text(json.dumps({**told, "config": config}))
         with suppress(ValueError):  # Never another error; some keys have a default.
             reopen_export(tmp_path / "out")
+
+
+def forged_export(place, tmp_path, format, name, change):
+    """Export a run, and change one of its files."""
+    out = tmp_path / "out"
+    exported(place, name, out, format)
+    change(out)
+    return out
+
+
+def told_with(**changes):
+    def change(out):
+        told = json.loads((out / "export.json").read_text())
+        (out / "export.json").write_text(json.dumps({**told, **changes}))
+
+    return change
+
+
+def without_a_layer(out):
+    weights = load_file(out / "adapter_model.safetensors")
+    save_file(dict(list(weights.items())[2:]), out / "adapter_model.safetensors")
+
+
+def pissa(out):
+    config = json.loads((out / "adapter_config.json").read_text())
+    (out / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": "pissa"}))
+
+
+def cut_short(name):
+    return lambda out: (out / name).write_bytes((out / name).read_bytes()[:80])
+
+
+def another_head(out):
+    save_file({"weight": torch.ones(2, 10)}, out / "heads" / "01-task0.safetensors")
+
+
+FORGED = {
+    "head outside": ("merged", "heads", told_with(heads={"task0": "/etc/hostname"}), "which is not in"),
+    "head above": ("merged", "heads", told_with(heads={"task0": "../x"}), "names '../x', which is not in"),
+    "adapter above": ("adapters", "reduced", told_with(adapters=["../out"]), "names '../out', which is not in"),
+    "a layer less": ("adapter", "reduced", without_a_layer, "is missing, or one too many"),
+    "another start": ("adapter", "reduced", pissa, "init_lora_weights = 'pissa'"),
+    "adapter cut short": ("adapter", "reduced", cut_short("adapter_model.safetensors"), "or is damaged"),
+    "head cut short": ("merged", "heads", cut_short("heads/01-task0.safetensors"), "01-task0.safetensors is damaged"),
+    "another head": ("merged", "heads", another_head, "is not the classifier of 3 classes"),
+    "a score less": ("merged", "reduced", told_with(scores=[1.0]), "its benchmarks have others, or more"),
+    "a link": ("merged", "reduced", lambda out: (out / "x").symlink_to("/etc/hostname"), "is a symbolic link"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")  # PEFT's, before our error
+@pytest.mark.parametrize("kind", FORGED)
+def test_an_export_that_was_changed_or_damaged_is_refused_with_a_message(place, tmp_path, kind):
+    format, name, change, message = FORGED[kind]
+    with pytest.raises(ValueError, match=message):
+        reopen_export(forged_export(place, tmp_path, format, name, change))
+
+
+@pytest.mark.slow
+def test_an_export_of_changed_data_is_refused(place, tmp_path):
+    exported(place, "reduced", tmp_path / "out")
+    for split in ("train", "test"):
+        shutil.copytree(place / "data0" / split / "red", place / "data0" / split / "pink")
+    try:
+        with pytest.raises(ValueError, match=r"its data are not those that .*out was begun with \(new classes: pink\)"):
+            reopen_export(tmp_path / "out")
+        with pytest.raises(ValueError, match="new classes: pink"):
+            exported(place, "reduced", tmp_path / "cut", "adapter", rank=1)
+    finally:
+        for split in ("train", "test"):
+            shutil.rmtree(place / "data0" / split / "pink")
+
+
+@pytest.mark.slow
+def test_a_base_model_that_moved_is_found_where_the_adapter_says(place, tmp_path):
+    exported(place, "reduced", tmp_path / "deep" / "er" / "out", "adapter")
+    out = Path(shutil.move(tmp_path / "deep" / "er" / "out", tmp_path / "out"))
+    with pytest.raises(ValueError, match="is neither an embedded model"):
+        reopen_export(out, benchmark=place / "colors.toml")
+    config = json.loads((out / "adapter_config.json").read_text())
+    (out / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(place / "clip")}))
+    told, _, model, tasks = reopen_export(out, benchmark=place / "colors.toml")
+    assert evaluate(model, tasks) == pytest.approx(told.scores)
+
+
+@pytest.mark.slow
+def test_an_export_tells_nothing_of_where_data_lay(place, tmp_path):
+    shutil.copytree(place, tmp_path / "place", ignore=shutil.ignore_patterns("exports", "runs"))
+    path = tmp_path / "place" / "colors.toml"
+    path.write_text(path.read_text().replace('path = "data', f'path = "{tmp_path}/place/data'))
+    run(config_of(tmp_path / "place", tmp_path / "run", CASES["reduced"]))
+    export_run(tmp_path / "run", ExportConfig(format="merged", output=tmp_path / "out"))
+    assert all(str(tmp_path) not in file.read_text() for file in (tmp_path / "out").glob("*.json"))
+    told, _, model, tasks = reopen_export(tmp_path / "out")
+    assert evaluate(model, tasks) == pytest.approx(told.scores)

@@ -232,7 +232,7 @@ def with_budget(given, text):
             "search.lora_ft.learning_rate = [-1.0]",
             r"\[compare.search.lora_ft\]: .*learning_rate = -1.0: Input should be greater",
         ),
-        ("search.lora_ft.strength = [1]", r"\[compare.search.lora_ft\]: unknown key 'strength'"),
+        ("search.lora_ft.strength = [1]", r"\[compare.search.lora_ft\]: strength is an option of ewc, sefe"),
         ("search.keeplora.feature_energy = [7.0]", r"\[compare.search.keeplora\]: .*feature_energy = 7.0"),
         ("common.learning_rate = 1e-3", r"\[compare.common\]: learning_rate is searched"),
         ("options.lora_ft.learning_rate = 1e-3", r"\[compare.options.lora_ft\]: learning_rate is searched"),

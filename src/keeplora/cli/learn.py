@@ -58,7 +58,10 @@ def run(settings: Any, train: Any, method: Any, ablations: Any, others: Any) -> 
             raise ValueError(f"--continue takes the new tasks from --benchmark FILE; {cure}")
         config = with_more(continued, settle([*tables, _of_run(continued, given, output=continued)]))
     elif fork is not None:
-        config = settle([*tables, _of_run(fork, given, output=RunConfig.output)])
+        source, own = _of_run(fork, given, output=RunConfig.output)
+        if "more" in given:  # After those that the run has.
+            tables = [("--more", {"more": [*own["more"], *given["more"]]}), *tables]
+        config = settle([*tables, (source, own)])
         if config.output == RunConfig.output:
             raise ValueError(f"--fork {fork} needs a new run directory: give --output")
     else:
@@ -74,9 +77,17 @@ def run(settings: Any, train: Any, method: Any, ablations: Any, others: Any) -> 
 
 
 run.__annotations__ |= run_flags(
-    config=flag(Path, "TOML file with any of these settings: the keys of a run at the top, [train] and [options]."),
+    config=flag(
+        Path,
+        "TOML file with any of these settings: the keys of a run at the top, [train] and [options]. Paths in it are"
+        " relative to where you are.",
+    ),
     **{"continue": flag(Path, "A finished run that takes the tasks of --benchmark after its own, in its directory.")},
-    fork=flag(Path, "A run whose finished tasks are copied to --output; it continues there, with its settings."),
+    fork=flag(
+        Path,
+        "A run whose finished tasks are copied to --output; what is left of its tasks, and of --more, is learned there,"
+        " with its settings where no others are given.",
+    ),
     show_settings=flag(bool, "Show each setting and where it comes from; learn and write nothing."),
 )
 

@@ -9,7 +9,7 @@ import time
 import tomllib
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -40,11 +40,11 @@ def commands() -> dict[str, dict[str, Any]]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; what a user did wrong ends with one message and a non-zero exit."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if _rank():
-        with _silenced():
-            _call(arguments[0], arguments[1:])
-        return
+    with _silenced() if _rank() else nullcontext():
+        _main(sys.argv[1:] if arguments is None else arguments)
+
+
+def _main(arguments: list[str]) -> None:
     logging.basicConfig(
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=errors, show_path=False)]
     )
@@ -70,27 +70,26 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _rank() -> int:
     """Return the number of this process among those that a launcher started."""
-    return int(os.environ.get("RANK", "0"))
+    rank, number = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    return int(rank) if rank.isdecimal() and number.isdecimal() and int(number) > 1 else 0
 
 
 @contextmanager
 def _silenced() -> Iterator[None]:
     """Leave it to the first process to say what all would say."""
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         logging.disable()
         yield
 
 
 def _show_error(message: str) -> None:
     """Show an error; if the first process has it too, a launcher ends this one before it says so again."""
-    number = _rank()
-    if number:
+    place, which = errors, ""
+    if number := _rank():
         time.sleep(GRACE)
-    which = f" in process {number}" if number else ""
-    text = escape(printable(message))
-    errors.print(f"[bold red]error{which}:[/] {text}", soft_wrap=True, highlight=False)
+        place, which = Console(file=sys.__stderr__), f" in process {number}"
+    place.print(f"[bold red]error{which}:[/] {escape(printable(message))}", soft_wrap=True, highlight=False)
 
 
 def _function(name: str) -> Callable[..., Any]:
@@ -108,7 +107,8 @@ def _call(name: str, arguments: list[str]) -> None:
     try:
         import tyro  # noqa: PLC0415 (it takes a fifth of a second, and the help of all commands does without it)
 
-        tyro.cli(_function(name), prog=f"keeplora {name}", args=arguments)
+        # Nobody gives None: that is what a flag is that is left out.
+        tyro.cli(_function(name), prog=f"keeplora {name}", args=arguments, config=(tyro.conf.DisallowNone,))
     except (ValueError, OSError) as error:
         if os.environ.get(TRACEBACK):
             raise

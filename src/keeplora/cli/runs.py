@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from keeplora.cli.progress import Display
 from keeplora.cli.tables import capacity_lines, evaluation_table, export_lines, matrix_table, proof_lines
+from keeplora.errors import counted
 from keeplora.evaluation.accuracy_matrix import Results
 from keeplora.evaluation.capacity import capacity_of
 from keeplora.evaluation.evaluate import evaluate as evaluate_model
@@ -39,7 +40,7 @@ def evaluate(
         else:
             directory, model, tasks = reopen(run, split=split, benchmark=benchmark, track=display.track)
             results, recorded = directory.results(), directory.manifest["config"]["evaluation"]
-            title, before = f"{results.method}, {len(results.accuracy)} tasks learned", results.accuracy[-1]
+            title, before = f"{results.method}, {counted(len(results.accuracy), 'task')} learned", results.accuracy[-1]
         scores = evaluate_model(model, tasks, track=display.track)
     names = [task.name for task in tasks]
     console.print(evaluation_table(title, names, (recorded, before), (split or recorded, scores)))

@@ -51,7 +51,7 @@ def score_table(runs: list[Results]) -> Table:
     tasks, untouched = runs[0].tasks, runs[0].zero_shot
     headings = ("task", "untouched", *(f"{run.method}\n{len(run.accuracy)}/{len(run.tasks)}" for run in runs))
     rows = [(tasks[i], f"{score:.1f}", *(_score(run.accuracy, i) for run in runs)) for i, score in enumerate(untouched)]
-    made = table(f"Accuracy in % on {Path(runs[0].benchmark).stem} (bold: learned)", headings, rows)
+    made = table(f"Accuracy in % on {runs[0].benchmark} (bold: learned)", headings, rows)
     made.add_section()
     for key in ("transfer", "average", "last"):
         made.add_row(METRIC_NAMES[key], "", *(_number(run.summary()[key]) for run in runs))
@@ -178,7 +178,12 @@ def proof_lines(proof: Proof, *, layers: bool) -> Iterator[RenderableType]:
     yield from capacity_lines(proof.capacity)
     for breach in proof.breaches:
         yield f"[bold red]breach:[/] [red]{escape(breach)}[/]"
-    yield "[bold red]NOT certified[/]" if proof.breaches else "[bold green]certified[/]: no breach was found"
+    if proof.breaches:
+        yield "[bold red]NOT certified[/]"
+    elif not proof.tasks:
+        yield "[bold yellow]nothing to certify yet[/]: no task is finished"
+    else:
+        yield "[bold green]certified[/]: no breach was found"
 
 
 def _certificate_table(proof: Proof, *, layers: bool) -> Table:

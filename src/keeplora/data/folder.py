@@ -104,8 +104,8 @@ def _what_is_there(spec: TaskSpec, places: Iterable[tuple[str, ...]], left_out: 
         return f"{spec.path} holds no image at SPLIT/CLASS/IMAGE; left out: {', '.join(skipped[:3])}{more}"
     if _has_classes_alone(places):
         return (
-            f"{spec.path} holds CLASS/IMAGE without splits; put the classes into train, and either a part of the images"
-            " into test, or add to the task: test_share = 0.2"
+            f"{spec.path} holds CLASS/IMAGE without splits; add to the task: test_share = 0.2, or put the classes into"
+            " train and a part of the images into test"
         )
     return f"{spec.path} holds no image at SPLIT/CLASS/IMAGE"
 

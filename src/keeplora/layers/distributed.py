@@ -56,16 +56,28 @@ def total_of(number: float, device: torch.device) -> float:
 
 
 @contextmanager
-def ending_together(device: torch.device) -> Iterator[None]:
+def ending_together() -> Iterator[None]:
     """End all processes with an error if one ends with one inside, where none waits for another: else they would."""
-    flaws = 1.0
+    flaw = "another process ended with an error"
     try:
         yield
-        flaws = 0.0
+        flaw = ""
+    except ValueError as error:
+        flaw = str(error)
+        raise
     finally:
-        flaws = total_of(flaws, device)
-    if flaws:
-        raise LearningError("another process ended with an error, and says which")
+        found = texts_of(flaw)
+    if found:
+        raise LearningError(found[0])
+
+
+def texts_of(text: str) -> list[str]:
+    """Return the texts of all processes that are not empty."""
+    if not dist.is_initialized():
+        return [text] if text else []
+    texts: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(texts, text)
+    return [one for one in texts if one]
 
 
 def is_main_process() -> bool:

@@ -17,7 +17,8 @@ from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from pydantic import BaseModel, FiniteFloat, PositiveInt
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -254,7 +255,7 @@ def trained_update(layer: LoraLinear) -> Tensor:
 
 def detach(adapted: nn.Module) -> SavedAdapter:
     """Copy the adapter out of a model, so that it can be saved after the merge."""
-    weights = get_peft_model_state_dict(adapted, adapter_name=ADAPTER)
+    weights = get_peft_model_state_dict(adapted, adapter_name=ADAPTER, save_embedding_layers=False)
     copies = {name: value.detach().cpu().clone() for name, value in weights.items()}
     config = copy.copy(cast(PeftModel, adapted).peft_config[ADAPTER])
     config.base_model_name_or_path = None  # It may be a folder of this machine.
@@ -387,8 +388,13 @@ def merge_from(model: nn.Module, folder: Path) -> nn.Module:
     """Reload a saved adapter into its base model, and merge it; PEFT would take a pickled one, we do not."""
     if not (folder / WEIGHTS_FILE).is_file():
         raise ValueError(f"{folder} has no {WEIGHTS_FILE}; adapters are read from safetensors alone")
+    SavedAdapter.config_from((folder / CONFIG_FILE).read_bytes(), folder / CONFIG_FILE)
     try:
+        stored = load((folder / WEIGHTS_FILE).read_bytes())
         adapted = PeftModel.from_pretrained(model, folder, adapter_name=ADAPTER)
-    except (RuntimeError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"the adapter {folder} does not fit the model: {error}") from error
+    except (RuntimeError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+        raise ValueError(f"the adapter {folder} does not fit the model, or is damaged: {error}") from error
+    loaded = get_peft_model_state_dict(adapted, adapter_name=ADAPTER, save_embedding_layers=False)
+    if odd := sorted(stored.keys() ^ loaded.keys()):
+        raise ValueError(f"the adapter {folder} is damaged: {odd[0]!r} is missing, or one too many")
     return merge(adapted)

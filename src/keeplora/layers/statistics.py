@@ -136,7 +136,7 @@ def collect(
     task = Task.of(task)
     watcher = Watcher(task, accumulators)
     layers = {name: model.get_submodule(name) for name in accumulators}
-    with ending_together(device_of(model)), ExitStack() as inside:
+    with ending_together(), ExitStack() as inside:
         mode = training_mode_without_dropout if watcher.reads_gradients else evaluation_mode
         for context in (mode(model), nothing_requires_grad(model), fused_layers(model), watcher.watching(layers)):
             inside.enter_context(context)

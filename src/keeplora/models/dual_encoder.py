@@ -178,7 +178,9 @@ class DualEncoder(Family):
         tasks: list[StreamTask] = []
         for index, spec in enumerate(specs):
             splits = dict(zip(("train", evaluation), read_splits(spec, evaluation), strict=True))
-            prompts = tokenise(tokenizer, spec.prompts(splits["train"].class_names), spec.name, config)
+            prompts = tokenise(
+                tokenizer, spec.prompts(splits["train"].class_names), spec.name, config, len(spec.templates)
+            )
             train, test = (
                 store.read(examples, track, f"{spec.name}: reading {split}") for split, examples in splits.items()
             )
@@ -207,10 +209,11 @@ class DualEncoder(Family):
         load_image_processor(name).save_pretrained(folder)
 
 
-def tokenise(tokenizer: Any, texts: list[str], task: str, config: Any) -> dict[str, Tensor]:
+def tokenise(tokenizer: Any, texts: list[str], task: str, config: Any, num_templates: int = 1) -> dict[str, Tensor]:
     """Turn prompts into `input_ids` and `attention_mask`, padded as the model with this configuration was trained.
 
-    What the tokenizer's own files say of padding, masks and length is not asked: conversions leave it out or change it.
+    Each class has as many of them as there are templates, one class's after the other's. What the tokenizer's own files
+    say of padding, masks and length is not asked: conversions leave it out or change it.
     """
     prompts = token_ids(tokenizer, texts)
     context = config.text_config.max_position_embeddings
@@ -219,12 +222,17 @@ def tokenise(tokenizer: Any, texts: list[str], task: str, config: Any) -> dict[s
     if len(longest) > context:
         flaw = f"the prompt {texts[prompts.index(longest)]!r} has {len(longest)} tokens, the model's context {context}"
         raise ValueError(f"task {task!r}: {flaw}; shorten the template or the class names")
-    if same := [(i, j) for j, ids in enumerate(prompts) if (i := prompts.index(ids)) < j]:
+    classes = [tuple(map(tuple, prompts[i : i + num_templates])) for i in range(0, len(prompts), num_templates)]
+    if same := [(i, j) for j, ids in enumerate(classes) if (i := classes.index(ids)) < j]:
         (i, j), more = same[0], f" (and {len(same) - 1} more pairs)" if len(same) > 1 else ""
+        one, other = texts[i * num_templates], texts[j * num_templates]
         raise ValueError(
-            f"task {task!r}: the tokenizer reads {texts[i]!r} and {texts[j]!r} alike{more}, perhaps because it ignores"
+            f"task {task!r}: the tokenizer reads {one!r} and {other!r} alike{more}, perhaps because it ignores"
             " case; give one of them another name with class_names"
         )
+    if twice := next((own for own in classes if len(set(own)) < num_templates), None):
+        text = texts[classes.index(twice) * num_templates]
+        raise ValueError(f"task {task!r}: the tokenizer reads two templates alike, as in {text!r}; leave one out")
     if (pad := tokenizer.pad_token_id) is None:
         raise ValueError(f"task {task!r}: the model's tokenizer has no pad token; get its files anew")
     width = full or len(longest)

@@ -72,7 +72,12 @@ def fork(folder: Path, config: RunConfig, *, track: Track = silent) -> Results:
     if list(new)[: len(finished)] != finished or any(old.get(name, spec) != spec for name, spec in new.items()):
         different.append("the finished tasks")
     if different:
-        raise ValueError(f"a fork of {folder} cannot change {', '.join(different)}: the finished tasks were learned so")
+        lost = [name for name in finished if name not in new]
+        hint = f" (not in the stream any more: {', '.join(lost)})" if lost else ""
+        raise ValueError(
+            f"a fork of {folder} cannot change {', '.join(different)}{hint}: the finished tasks were learned so; leave"
+            " that as the run has it, and give new tasks with --more"
+        )
     if len(new) == len(finished):
         cure = "add tasks with --more, or undo some"
         raise ValueError(f"{folder} is complete: nothing is left to learn with other settings; {cure}")
@@ -116,7 +121,8 @@ def with_more(folder: Path, given: RunConfig) -> RunConfig:
         different.append(f"output was {str(folder)!r}, is {str(given.output)!r}")
     if different:
         raise ValueError(
-            f"--continue takes the settings of {folder} ({'; '.join(different)}); leave them out, or --fork it"
+            f"--continue takes the settings of {folder} ({'; '.join(different)}); leave them out, or give others to"
+            f" --fork {folder} --more {given.benchmark} --output NEW"
         )
     return replace(own, more=continued(folder, given.benchmark).more)
 

@@ -12,7 +12,7 @@ from pydantic import Field, PositiveInt
 from keeplora.config import FILLED_IN, Config, parse
 from keeplora.data.benchmark import TaskSpec, absolute, read_benchmark, stream_of
 from keeplora.methods.base import MethodConfig
-from keeplora.methods.registry import find_method, known_methods, method_behind
+from keeplora.methods.registry import METHODS, find_method, known_methods, method_behind
 from keeplora.models.registry import EMBEDDED
 from keeplora.training.trainer import TrainConfig
 
@@ -127,6 +127,15 @@ def settle(tables: list[Sourced]) -> RunConfig:
                     values[group][name] = value
                     sources[f"{group}.{name}".removeprefix(".")] = source
     _require_variant(method, variant, values["options"], sources)
+    for name in values["options"]:
+        known = {field.name for field in dataclasses.fields(kind.Config)}
+        owners = [
+            other for other, one in METHODS.items() if name in {field.name for field in dataclasses.fields(one.Config)}
+        ]
+        if name not in known and owners:
+            place = sources[f"options.{name}"]
+            flaw = f"{name} is an option of {', '.join(owners)}, and the method is {method}"
+            raise ValueError(f"{place}: {flaw}; leave it out, or choose another --method")
     own = {key.removeprefix("options."): source for key, source in sources.items() if key.startswith("options.")}
     options = parse(kind.Config, values["options"], source=f"method {method}", sources=own)
     whole = {**values[""], "train": values["train"], "options": options, "sources": sources}

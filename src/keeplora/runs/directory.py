@@ -84,7 +84,7 @@ class RunDirectory(Store):
             seconds[name] = seconds.get(name, 0.0) + cost["seconds"]
         return Results(
             method=config["method"],
-            benchmark=" + ".join(map(_without_folder, (config["benchmark"], *config["more"]))),
+            benchmark=" + ".join(dict.fromkeys(map(_name_of, (config["benchmark"], *config["more"])))),
             model=_without_folder(config["model"]),
             seed=config["seed"],
             tasks=self.manifest["tasks"],
@@ -174,6 +174,11 @@ def _settings_of(manifest: dict[str, Any]) -> dict[str, Any]:
     own = {f"epochs of {name}": epochs for name, table in config["tasks"].items() if (epochs := table.get("epochs"))}
     shared = {"evaluation": config["evaluation"], "processes": manifest.get("processes", 1)}
     return {**config["train"], **own, **config["options"], **shared}
+
+
+def _name_of(benchmark: str) -> str:
+    """Return the name of a benchmark, or of its file without folder and ending."""
+    return Path(benchmark).stem if benchmark.endswith(".toml") else benchmark
 
 
 def _without_folder(name: str) -> str:

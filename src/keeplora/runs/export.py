@@ -33,8 +33,9 @@ from keeplora.progress import Track, silent
 from keeplora.runs.atomic_store import made_whole
 from keeplora.runs.config import RunConfig
 from keeplora.runs.directory import RunDirectory
-from keeplora.runs.open import config_of, read_run, require_recorded_tasks
+from keeplora.runs.open import config_of, read_run, require_recorded_tasks, require_same_data
 from keeplora.subspace.low_rank_update import Cut, cut_to, summed
+from keeplora.training.trainer import best_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,12 +197,15 @@ def _write_sum(source: _Source, config: ExportConfig, part: Path) -> dict[str, A
     if config.rank is not None:
         factors, cut = cut_to(factors, config.rank, track=source.track)
     ranks = {name: len(a) for name, (a, _) in factors.items()}
-    adapted = lora.attach(source.base, ranks, {name: float(r) for name, r in ranks.items()}, factors=factors)
-    saved = lora.detach(adapted)
-    if cut is not None and cut.overall > 0:
-        scores = evaluate(adapted, _tasks_of(source), track=source.track)
+    alphas = {name: float(r) for name, r in ranks.items()}
+    adapted = lora.attach(source.base, ranks, alphas, factors=factors)
+    saved = lora.detach(adapted).cast(getattr(torch, config.dtype))
     lora.unload(adapted)
     _write_adapter(source, config, saved, part)
+    if cut is not None and cut.overall > 0:  # As it was written, rounded too.
+        written = lora.attach(source.base.to(best_device()), ranks, alphas, factors=saved.factors())
+        scores = evaluate(written, _tasks_of(source), track=source.track)
+        lora.unload(written)
     return {"cut": cut, "cut_scores": scores}
 
 
@@ -213,6 +217,7 @@ def _tasks_of(source: _Source) -> list[StreamTask]:
         locate(run.model), run.stream, batch_size=run.train.batch_size, evaluation=run.evaluation, seed=run.seed,
         track=source.track,
     )  # fmt: skip
+    require_same_data(source.directory, tasks)
     for task in tasks:
         if task.name in source.records and (head := source.records[task.name][0].head):
             task.load_head(head)
@@ -265,6 +270,9 @@ def _origin(source: _Source, card: Card) -> dict[str, Any]:
         "benchmark": paths.get(source.config.benchmark, source.config.benchmark),
         "more": [paths.get(name, name) for name in source.config.more],
         "model": source.config.model if source.config.model in EMBEDDED else card.base,
+        "tasks": {
+            name: {key: table[key] for key in table if key != "hub"} for name, table in recorded["tasks"].items()
+        },
     }
     return {
         "format": card.format,
@@ -273,6 +281,7 @@ def _origin(source: _Source, card: Card) -> dict[str, Any]:
         "heads": card.heads,
         "tasks": card.results.tasks,
         "scores": card.cut_scores or card.results.accuracy[-1],
+        "data": source.directory.manifest.get("data", {}),
     }
 
 

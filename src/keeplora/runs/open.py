@@ -57,9 +57,10 @@ def open_run(
             dist.barrier()  # The first process has now put the folder in order.
         different = _differences_of(manifest, config, tasks, extend=extend)
         if different and (manifest["tasks_finished"] or "now" in manifest):
+            more = " --more FILE" if manifest["tasks_finished"] == len(manifest["tasks"]) else ""
             raise ValueError(
                 f"{folder} holds another run ({'; '.join(different)}); give another --output. To start"
-                f" from the tasks that are finished here: --fork {folder} --output NEW"
+                f" from the tasks that are finished here: --fork {folder}{more} --output NEW"
             )
         if different:  # Nothing is lost by starting over, perhaps with what was mended.
             manifest = new_manifest(config, tasks, settings)
@@ -173,8 +174,13 @@ def config_of(directory: RunDirectory, *, benchmark: Path | None = None) -> RunC
 
 def require_same_data(directory: RunDirectory, tasks: list[StreamTask]) -> None:
     """Check that the data of tasks are those that a run recorded: their classes, and the labels of their images."""
+    require_recorded_data(directory.folder, directory.manifest.get("data", {}), tasks)
+
+
+def require_recorded_data(folder: Path, data: dict[str, Any], tasks: list[StreamTask]) -> None:
+    """Check that the data of tasks are those that were recorded in a folder."""
     for task in tasks:
-        recorded = directory.manifest.get("data", {}).get(task.name)
+        recorded = data.get(task.name)
         if recorded is None or not task.data or recorded == task.data:
             continue
         was, now = (set(one["classes"]) for one in (recorded, task.data))
@@ -183,7 +189,7 @@ def require_same_data(directory: RunDirectory, tasks: list[StreamTask]) -> None:
         if not change:
             change = f"images were {recorded['images']}, are {task.data['images']}, or have other labels"
         raise ValueError(
-            f"task {task.name!r}: its data are not those that {directory.folder} was begun with ({change}); bring them"
+            f"task {task.name!r}: its data are not those that {folder} was begun with ({change}); bring them"
             " back, or start another run"
         )
 
@@ -196,6 +202,9 @@ def require_recorded_tasks(directory: RunDirectory, config: RunConfig) -> None:
 def require_tasks(folder: Path, recorded: dict[str, Any], config: RunConfig) -> None:
     """Check that the benchmark still has the tasks whose tables were recorded in a folder."""
     now = plain_values(config)["tasks"]
+    for name, table in recorded.items():
+        if "hub" not in table:  # An export does not tell where data lay.
+            now.get(name, {}).pop("hub", None)
     changes = differences({"table": recorded}, {"table": {name: now.get(name, {}) for name in recorded}})
     if not changes and list(now)[: len(recorded)] != list(recorded):
         changes = [f"its tasks were {', '.join(recorded)}, are {', '.join(now)}"]

@@ -97,7 +97,8 @@ def certify(folder: Path, *, track: Track = silent) -> Proof:
     damage = store.damaged(track(files, "checking hashes", len(files)))
     proof.breaches += damage + [f"{path} is not of this run" for path in store.strangers()]
     if not finished:
-        proof.notes.append("no task is finished: only the files' hashes were checked")
+        if files:
+            proof.notes.append("only the files' hashes were checked")
         return proof
     folders = [f"{task_folder(index, manifest['tasks'])}/" for index in range(len(finished))]
     unlisted = [f"{place}task.json" for place in folders if f"{place}task.json" not in files]

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from keeplora.config import Config, NonNegative, PositiveNumber
 from keeplora.errors import LearningError
-from keeplora.layers.distributed import total_of
+from keeplora.layers.distributed import texts_of, total_of
 from keeplora.layers.fused_forward import fused_layers
 from keeplora.layers.module_state import is_wrapped
 from keeplora.progress import Track, silent
@@ -141,7 +141,7 @@ class _Step:
     def _agree(self) -> None:
         """End the training of all processes with what one found: alone, it would let the others wait for ever."""
         if self.accelerator.num_processes > 1 and total_of(len(self.flaws), self.accelerator.device) > 0:
-            raise LearningError(self.flaws[0] if self.flaws else "another process ended with an error, and says which")
+            raise LearningError(texts_of("".join(self.flaws[:1]))[0])
 
     def _shares(self, group: list[Any]) -> list[tuple[Any, float, float]]:
         """Return each batch of a step, its weight, and its share of the loss: by the mean over processes of all."""

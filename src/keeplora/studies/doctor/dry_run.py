@@ -60,12 +60,15 @@ class FirstBatches:
     def __iter__(self) -> Iterator[Batch]:
         seconds: list[float] = []
         self.passes.append(seconds)
+        total, last = len(cast(Sized, self.source())), len(self) - 1
+        wanted = {round(i * (total - 1) / max(1, last)) if self.spread else i for i in range(len(self))}
         start = time.perf_counter()
-        step = max(1, len(cast(Sized, self.source())) // self.limit) if self.spread else 1
-        for batch in itertools.islice(self.source(), 0, step * self.limit, step):
-            yield batch
-            _wait_for_device()
-            seconds.append(time.perf_counter() - start - sum(seconds))
+        for place, batch in enumerate(itertools.islice(self.source(), max(wanted, default=-1) + 1)):
+            if place in wanted:
+                yield batch
+                _wait_for_device()
+                seconds.append(time.perf_counter() - start)
+            start = time.perf_counter()
 
 
 @contextmanager
@@ -121,7 +124,7 @@ class DryRun:
             is_over = False
             for task, training_task in track(order, "dry run", len(order)):
                 is_over |= method.one_by_one and len(self.paces) > 1 and time.perf_counter() - start > DRY_RUN_SECONDS
-                if time.perf_counter() - start > EVALUATION_SECONDS:
+                if is_over and time.perf_counter() - start > EVALUATION_SECONDS:
                     break
                 pace = self._evaluate(model, task)
                 if is_over:

@@ -100,15 +100,16 @@ def prompt_findings(subject: Subject, tasks: list[TaskData]) -> Iterator[Finding
     for data in tasks:
         prompts = data.spec.prompts(data.class_names)
         data.prompts = prompts[:: max(1, len(prompts) // SHOWN)][:SHOWN]
-        names = [name for name in data.class_names for _ in data.spec.templates]
         encoded = [tuple(ids) for ids in token_ids(tokenizer, prompts)] if prompts else []
         if long := [f"{p!r} ({len(ids)} tokens)" for p, ids in zip(prompts, encoded, strict=True) if len(ids) > limit]:
             message = f"{counted(len(long), 'prompt')} longer than the model's context of {limit} tokens"
             cure = "shorten the template or the class names"
             yield Finding("problem", data.spec.name, f"{message}: {listed(long)}", cure)
-        groups: dict[tuple[int, ...], list[str]] = {}
-        for ids, name in zip(encoded, names, strict=True):
-            groups.setdefault(ids[:limit], []).append(name)
+        groups: dict[tuple[tuple[int, ...], ...], list[str]] = {}
+        number = len(data.spec.templates)
+        for place, name in enumerate(data.class_names):
+            own = tuple(ids[:limit] for ids in encoded[place * number : (place + 1) * number])
+            groups.setdefault(own, []).append(name)
         if same := [" = ".join(map(repr, names)) for names in groups.values() if len(set(names)) > 1]:
             message = f"the tokenizer cannot tell class names apart: {listed(same)}"
             yield Finding("problem", data.spec.name, message, "give them other names with class_names")
