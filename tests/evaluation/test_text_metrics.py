@@ -16,6 +16,8 @@ TABLE = {
                          ("Four", "4", 1),
                          ("Paris", "paris", 1), ("Paris", "100", 0), ("-95", "-100", 1), ("0.01", "0", 0)],
     "anls": [("hello", "hello", 1), ("helo", "hello", 0.8), ("xyz", "hello", 0), ("", "", 1)],
+    "rouge_l": [("a red dog", "a red dog", 1), ("a dog", "a red dog", 0.8), ("dog a", "a dog", 0.5), ("no", "yes", 0),
+                ("", "yes", 0)],
     "mllm_dcl_open": [("Unanswerable", "unanswerable", 0), ("a dog", "a", 1), ("an apple", "a", 1), ("bat", "a", 1),
                       ("it is at hand", "a", 1), ("yes, sir", "yes.", 1), ("in the red car", "red car", 1),
                       ("no it is", "n", 0),

@@ -39,6 +39,7 @@ class TaskSpec(Config):
     answer_column: str = "answer"  # Column of the answers (reader question_answer).
     chat_template: str = ""  # Chat format: a name such as vicuna_v1, or a .jinja file; the model's own if not given.
     suffix: str = ""  # What is put behind a question when the task is evaluated.
+    yes_no_suffix: str = ""  # What is put there instead where the answer is yes or no.
     max_new_tokens: PositiveInt = 64  # The most tokens of an answer.
     max_length: PositiveInt = 2048  # The most tokens of a conversation.
     metric: str = ""  # What its predictions are scored by; if not given, accuracy of classes, exact_match of answers.
@@ -88,6 +89,8 @@ class Benchmark(Config):
     defaults: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Settings that suit this benchmark: a table [defaults.train], and one for a method by its name."""
     compare: dict[str, Any] = field(default_factory=dict)  # What `keeplora compare` spends on each method.
+    common: dict[str, Any] = field(default_factory=dict)  # Keys of every task, unless it has its own.
+    source: str = ""  # Where the data are to be had, of a benchmark that comes without them, and how they lie.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,16 +101,24 @@ class Benchmark(Config):
             raise ValueError(f"two tasks are named {min(twice)!r}; names must differ")
 
 
-def read_benchmark(name: str) -> Benchmark:
-    """Read a benchmark that comes with the package by its name, or any by the path of its TOML file."""
+def read_benchmark(name: str, data: Path | None = None) -> Benchmark:
+    """Read a benchmark that comes with the package by its name, or any by the path of its TOML file.
+
+    Paths of tasks are relative to `data`, or to the file if that is not given.
+    """
     path = Path(name) if name.endswith(".toml") else BENCHMARKS / f"{name}.toml"
     if not name.endswith(".toml") and not path.is_file():
         known = ", ".join(sorted(file.stem for file in BENCHMARKS.glob("*.toml")))
         raise ValueError(f"unknown benchmark {name!r}; known: {known}, or give the path of a .toml file")
-    benchmark = parse(Benchmark, {"name": path.stem} | read_toml(path), source=str(path))
+    values = {"name": path.stem} | read_toml(path)
+    common, tables = values.get("common", {}), values.get("tasks")
+    if isinstance(common, dict) and isinstance(tables, list):
+        values["tasks"] = [common | table if isinstance(table, dict) else table for table in tables]
+    benchmark = parse(Benchmark, values, source=str(path))
     if any(task.hub for task in benchmark.tasks):
         raise ValueError(f"{path}: tasks have no key 'hub'; give the name of a dataset as path")
-    tasks = tuple(replace(task, path=path.parent / task.path, hub=str(task.path)) for task in benchmark.tasks)
+    root = data or path.parent
+    tasks = tuple(replace(task, path=root / task.path, hub=str(task.path)) for task in benchmark.tasks)
     return replace(benchmark, tasks=tasks)
 
 
@@ -115,14 +126,27 @@ Names = tuple[str, ...]
 
 
 def stream_of(
-    benchmark: str, *, order: int = 0, first_tasks: int | None = None, more: Names = (), without: Names = ()
+    benchmark: str,
+    *,
+    data: Path | None = None,
+    order: int = 0,
+    first_tasks: int | None = None,
+    more: Names = (),
+    without: Names = (),
 ) -> tuple[TaskSpec, ...]:
     """Return the tasks of a stream: those of a benchmark, given by name or path, then those of more benchmarks.
+
+    The data of the first one are in `data`, if that is given; of one that comes without them, it is a ValueError if not.
 
     Order 0 is the benchmark's own, k the k-th random one, each another than those before; of it come the first tasks. A
     task of the same name and data comes once, one that is named in `without` not at all.
     """
-    specs = read_benchmark(benchmark).tasks
+    found = read_benchmark(benchmark, data)
+    specs = found.tasks
+    if found.source and data is None:
+        raise ValueError(
+            f"benchmark {benchmark!r} comes without its data; give their folder with --data: {found.source}"
+        )
     if order >= (num_orders := math.factorial(len(specs))):
         raise ValueError(f"order = {order}: {len(specs)} tasks have only the orders 0 to {num_orders - 1}")
     stream = {specs[i].name: specs[i] for i in _permutation(order, len(specs))[:first_tasks]}

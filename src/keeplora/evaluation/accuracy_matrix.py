@@ -47,6 +47,16 @@ def backward_transfer(accuracy: Matrix) -> float | None:
     return _mean(accuracy[-1][i] - accuracy[i][i] for i in range(len(accuracy) - 1))
 
 
+def mean_of_own(accuracy: Matrix) -> float | None:
+    """Mean over learned tasks of the score right after each was learned (MFT of MLLM-CL)."""
+    return _mean(row[i] for i, row in enumerate(accuracy))
+
+
+def mean_of_learned(accuracy: Matrix) -> float | None:
+    """Mean over stages of the mean score on the tasks learned so far (MAA of MLLM-CL)."""
+    return _mean(_mean(row[: i + 1]) for i, row in enumerate(accuracy))
+
+
 @dataclass
 class Results:
     """What `metrics.json` holds."""
@@ -67,12 +77,17 @@ class Results:
         values = asdict(self)
         del values["settings"]
         costs = {key: values.pop(key) for key in ("seconds", "peak_memory_mb")}
-        return values | self.summary() | costs
+        return values | self.summary() | self.summary_of_mllm_cl() | costs
 
     def summary(self) -> dict[str, float | None]:
         """Return the metrics of the accuracy matrix."""
         metrics = (transfer, average, last, forgetting, backward_transfer)
         return {metric.__name__: metric(self.accuracy) for metric in metrics}
+
+    def summary_of_mllm_cl(self) -> dict[str, float | None]:
+        """Return what MLLM-CL and UCIT report, by their names; MFN is Last, BWT backward transfer."""
+        values = {"MFT": mean_of_own, "MFN": last, "MAA": mean_of_learned, "BWT": backward_transfer}
+        return {name: metric(self.accuracy) for name, metric in values.items()}
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -1,6 +1,6 @@
 """A model's score on every task of a stream."""
 
-from collections.abc import Sized
+from collections.abc import Callable, Sized
 from typing import Any
 
 import torch
@@ -15,16 +15,25 @@ from keeplora.models.interfaces import StreamTask
 from keeplora.progress import Track, silent
 from keeplora.task import Batch, to_device
 
+Keep = Callable[[StreamTask, list[Any], list[Any]], None]
+"""Called with the predictions of a task and what they were compared with."""
 
-def evaluate(model: nn.Module, tasks: list[StreamTask], *, track: Track = silent) -> list[float]:
+
+def evaluate(
+    model: nn.Module,
+    tasks: list[StreamTask],
+    *,
+    track: Track = silent,
+    keep: Keep = lambda task, predictions, references: None,
+) -> list[float]:
     """Score a model on the held-out examples of every task, in percent; text features are computed once for each.
 
     A `LearningError` names the task and the batch on which the model gives anything that is not finite.
     """
-    return [_score(model, task, track) for task in tasks]
+    return [_score(model, task, track, keep) for task in tasks]
 
 
-def _score(model: nn.Module, task: StreamTask, track: Track) -> float:
+def _score(model: nn.Module, task: StreamTask, track: Track, keep: Keep) -> float:
     predictions: list[Any] = []
     references: list[Any] = []
     batches = task.test_batches()
@@ -35,6 +44,7 @@ def _score(model: nn.Module, task: StreamTask, track: Track) -> float:
             for part in task.micro_batches(to_device(batch, device_of(model))):
                 predictions += plain(_predicted(model, task, part, number))
                 references += plain(task.references(part))
+    keep(task, predictions, references)
     return METRICS.find(task.metric)(predictions, references)
 
 

@@ -68,6 +68,14 @@ def anls(p: str, reference: Any) -> float:
 
 
 @by_answer
+def rouge_l(p: str, reference: Any) -> float:
+    """Return the harmonic mean of the shares of both texts' words that are in their longest common subsequence."""
+    found, wanted = p.lower().split(), reference.answer.lower().split()
+    common = _common(found, wanted)
+    return 2 * common / (len(found) + len(wanted)) if common else 0.0
+
+
+@by_answer
 def mllm_dcl_open(p: str, reference: Any) -> float:
     """Judge MLLM-DCL RS and AD (eval_ai2d): the answer as a part of the prediction, next to a blank, dot or comma."""
     if "Unanswerable" in p:
@@ -112,6 +120,7 @@ TEXT_METRICS: dict[str, Metric] = {
     "choice_letter": choice_letter,
     "relaxed_accuracy": relaxed_accuracy,
     "anls": anls,
+    "rouge_l": rouge_l,
     "mllm_dcl_open": mllm_dcl_open,
     "mllm_dcl_sci": mllm_dcl_sci,
     "mllm_dcl_fin": mllm_dcl_fin,
@@ -147,4 +156,14 @@ def _edits(one: str, other: str) -> int:
         above, row[0] = row[0], i
         for j, wanted in enumerate(other, 1):
             above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above + (letter != wanted))
+    return row[-1]
+
+
+def _common(one: list[str], other: list[str]) -> int:
+    """Return how many words the longest common subsequence has."""
+    row = [0] * (len(other) + 1)
+    for word in one:
+        above = 0
+        for j, wanted in enumerate(other, 1):
+            above, row[j] = row[j], above + 1 if word == wanted else max(row[j], row[j - 1])
     return row[-1]

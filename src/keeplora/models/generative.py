@@ -94,6 +94,12 @@ class ConversationTask(StreamTask):
     def references(self, batch: Batch) -> list[Record]:
         return list(batch["records"])
 
+    def describe(self, prediction: str, reference: Record) -> dict[str, Any]:
+        return {
+            "task": self.name, "id": reference.identity, "question": reference.question, "prediction": prediction,
+            "answer": reference.answer,
+        }  # fmt: skip
+
     def _generation(self) -> GenerationConfig:
         tokenizer = self.chat.tokenizer
         return GenerationConfig(
@@ -110,9 +116,14 @@ class ConversationTask(StreamTask):
 
     def _to_answer(self, rows: Sequence[tuple[Conversations, int]]) -> Batch:
         records = [split.records[i] for split, i in rows]
-        prompts = [self.chat.prompt(record.messages[:-1], suffix=self.spec.suffix) for record in records]
+        prompts = [self.chat.prompt(record.messages[:-1], suffix=_suffix(self.spec, record)) for record in records]
         found = self.chat.batch(prompts, [split.images(i) for split, i in rows], left=True)
         return {"inputs": {key: found[key] for key in found if key not in ("offsets", "replaced")}, "records": records}
+
+
+def _suffix(spec: TaskSpec, record: Record) -> str:
+    is_yes_no = record.answer.strip().lower() in ("yes", "no")
+    return spec.yes_no_suffix if is_yes_no and spec.yes_no_suffix else spec.suffix
 
 
 class _Rows(torch.utils.data.Dataset[tuple[Conversations, int]]):

@@ -28,6 +28,10 @@ class StreamTask(Task):
         """Return the model's `n` answers to a batch; a `LearningError` says that its outputs are not finite."""
         raise NotImplementedError
 
+    def describe(self, prediction: Any, reference: Any) -> dict[str, Any] | None:
+        """Return what is kept of one prediction, as JSON values; None to keep nothing."""
+        return None
+
     def references(self, batch: Batch) -> Tensor | list[Any]:
         """Return what the metric compares the `n` answers to a batch with."""
         raise NotImplementedError

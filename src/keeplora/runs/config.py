@@ -28,6 +28,8 @@ class RunConfig(Config):
     """Name of a benchmark, or path of its TOML file."""
     model: str = "mini"
     """The embedded model, a hub name, or a folder."""
+    data: Path | None = None
+    """Folder of the benchmark's data, if they are not where its file says."""
     method: str = "keeplora"
     """Name of the method, or of a variant of one."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -73,8 +75,9 @@ class RunConfig(Config):
     def stream(self) -> tuple[TaskSpec, ...]:
         """The tasks that the run learns, in their order."""
         return stream_of(
-            self.benchmark, order=self.order, first_tasks=self.first_tasks, more=self.more, without=self.without
-        )
+            self.benchmark, data=self.data, order=self.order, first_tasks=self.first_tasks, more=self.more,
+            without=self.without,
+        )  # fmt: skip
 
     @property
     def settings(self) -> dict[str, tuple[Any, str]]:
@@ -161,10 +164,12 @@ def plain_values(config: RunConfig) -> dict[str, Any]:
     for key in ("output", "checkpoint_steps", "checkpoint_minutes", "sources"):
         del values[key]
     values |= {"benchmark": absolute(config.benchmark), "more": [absolute(name) for name in config.more]}
+    values["data"] = None if config.data is None else str(config.data.resolve())
     if Path(config.model).is_dir() and config.model not in EMBEDDED:
         values["model"] = str(Path(config.model).resolve())
     # As a number: a task that is added to the file later is another stream, which is to be asked for.
-    values["first_tasks"] = len(stream_of(config.benchmark, order=config.order, first_tasks=config.first_tasks))
+    own = stream_of(config.benchmark, data=config.data, order=config.order, first_tasks=config.first_tasks)
+    values["first_tasks"] = len(own)
     tasks = {spec.name: {**dataclasses.asdict(spec), "path": spec.path.name} for spec in config.stream}
     return dict(json.loads(json.dumps({**values, "tasks": tasks})))
 

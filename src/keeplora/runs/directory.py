@@ -22,6 +22,7 @@ from keeplora.subspace.certificate import certificate_to_json
 from keeplora.training.profiling import Costs
 from keeplora.training.state_file import aligned
 
+PREDICTIONS = "predictions.jsonl.gz"  # What a generative model answered after a task, on all tasks.
 UNFINISHED = "unfinished"  # Folder of what the task that is being learned has finished so far.
 
 
@@ -128,6 +129,11 @@ class RunDirectory(Store):
         self.manifest.pop("now", None)
         self.manifest["phase"] = "complete" if self.is_complete else "running"
         self._commit_scores([self.num_finished - 1])
+
+    def keep_predictions(self, index: int, content: bytes) -> None:
+        """Hand in what the model answered after a task, for the commit that finishes it; nothing if it is empty."""
+        if content:
+            self.write(f"{task_folder(index, self.manifest['tasks'])}/{PREDICTIONS}", content)
 
     def widen(self, config: dict[str, Any], tasks: list[str], columns: list[list[float]]) -> None:
         """Let the run have more tasks, and commit the scores on them of every state so far, the untouched one first."""

@@ -269,6 +269,7 @@ def _origin(source: _Source, card: Card) -> dict[str, Any]:
     config = recorded | {
         "benchmark": paths.get(source.config.benchmark, source.config.benchmark),
         "more": [paths.get(name, name) for name in source.config.more],
+        "data": None if source.config.data is None else os.path.relpath(source.config.data, source.output.resolve()),
         "model": source.config.model if source.config.model in EMBEDDED else card.base,
         "tasks": {
             name: {key: table[key] for key in table if key != "hub"} for name, table in recorded["tasks"].items()

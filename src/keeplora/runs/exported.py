@@ -82,6 +82,8 @@ def _settings_of(folder: Path, told: Export, benchmark: Path | None) -> dict[str
         _seen_from(folder, values["benchmark"], "--benchmark") if benchmark is None else str(benchmark)
     )
     values["more"] = [_seen_from(folder, name, f"the key more of {folder / EXPORT}") for name in values["more"]]
+    if values.get("data") is not None:
+        values["data"] = str((folder / values["data"]).resolve())
     base = values["model"]
     if told.format != "merged" and base not in EMBEDDED:  # Where people say that it has moved.
         config = next(iter(_adapters_of(folder, told))) / lora.CONFIG_FILE

@@ -4,10 +4,13 @@ Every task is a sequence of durable phases: gradient, initialise, train, merge, 
 off resumes after the last completed one, and gives the same bytes as an uninterrupted run.
 """
 
+import gzip
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +89,9 @@ def learn(config: RunConfig, directory: RunDirectory, track: Track, watch: Watch
                 model = method.after_task(adapted, training_task)
             scores = before = [results.zero_shot, *results.accuracy][-1]
             if is_changed := method.record.adapter is not None:  # Otherwise the model is as it was before the task.
-                scores = phases.once(Step("evaluate"), _scores, model, tasks, track)["scores"].tolist()
+                found = phases.once(Step("evaluate"), _scores, model, tasks, track)
+                scores = found["scores"].tolist()
+                directory.keep_predictions(index, bytes(found["predictions"].tolist()))
         details = {"name": task.name, "scores": scores, "losses": losses, "phases": phases.clock.read()}
         details["parameters"] = {"trained": num_trained, "added": method.record.added_parameters}
         is_saved = config.save_model and (index == 0 or (is_changed and method.record.merged))
@@ -137,4 +142,13 @@ def replay(method: Method, model: nn.Module, task: StreamTask, record: TaskRecor
 
 
 def _scores(model: nn.Module, tasks: list[StreamTask], track: Track) -> dict[str, Tensor]:
-    return {"scores": torch.tensor(evaluate(model, tasks, track=track), dtype=torch.float64)}
+    lines: list[str] = []
+
+    def keep(task: StreamTask, predictions: list[Any], references: list[Any]) -> None:
+        told = (task.describe(*pair) for pair in zip(predictions, references, strict=True))
+        lines.extend(json.dumps(one, ensure_ascii=False) + "\n" for one in told if one is not None)
+
+    scores = evaluate(model, tasks, track=track, keep=keep)
+    content = gzip.compress("".join(lines).encode(), mtime=0) if lines else b""
+    predictions = torch.tensor(list(content), dtype=torch.uint8)
+    return {"scores": torch.tensor(scores, dtype=torch.float64), "predictions": predictions}

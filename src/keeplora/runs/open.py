@@ -29,7 +29,7 @@ LEFT_BY_A_START = {"run.json.part", "lock", STAGED}
 """What a run that was cut off before its first commit can leave in its directory."""
 
 
-PLACES = ("benchmark", "more", "model")  # Settings that can be paths.
+PLACES = ("benchmark", "more", "model", "data")  # Settings that can be paths.
 
 
 @contextmanager
@@ -91,7 +91,7 @@ def _differences_of(manifest: dict[str, Any], config: dict[str, Any], tasks: lis
 
 def _seen_from(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     """Return where the files of a configuration lie seen from a run: they are found if all is moved together."""
-    paths = [config.get("benchmark", ""), config.get("model", ""), *config.get("more", [])]
+    paths = [config.get("benchmark", ""), config.get("model", ""), config.get("data") or "", *config.get("more", [])]
     return {path: os.path.relpath(path, folder) for path in paths if Path(path).is_absolute()}
 
 
@@ -256,8 +256,9 @@ def settings_of_run(directory: RunDirectory) -> Sourced:
         raise ValueError(f"{path} is damaged or not of keeplora: {flaw}")
     for name, table in values.pop("tasks").items():
         parse(TaskSpec, table, source=f"{path}: task {name!r}")
-    for key in ("benchmark", "model"):
-        values[key] = _moved(directory, values[key])
+    for key in ("benchmark", "model", "data"):
+        if values.get(key) is not None:
+            values[key] = _moved(directory, values[key])
     values["more"] = [_moved(directory, one) for one in values["more"]]
     return str(path), {**values, "output": directory.folder}
 
