@@ -11,12 +11,33 @@ from torch import nn
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Gemma3ImageProcessorPil,
+    Gemma3Processor,
+    Gemma3TextConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessorPil,
+    Idefics3Processor,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
     LlavaProcessor,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SiglipVisionConfig,
 )
 
 CORPUS = ["What colour is it? red green blue", "a b c d e yes no USER: ASSISTANT: user assistant <|im_start|>"] * 3
@@ -26,21 +47,26 @@ CHATML = (
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIAL = ["<pad>", "<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>"]
+MORE_TOKENS = {
+    "idefics3": {"fake": "<fake_token_around_image>", "global": "<global-img>"},
+    "gemma3": {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"},
+}
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 50, 220), "grey": (120, 120, 120)}
 SIDE = 28
 
 
-def tokenizer(chat_template: str | None = CHATML, extra: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
-    """A byte-level BPE, as most language models have one."""
+def tokenizer(chat_template: str | None = CHATML, kind: str = "") -> PreTrainedTokenizerFast:
+    """A byte-level BPE, as most language models have one, with the tokens that a kind of model needs."""
+    extra = MORE_TOKENS.get(kind, {})
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=[*SPECIAL, *extra], initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=[*SPECIAL, *extra.values()], initial_alphabet=alphabet)
     inner.train_from_iterator(CORPUS, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", chat_template=chat_template,
-        extra_special_tokens=[*SPECIAL[3:], *extra], model_max_length=512,
+        extra_special_tokens=extra or SPECIAL[3:], model_max_length=512,
     )  # fmt: skip
 
 
@@ -59,34 +85,111 @@ def spread(model: nn.Module) -> nn.Module:
     return model
 
 
-def save_llama(folder: Path, seed: int = 0) -> Path:
+TEXT_MODELS = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 8}),
+    "mistral": (MistralConfig, MistralForCausalLM, {}),
+    "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM, {"head_dim": 8, "sliding_window": 16}),
+    "phi3": (Phi3Config, Phi3ForCausalLM, {}),
+}
+
+
+def save_text_model(folder: Path, kind: str = "llama", seed: int = 0) -> Path:
+    """Save a language model with its tokenizer."""
     torch.manual_seed(seed)
     words = tokenizer()
-    spread(LlamaForCausalLM(LlamaConfig(**text_config(len(words))))).save_pretrained(folder)
+    config, model, more = TEXT_MODELS[kind]
+    spread(model(config(**text_config(len(words)), **more))).save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
 
 
-def save_llava(folder: Path, seed: int = 0) -> Path:
-    torch.manual_seed(seed)
-    words = tokenizer()
-    vision = CLIPVisionConfig(
+def clip_vision(**more) -> CLIPVisionConfig:
+    return CLIPVisionConfig(
         hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3, image_size=SIDE,
-        patch_size=14, projection_dim=16,
+        patch_size=14, projection_dim=16, **more,
     )  # fmt: skip
+
+
+def _llava(words):
+    text = LlamaConfig(**text_config(len(words)))
     config = LlavaConfig(
-        vision_config=vision, text_config=LlamaConfig(**text_config(len(words))), image_seq_length=4,
-        image_token_id=words.convert_tokens_to_ids("<image>"), vision_feature_layer=-2,
+        vision_config=clip_vision(), text_config=text, image_seq_length=4, vision_feature_layer=-2,
+        image_token_id=words.convert_tokens_to_ids("<image>"),
     )  # fmt: skip
-    model = spread(LlavaForConditionalGeneration(config))
-    model.save_pretrained(folder)
-    size = {"height": SIDE, "width": SIDE}
-    images = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=size)
-    LlavaProcessor(
+    images = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    processor = LlavaProcessor(
         images, words, patch_size=14, vision_feature_select_strategy="default", chat_template=CHATML,
         num_additional_image_tokens=1,
-    ).save_pretrained(folder)  # fmt: skip
+    )  # fmt: skip
+    return LlavaForConditionalGeneration(config), processor
+
+
+def _llava_next(words):
+    pinpoints = [[28, 56], [56, 28], [56, 56]]
+    config = LlavaNextConfig(
+        vision_config=clip_vision(), text_config=LlamaConfig(**text_config(len(words))), vision_feature_layer=-2,
+        image_token_id=words.convert_tokens_to_ids("<image>"), image_grid_pinpoints=pinpoints,
+    )  # fmt: skip
+    size = {"height": SIDE, "width": SIDE}
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": SIDE}, crop_size=size, image_grid_pinpoints=pinpoints, do_pad=True
+    )
+    processor = LlavaNextProcessor(
+        images, words, patch_size=14, vision_feature_select_strategy="default", chat_template=CHATML,
+        num_additional_image_tokens=1,
+    )  # fmt: skip
+    return LlavaNextForConditionalGeneration(config), processor
+
+
+def _idefics3(words):
+    vision = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3,
+              "image_size": 32, "patch_size": 8}  # fmt: skip
+    config = Idefics3Config(
+        vision_config=vision, text_config=LlamaConfig(**text_config(len(words))), scale_factor=2, pad_token_id=0,
+        image_token_id=words.convert_tokens_to_ids("<image>"),
+    )  # fmt: skip
+    images = Idefics3ImageProcessorPil(
+        size={"longest_edge": 32}, max_image_size={"longest_edge": 32}, do_image_splitting=False
+    )
+    processor = Idefics3Processor(images, words, image_seq_len=4, chat_template=CHATML)
+    return Idefics3ForConditionalGeneration(config), processor
+
+
+def _gemma3(words):
+    vision = SiglipVisionConfig(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3, image_size=SIDE, patch_size=7
+    )
+    text = Gemma3TextConfig(**text_config(len(words)), head_dim=8, sliding_window=16)
+    ids = {
+        name: words.convert_tokens_to_ids(name) for name in ("<image_soft_token>", "<start_of_image>", "<end_of_image>")
+    }
+    config = Gemma3Config(
+        vision_config=vision, text_config=text, image_token_id=ids["<image_soft_token>"], mm_tokens_per_image=4,
+        boi_token_index=ids["<start_of_image>"], eoi_token_index=ids["<end_of_image>"],
+    )  # fmt: skip
+    images = Gemma3ImageProcessorPil(size={"height": SIDE, "width": SIDE})
+    template = CHATML.replace("<image>", "<start_of_image>")
+    model = Gemma3ForConditionalGeneration(config)
+    nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # Zeros, until it is trained.
+    return model, Gemma3Processor(images, words, chat_template=template, image_seq_length=4)
+
+
+IMAGE_MODELS = {"llava": _llava, "llava_next": _llava_next, "idefics3": _idefics3, "gemma3": _gemma3}
+
+
+def save_image_model(folder: Path, kind: str = "llava", seed: int = 0) -> Path:
+    """Save a vision-language model with its processor."""
+    torch.manual_seed(seed)
+    words = tokenizer(None, kind)
+    model, processor = IMAGE_MODELS[kind](words)
+    spread(model).save_pretrained(folder)
+    processor.save_pretrained(folder)
     return folder
+
+
+def save_llava(folder: Path) -> Path:
+    return save_image_model(folder, "llava")
 
 
 def picture(color: str, seed: int, size: tuple[int, int] = (SIDE, SIDE)) -> Image.Image:

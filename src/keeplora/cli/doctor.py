@@ -81,7 +81,7 @@ def diagnosis_page(found: Diagnosis) -> RenderableType:
 def _data_table(found: Diagnosis) -> Table:
     splits, rows = ("train", found.config.evaluation), []
     for data in found.tasks:
-        numbers = [f"{len(data.splits[split]):,}" if split in data.splits else "-" for split in splits]
+        numbers = [f"{data.sizes[split]:,}" if split in data.sizes else "-" for split in splits]
         widths = [min(look.size) for looks in data.looks.values() for look in looks if not look.error]
         compared = [split for split, looks in data.looks.items() if any(look.print is not None for look in looks)]
         shared = [str(data.exact), str(data.alike)] if len(compared) == 2 else ["-", "-"]

@@ -136,7 +136,7 @@ def stream_of(
 ) -> tuple[TaskSpec, ...]:
     """Return the tasks of a stream: those of a benchmark, given by name or path, then those of more benchmarks.
 
-    The data of the first one are in `data`, if that is given; of one that comes without them, it is a ValueError if not.
+    The data of the first one are in `data`, if that is given; one that comes without them needs it (ValueError).
 
     Order 0 is the benchmark's own, k the k-th random one, each another than those before; of it come the first tasks. A
     task of the same name and data comes once, one that is named in `without` not at all.

@@ -5,6 +5,7 @@ import inspect
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import median_low
 from typing import Any, cast
 
 import torch
@@ -49,6 +50,7 @@ class ConversationTask(StreamTask):
     ) -> None:
         self.name, self.chat, self.spec = name, chat, train.spec
         self.train, self.test = train, test
+        self.lengths: list[int] = []  # Of the training records, in tokens, as far as they are known.
         self._order = torch.Generator().manual_seed(seed)
         self._train = DataLoader(
             _Rows(train), batch_size, shuffle=True, generator=self._order, collate_fn=self._to_learn
@@ -93,6 +95,15 @@ class ConversationTask(StreamTask):
 
     def references(self, batch: Batch) -> list[Record]:
         return list(batch["records"])
+
+    def shown(self) -> list[str]:
+        return [self.chat.encode(record.messages).text for record in self.train.records[:1]]
+
+    def remarks(self) -> list[str]:
+        if not self.lengths:
+            return []
+        low, middle, high = min(self.lengths), median_low(self.lengths), max(self.lengths)
+        return [f"conversations of train have {low} to {high} tokens, {middle} in the middle, images included"]
 
     def describe(self, prediction: str, reference: Record) -> dict[str, Any]:
         return {
@@ -162,12 +173,16 @@ class Generative(Family):
             train, test = read_conversations(spec, evaluation)
             try:
                 chat = ChatFormat(processor, template_named(spec.chat_template))
-                for read in (train, test):
-                    what = f"{spec.name}: checking {read.split}"
-                    require_answers(read, chat, min(spec.max_length, context), track, what)
+                lengths = {
+                    read.split: token_counts(
+                        read, chat, min(spec.max_length, context), track, f"{spec.name}: checking {read.split}"
+                    )
+                    for read in (train, test)
+                }
             except ValueError as error:
                 raise ValueError(f"task {spec.name!r}: {error}") from None
             task = ConversationTask(spec.name, train, test, chat, batch_size=batch_size, seed=seed + index)
+            task.lengths = lengths[train.split]
             task.epochs, task.metric = spec.epochs, spec.metric or ConversationTask.metric
             texts = [[(one.identity, one.question, one.answer) for one in read.records] for read in (train, test)]
             task.data = {
@@ -183,12 +198,15 @@ class Generative(Family):
         load_processor(name).save_pretrained(folder)
 
 
-def require_answers(read: Conversations, chat: ChatFormat, longest: int, track: Track = silent, what: str = "") -> None:
-    """Check every record of a split before any is learned: its answers are found, and all of it has a place.
+def token_counts(
+    read: Conversations, chat: ChatFormat, longest: int, track: Track = silent, what: str = ""
+) -> list[int]:
+    """Return the number of tokens of every record of a split, which is checked: answers are found, all has a place.
 
     Raises:
-        ValueError: If answers cannot be found or have no token, or records are too long; it counts and names them.
+        ValueError: If answers cannot be found, images are not read, or records are too long; it counts and names them.
     """
+    counts: list[int] = []
     flaws: dict[str, list[str]] = {}
     starts = range(0, len(read), AT_ONCE)
     image_tokens = _ImageTokens(chat)
@@ -205,16 +223,33 @@ def require_answers(read: Conversations, chat: ChatFormat, longest: int, track: 
                 flaws.setdefault(str(error), []).append(record.identity)
         if not some:
             continue
+        if start == 0:
+            _require_whole_answers(read, some[0], chat)
         texts = [one.text for _, one in some]
         tokens = chat.tokenizer(texts, add_special_tokens=chat.adds_special_tokens(texts[0]))["input_ids"]
         for (index, _), ids in zip(some, tokens, strict=True):
             record = read.records[index]
             length = len(ids) + (sum(image_tokens.of(size) for size in read.sizes(index)) if record.images else 0)
+            counts.append(length)
             if length > longest:
                 flaws.setdefault(f"more than {longest} tokens", []).append(f"{record.identity} ({length})")
     if flaws:
         cure = "Mend or remove them, or raise max_length if the model's context allows it"
         raise ValueError(f"{told_of(flaws, read.split)}. {cure}")
+    return counts
+
+
+def _require_whole_answers(read: Conversations, one: tuple[int, Encoded], chat: ChatFormat) -> None:
+    """Check with one record that the processor leaves answers where the chat template has put them."""
+    index, encoded = one
+    found = chat.batch([encoded.text], [read.images(index)])
+    mask = chat.answer_mask([encoded], found["offsets"], found["replaced"])[0]
+    learned = chat.tokenizer.decode(found["input_ids"][0][mask])
+    wanted = "".join(encoded.text[start:end] for start, end in encoded.answers)
+    if "".join(learned.split()) != "".join(wanted.split()):
+        raise ValueError(
+            f"the model's processor changes the text: the tokens {learned!r} were to be learned of {wanted!r}"
+        )
 
 
 class _ImageTokens:

@@ -28,6 +28,14 @@ class StreamTask(Task):
         """Return the model's `n` answers to a batch; a `LearningError` says that its outputs are not finite."""
         raise NotImplementedError
 
+    def shown(self) -> list[str]:
+        """Return a few of the texts that a model reads for this task, for people."""
+        return []
+
+    def remarks(self) -> list[str]:
+        """Return what is good to know of the data before they are learned."""
+        return []
+
     def describe(self, prediction: Any, reference: Any) -> dict[str, Any] | None:
         """Return what is kept of one prediction, as JSON values; None to keep nothing."""
         return None

@@ -28,14 +28,14 @@ class RunConfig(Config):
     """Name of a benchmark, or path of its TOML file."""
     model: str = "mini"
     """The embedded model, a hub name, or a folder."""
-    data: Path | None = None
-    """Folder of the benchmark's data, if they are not where its file says."""
     method: str = "keeplora"
     """Name of the method, or of a variant of one."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of every random draw."""
     output: Path = Path("runs/run")
     """The run directory; a run that is there is resumed after its last completed phase."""
+    data: Path | None = None
+    """Folder of the benchmark's data, if they are not where its file says."""
     evaluation: Literal["test", "validation"] = "test"
     """The split to evaluate on; choose settings on validation."""
     order: Annotated[int, Field(ge=0, lt=100_000)] = 0  # Each needs all before it, to be another one.

@@ -12,8 +12,9 @@ from typing import Any, cast
 from PIL import Image
 
 from keeplora.data.benchmark import TaskSpec
+from keeplora.data.conversations import Conversations
 from keeplora.data.images import UNREADABLE_IMAGE, Examples
-from keeplora.data.readers import examine_splits
+from keeplora.data.readers import examine_splits, read_conversations, stored_splits
 from keeplora.errors import counted, listed
 from keeplora.progress import Track
 from keeplora.studies.doctor.findings import FAILURES, Finding, Level
@@ -45,6 +46,7 @@ class TaskData:
 
     spec: TaskSpec
     splits: dict[str, Examples] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)  # How many images, or conversations, a split has.
     is_accepted: bool = False  # Whether a run would accept the splits.
     looks: dict[str, list[Look]] = field(default_factory=dict)
     prompts: list[str] = field(default_factory=list)  # A few of them.
@@ -53,8 +55,8 @@ class TaskData:
 
     @property
     def num_images(self) -> int:
-        """How many images are read."""
-        return sum(map(len, self.splits.values()))
+        """How many images, or conversations, are read."""
+        return sum(self.sizes.values())
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -78,10 +80,16 @@ def examine_data(data: TaskData, evaluation: str, side: int, track: Track, *, de
 
     `side` is the width of the model's input, 0 if unknown. Without `decode` only the images' headers are read.
     """
+    problems: list[tuple[str, str]] = []
     try:
+        if any(isinstance(read, Conversations) for read in stored_splits(data.spec).values()):
+            read = read_conversations(data.spec, evaluation)
+            data.sizes, data.is_accepted = dict(zip(("train", evaluation), map(len, read), strict=True)), True
+            return  # A record is checked when it is made ready for the model, whose chat format it takes.
         data.splits, problems = examine_splits(data.spec, evaluation)
     except FAILURES as error:
         problems = [(str(error), "")]
+    data.sizes = {split: len(examples) for split, examples in data.splits.items()}
     data.is_accepted = not problems
     yield from (Finding("problem", data.spec.name, message, cure) for message, cure in problems)
     for split, examples in data.splits.items():

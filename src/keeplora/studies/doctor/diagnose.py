@@ -119,9 +119,9 @@ def _try_out(found: Diagnosis, subject: Subject, track: Track) -> None:
     if not dry_run.paces:
         return
     for data in found.tasks:
-        if len(data.splits) == 2:
+        if len(data.sizes) == 2:
             size, name = config.train.batch_size, data.spec.name
-            train, held_out = (math.ceil(len(data.splits[split]) / size) for split in ("train", config.evaluation))
+            train, held_out = (math.ceil(data.sizes[split] / size) for split in ("train", config.evaluation))
             batches, epochs = dry_run.batches.get(name, train), data.spec.epochs or config.train.epochs
             loads.append(Load(name, len(data.class_names), data.num_images, batches, held_out, epochs))
     start, share = subject.start_seconds, getattr(config.options, "gradient_share", 1.0)
@@ -153,6 +153,8 @@ def _read_some(found: Diagnosis, subject: Subject, track: Track) -> tuple[list[S
                 found.findings.append(Finding("problem", data.spec.name, message))
                 continue
             read.append((len(data.class_names), task))
+            data.prompts = task.shown() or data.prompts
+            found.findings += [Finding("note", data.spec.name, text) for text in task.remarks()]
             images += data.num_images
     per_image = (time.perf_counter() - start) / max(1, images)
     return [task for _, task in sorted(read, key=lambda one: one[0])], per_image
