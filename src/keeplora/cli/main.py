@@ -80,7 +80,10 @@ def _silenced() -> Iterator[None]:
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         logging.disable()
-        yield
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def _show_error(message: str) -> None:
