@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from keeplora.methods.keeplora import KeepLoRA as KeepLoRA
     from keeplora.methods.keeplora import KeepLoRAConfig as KeepLoRAConfig
     from keeplora.methods.registry import METHODS as METHODS
+    from keeplora.models.generative import ConversationTask as ConversationTask
     from keeplora.runs.config import RunConfig as RunConfig
     from keeplora.runs.loop import run as run
     from keeplora.runs.open import load_stream as load_stream
@@ -33,6 +34,7 @@ _HOMES = {
     "KeepLoRA": "methods.keeplora",
     "KeepLoRAConfig": "methods.keeplora",
     "METHODS": "methods.registry",
+    "ConversationTask": "models.generative",
     "RunConfig": "runs.config",
     "run": "runs.loop",
     "load_stream": "runs.open",

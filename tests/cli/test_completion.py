@@ -63,7 +63,7 @@ def test_a_module_loads_no_library_that_it_does_not_use(module, unwanted):
 def test_every_public_name_loads_and_an_unknown_one_is_named():
 
     assert all(getattr(keeplora, name) is not None for name in keeplora.__all__)
-    assert len(keeplora.__all__) == 15
+    assert len(keeplora.__all__) == 16
     with pytest.raises(AttributeError, match="module 'keeplora' has no attribute 'nothing'"):
         _ = keeplora.nothing
 

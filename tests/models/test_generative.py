@@ -2,9 +2,13 @@
 
 import json
 import re
+from dataclasses import replace
+from pathlib import Path
 
+import datasets as hf
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 from transformers import pipeline
 
@@ -19,7 +23,8 @@ from keeplora.layers.lora import linear_targets
 from keeplora.layers.names import tower_of
 from keeplora.methods.keeplora import KeepLoRA, KeepLoRAConfig
 from keeplora.models.chat import ChatFormat
-from keeplora.models.generative import Generative
+from keeplora.models.generative import ConversationTask, Generative
+from keeplora.models.pretrained import load_processor
 from keeplora.models.registry import family_of
 from keeplora.progress import silent
 from tiny import autograd_gradients
@@ -192,3 +197,73 @@ def test_a_processor_that_moves_the_text_is_refused(tmp_path, monkeypatch):
         ValueError, match=r"task 'task0': the model's processor changes the text: .* were to be learned of"
     ):
         tasks_of(stored)
+
+
+def test_the_loss_may_be_a_mean_over_examples(stored):
+    model = load(stored)
+    (whole,), singles = (list(made(stored, size).batches()) for size in (8, 1))
+    task = made(stored, 8)
+    expected = torch.stack([tasks_of(stored, 1)[0].loss(model, one) for one in singles]).mean()
+    torch.testing.assert_close(task.loss(model, whole), expected, atol=1e-5, rtol=1e-5)
+    assert task.weight(whole) == len(singles) == 8
+
+
+def made(stored, batch_size, **settings):
+    """Return the first task of the stream, with other settings."""
+    spec = replace(read_benchmark(str(stored[1])).tasks[0], **{"loss_over": "examples", **settings})
+    family = family_of(stored[0])
+    return family.tasks(stored[0], (spec,), batch_size=batch_size, evaluation="test", seed=0, track=silent)[0]
+
+
+def test_features_may_be_those_of_answers_or_of_text(stored):
+    model, layer = load(stored), linear_targets(load(stored), ("auto",))[0]
+    rows = {}
+    for kind in ("all", "text", "answers"):
+        task = made(stored, 4, features_of=kind)
+        rows[kind] = sum(int(task.padding_mask(layer, batch).sum()) for batch in task.batches())
+        input_grams(model, task, [layer])
+    (batch,) = made(stored, 8).batches()
+    assert rows["answers"] == int((batch["labels"] != -100).sum())
+    assert rows["all"] == int(batch["inputs"]["attention_mask"].sum())
+    has_images = "pixel_values" in batch["inputs"]
+    assert (rows["answers"] < rows["text"] < rows["all"]) if has_images else (rows["text"] == rows["all"])
+
+
+GUIDE = re.findall(
+    r"^```python\n(.*?)^```", (Path(__file__).parents[2] / "docs/generative.md").read_text(), re.M | re.S
+)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")  # trl's own
+@pytest.mark.parametrize("example", GUIDE)
+def test_the_examples_of_the_guide_run(tmp_path, monkeypatch, capsys, example):
+    monkeypatch.chdir(tmp_path)
+    chatty.save_text_model(tmp_path / "MODEL")
+    exec(compile(example, "docs/generative.md", "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out
+
+
+def test_a_task_is_made_of_rows_a_file_or_a_dataset(tmp_path):
+    chatty.write_llava(tmp_path)
+    processor = load_processor(str(chatty.save_llava(tmp_path / "model")))
+    rows = json.loads((tmp_path / "train.json").read_text())
+    images = [Image.open(tmp_path / row["image"]).convert("RGB") for row in rows]
+    talks = [
+        {"messages": [{"role": "user", "content": "<image>What colour is it?"},
+                      {"role": "assistant", "content": row["conversations"][1]["value"]}], "image": image}
+        for row, image in zip(rows, images, strict=True)
+    ]  # fmt: skip
+    dataset = hf.Dataset.from_list(talks)
+    sources = [(rows, str(tmp_path)), (tmp_path / "train.json", str(tmp_path)), (talks, ""), (dataset, "")]
+    found = []
+    for source, root in sources:
+        task = ConversationTask(source, processor, batch_size=8, image_root=root)
+        (batch,) = task.batches()
+        found.append((batch["inputs"]["pixel_values"], batch["labels"]))
+    for pixels, labels in found[1:]:
+        torch.testing.assert_close(pixels, found[0][0])
+        assert labels.equal(found[0][1])
+    with pytest.raises(ValueError, match="task 'x': 1 record of train has no answer at the end: 0"):
+        ConversationTask([{"messages": talks[0]["messages"][:1], "image": images[0]}], processor, name="x")
+    with pytest.raises(ValueError, match="unknown key 'nope'"):
+        ConversationTask(talks, processor, nope=1)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unicodedata import normalize
 
 from pydantic import PositiveInt
@@ -42,6 +42,10 @@ class TaskSpec(Config):
     yes_no_suffix: str = ""  # What is put there instead where the answer is yes or no.
     max_new_tokens: PositiveInt = 64  # The most tokens of an answer.
     max_length: PositiveInt = 2048  # The most tokens of a conversation.
+    loss_over: Literal["answer_tokens", "examples"] = "answer_tokens"
+    """What the loss of conversations is the mean over: all answer tokens, or examples, of the mean of each."""
+    features_of: Literal["all", "text", "answers"] = "all"
+    """Positions whose inputs are protected after a task of conversations: all, those of no image, those of answers."""
     metric: str = ""  # What its predictions are scored by; if not given, accuracy of classes, exact_match of answers.
     epochs: PositiveInt | None = None  # Number of epochs of this task, where it differs from the run's.
     config: str = ""  # Configuration of a dataset of the hub that has several (reader dataset).

@@ -33,7 +33,7 @@ class Record:
 
     identity: str
     messages: tuple[Message, ...]
-    images: tuple[Any, ...] = ()  # A path or the content of a file each.
+    images: tuple[Any, ...] = ()  # A path, the content of a file, or an image each.
 
     @property
     def answer(self) -> str:
@@ -86,6 +86,8 @@ class Conversations:
         return replace(self, records=tuple(self.records[i] for i in indices))
 
     def _open(self, image: Any) -> Image.Image:
+        if isinstance(image, Image.Image):
+            return image.copy()  # What is opened is closed again.
         content = image if isinstance(image, bytes) else None
         if content is not None:
             self.spec.require_size(len(content))
@@ -123,6 +125,23 @@ def _read(shape: Shape, spec: TaskSpec) -> dict[str, Conversations]:
     if spec.test_share and "test" not in read and "train" in read:
         read["train"], read["test"] = hold_out(read["train"], spec.test_share, seed=HOLD_OUT_SEED)
     return read
+
+
+def conversations_of(source: Any, spec: TaskSpec, split: str = "train") -> Conversations:
+    """Return the conversations of a list of records, a data set, or the path of a JSON file, in any of the shapes."""
+    if isinstance(source, str | Path):
+        rows: Any = _json_rows(Path(source))
+    else:
+        rows = _undecoded(source) if isinstance(source, hf.Dataset) else list(source)
+    first = rows[0] if len(rows) else {}
+    if "conversations" in first or ("text" in first and "answer" in first):
+        shape = llava_record
+    else:
+        shape = messages_record if "messages" in first or "prompt" in first else question_answer_record
+    try:
+        return _split(shape, spec, split, rows)
+    except ValueError as error:
+        raise ValueError(f"task {spec.name!r}: {error}") from None
 
 
 def hold_out(train: Conversations, share: float, *, seed: int) -> tuple[Conversations, Conversations]:
@@ -229,7 +248,7 @@ def _flaws(spec: TaskSpec, record: Record) -> Iterator[str]:
     if len(record.messages) < 2 or record.messages[-2]["role"] == "assistant":
         yield "no question before the answer"
     for image in record.images:
-        if not isinstance(image, bytes) and not (image_root(spec) / image).is_file():
+        if isinstance(image, str | Path) and not (image_root(spec) / image).is_file():
             yield "an image that is not there"
 
 

@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median_low
 from typing import Any, cast
@@ -15,8 +16,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from keeplora.config import parse
 from keeplora.data.benchmark import TaskSpec
-from keeplora.data.conversations import Conversations, Record, told_of
+from keeplora.data.conversations import Conversations, Record, conversations_of, told_of
 from keeplora.data.readers import read_conversations
 from keeplora.layers.names import tower_of
 from keeplora.layers.statistics import require_finite
@@ -39,23 +41,56 @@ class ConversationTask(StreamTask):
     metric = "exact_match"
 
     def __init__(
+        self, records: Any, processor: Any, *, test: Any = None, batch_size: int = 8, seed: int = 0, **settings: Any
+    ) -> None:
+        """Make a task of records for a model with this processor, or with this tokenizer if it reads text alone.
+
+        `records` are a list, a data set, or the path of a JSON or JSON-lines file: with `messages` or `prompt` and
+        `completion` as TRL takes them, with `conversations` as LLaVA does, or with `question` and `answer`. `test` are
+        those to evaluate on, the same if not given; `seed` draws the order of the batches; `settings` are keys of a
+        task in a benchmark file: `name`, `max_length`, `image_root`, `metric`. A ValueError names what is wrong.
+        """
+        spec = parse(TaskSpec, {"name": "conversations", "path": Path(), **settings}, source="ConversationTask")
+        train = conversations_of(records, spec)
+        held = train if test is None else conversations_of(test, spec, "test")
+        self._prepare(train, held, processor, batch_size, seed)
+
+    @classmethod
+    def of_splits(
+        cls, train: Conversations, test: Conversations, processor: Any, *, batch_size: int, seed: int, track: Track
+    ) -> "ConversationTask":
+        """Make a task of what was read, with the settings of its benchmark."""
+        task = cls.__new__(cls)
+        task._prepare(train, test, processor, batch_size, seed, track)
+        return task
+
+    def _prepare(
         self,
-        name: str,
         train: Conversations,
         test: Conversations,
-        chat: ChatFormat,
-        *,
+        processor: Any,
         batch_size: int,
         seed: int,
+        track: Track = silent,
     ) -> None:
-        self.name, self.chat, self.spec = name, chat, train.spec
-        self.train, self.test = train, test
-        self.lengths: list[int] = []  # Of the training records, in tokens, as far as they are known.
+        spec = self.spec = train.spec
+        self.name, self.epochs, self.metric = spec.name, spec.epochs, spec.metric or type(self).metric
+        try:
+            self.chat = ChatFormat(processor, template_named(spec.chat_template))
+            counts = [
+                token_counts(one, self.chat, track, f"{spec.name}: checking {one.split}") for one in (train, test)
+            ]
+        except ValueError as error:
+            raise ValueError(f"task {spec.name!r}: {error}") from None
+        self.train, self.test, self.lengths = train, test, counts[0]
         self._order = torch.Generator().manual_seed(seed)
         self._train = DataLoader(
             _Rows(train), batch_size, shuffle=True, generator=self._order, collate_fn=self._to_learn
         )
         self._test = DataLoader(_Rows(test), batch_size, collate_fn=self._to_answer)
+        texts = [[(one.identity, one.question, one.answer) for one in read.records] for read in (train, test)]
+        digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+        self.data = {"classes": [], "images": [len(train), len(test)], "digest": digest}
 
     def batches(self) -> Iterable[Batch]:
         return self._train
@@ -67,22 +102,35 @@ class ConversationTask(StreamTask):
         return (self._order,)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the mean cross-entropy over the answers' tokens, in float32."""
+        """Return the mean cross-entropy over the answers' tokens, or over examples of theirs, in float32."""
         labels = batch["labels"][:, 1:]
         places = (labels != IGNORED).any(0).nonzero().squeeze(1)
         # Of the positions that lead to an answer somewhere in the batch: those of all would take the most memory.
         kept = {"logits_to_keep": places} if _keeps_some(model) else {}
         logits = cast(Tensor, model(**batch["inputs"], use_cache=False, **kept).logits)
-        logits = logits if kept else logits[:, :-1][:, places]
-        return F.cross_entropy(logits.float().flatten(0, 1), labels[:, places].flatten(), ignore_index=IGNORED)
+        logits = (logits if kept else logits[:, :-1][:, places]).float()
+        wanted = labels[:, places]
+        if self.spec.loss_over == "answer_tokens":
+            return F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED)
+        losses = F.cross_entropy(logits.transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none").sum(1)
+        return cast(Tensor, (losses / (wanted != IGNORED).sum(1)).mean())
 
     def weight(self, batch: Batch) -> float:
-        """Return the number of answer tokens."""
-        return float((batch["labels"][:, 1:] != IGNORED).sum())
+        """Return the number of answer tokens, or of examples, as the loss is a mean over them."""
+        is_answer = batch["labels"][:, 1:] != IGNORED
+        return float(is_answer.sum() if self.spec.loss_over == "answer_tokens" else len(is_answer))
 
     def padding_mask(self, layer: str, batch: Batch) -> Tensor | None:
         """Leave the padding out of the language model's statistics; a vision tower and a projector see none."""
-        return batch["inputs"]["attention_mask"] if tower_of(layer) not in ("vision", "projector") else None
+        if tower_of(layer) in ("vision", "projector"):
+            return None
+        mask = batch["inputs"]["attention_mask"].bool()
+        if self.spec.features_of == "answers":
+            return cast(Tensor, mask & (batch["labels"] != IGNORED))
+        if self.spec.features_of == "text" and self.chat.image_token:
+            number = self.chat.tokenizer.convert_tokens_to_ids(self.chat.image_token)
+            mask = mask & (batch["inputs"]["input_ids"] != number)
+        return cast(Tensor, mask)
 
     def predict(self, model: nn.Module, batch: Batch) -> list[str]:
         """Return the model's answers as text: greedy, up to the end token."""
@@ -167,30 +215,17 @@ class Generative(Family):
     def tasks(
         self, name: str, specs: tuple[TaskSpec, ...], *, batch_size: int, evaluation: str, seed: int, track: Track
     ) -> list[StreamTask]:
-        processor, context = load_processor(name), _context_of(load_config(name))
+        processor = load_processor(name)
+        context = _context_of(load_config(name))
         tasks: list[StreamTask] = []
         for index, spec in enumerate(specs):
+            spec = replace(spec, max_length=min(spec.max_length, context))
             train, test = read_conversations(spec, evaluation)
-            try:
-                chat = ChatFormat(processor, template_named(spec.chat_template))
-                lengths = {
-                    read.split: token_counts(
-                        read, chat, min(spec.max_length, context), track, f"{spec.name}: checking {read.split}"
-                    )
-                    for read in (train, test)
-                }
-            except ValueError as error:
-                raise ValueError(f"task {spec.name!r}: {error}") from None
-            task = ConversationTask(spec.name, train, test, chat, batch_size=batch_size, seed=seed + index)
-            task.lengths = lengths[train.split]
-            task.epochs, task.metric = spec.epochs, spec.metric or ConversationTask.metric
-            texts = [[(one.identity, one.question, one.answer) for one in read.records] for read in (train, test)]
-            task.data = {
-                "classes": [],
-                "images": [len(read) for read in (train, test)],
-                "digest": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
-            }
-            tasks.append(task)
+            tasks.append(
+                ConversationTask.of_splits(
+                    train, test, processor, batch_size=batch_size, seed=seed + index, track=track
+                )
+            )
         return tasks
 
     def save(self, model: nn.Module, name: str, folder: Path) -> None:
@@ -198,14 +233,13 @@ class Generative(Family):
         load_processor(name).save_pretrained(folder)
 
 
-def token_counts(
-    read: Conversations, chat: ChatFormat, longest: int, track: Track = silent, what: str = ""
-) -> list[int]:
+def token_counts(read: Conversations, chat: ChatFormat, track: Track = silent, what: str = "") -> list[int]:
     """Return the number of tokens of every record of a split, which is checked: answers are found, all has a place.
 
     Raises:
         ValueError: If answers cannot be found, images are not read, or records are too long; it counts and names them.
     """
+    longest = read.spec.max_length
     counts: list[int] = []
     flaws: dict[str, list[str]] = {}
     starts = range(0, len(read), AT_ONCE)
