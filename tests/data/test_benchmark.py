@@ -108,3 +108,13 @@ def test_the_mini_benchmark_lists_the_embedded_tasks():
     benchmark = read_benchmark("mini")
     assert {task.name: task.template for task in benchmark.tasks} == {t["name"]: t["template"] for t in embedded}
     assert all(task.path.is_file() for task in benchmark.tasks)
+
+
+@pytest.mark.parametrize(
+    ("reader", "key", "value"),
+    [("folder", "suffix", "x"), ("dataset", "max_length", 9), ("llava", "template", "a {}"),
+     ("messages", "class_names", {"a": "b"}), ("folder", "files", {"train": "x"})],
+)  # fmt: skip
+def test_keys_that_a_reader_has_no_use_for_are_errors(reader, key, value):
+    with pytest.raises(ValueError, match=f"task 't': {key} is for .*, which reader '{reader}' does not give"):
+        TaskSpec(name="t", path=Path("x"), reader=reader, **{key: value})

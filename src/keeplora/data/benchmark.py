@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,15 @@ from keeplora.config import FILLED_IN, Config, Share, parse, read_toml
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 
 LONGEST_NAME = 200  # Bytes of a task's name; file systems end at 255, and other names are made of it.
+
+
+IMAGE_READERS, CHAT_READERS = ("folder", "dataset"), ("llava", "messages", "question_answer")
+OF_IMAGES = ("template", "class_names", "label_column")
+OF_CHATS = (
+    "files", "image_root", "question_column", "answer_column", "chat_template", "suffix", "yes_no_suffix",
+    "max_new_tokens", "max_length", "loss_over", "features_of",
+)  # fmt: skip
+"""Keys of a task that only readers of images, or only those of conversations, have a use for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +74,12 @@ class TaskSpec(Config):
                 raise ValueError(f"task {self.name!r}: template {template!r} has no {{}} for the class name")
         if not self.templates or len(set(self.templates)) < len(self.templates):
             raise ValueError(f"task {self.name!r}: template = {list(self.templates)}: give one or more, each once")
+        others = {**dict.fromkeys(CHAT_READERS, OF_IMAGES), **dict.fromkeys(IMAGE_READERS, OF_CHATS)}
+        defaults = {one.name: one.default for one in fields(self)} | {"class_names": {}, "files": {}}
+        for key in others.get(self.reader, ()):
+            if getattr(self, key) != defaults[key]:
+                kind = "conversations" if key in OF_CHATS else "classes of images"
+                raise ValueError(f"task {self.name!r}: {key} is for {kind}, which reader {self.reader!r} does not give")
         composed = {normalize("NFC", name): shown for name, shown in self.class_names.items()}
         object.__setattr__(self, "class_names", composed)
 

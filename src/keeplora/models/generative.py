@@ -50,7 +50,8 @@ class ConversationTask(StreamTask):
         those to evaluate on, the same if not given; `seed` draws the order of the batches; `settings` are keys of a
         task in a benchmark file: `name`, `max_length`, `image_root`, `metric`. A ValueError names what is wrong.
         """
-        spec = parse(TaskSpec, {"name": "conversations", "path": Path(), **settings}, source="ConversationTask")
+        own = {"name": "conversations", "path": Path(), "reader": "messages"}
+        spec = parse(TaskSpec, own | settings, source="ConversationTask")
         train = conversations_of(records, spec)
         held = train if test is None else conversations_of(test, spec, "test")
         self._prepare(train, held, processor, batch_size, seed)
