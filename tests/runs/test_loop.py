@@ -8,16 +8,20 @@ import pytest
 from transformers import AutoModel, AutoTokenizer
 
 import tiny
+from keeplora.cli import main as cli
 from keeplora.data.benchmark import read_benchmark
 from keeplora.evaluation.accuracy_matrix import Results
 from keeplora.evaluation.evaluate import evaluate
 from keeplora.methods.base import MethodConfig
 from keeplora.methods.keeplora import KeepLoRAConfig
 from keeplora.models.dual_encoder import DualEncoder
+from keeplora.models.registry import family_of
 from keeplora.progress import silent
+from keeplora.runs.branch import continued, undo
 from keeplora.runs.config import RunConfig
 from keeplora.runs.loop import run
 from keeplora.runs.manifest import read_manifest
+from keeplora.runs.verify import certify
 from keeplora.training.trainer import TrainConfig, fit
 
 run_module = importlib.import_module("keeplora.runs.loop")  # the package's own `run` is the function
@@ -193,3 +197,74 @@ def test_a_missing_image_folder_is_found_before_anything_is_trained(place, tmp_p
     with pytest.raises(ValueError, match=r"'task1': .*no is neither a folder nor a zip archive"):
         run(config_of(place, tmp_path / "run", **VARIANTS["keeplora"] | {"benchmark": str(path)}))
     assert "zero_shot" not in read_manifest(tmp_path / "run")
+
+
+# Probes
+
+
+@pytest.fixture
+def probed(tmp_path):
+    """A stream with a probe, and its model."""
+    path = tiny.write_benchmark(tmp_path, tasks=2, per_class=4)
+    tiny.write_images(tmp_path / "general", seed=9, per_class=4)
+    path.write_text(path.read_text() + '\n[[probes]]\nname = "general"\npath = "general"\n')
+    tiny.save_dual_encoder(tmp_path / "model")
+    return tmp_path
+
+
+def probed_run(place, name="run", **changes):
+    return tiny.run_config(place, place / name, "keeplora", feature_energy=0.6, **changes)
+
+
+def test_probes_are_evaluated_before_and_after_every_task_and_never_learned(probed, capsys):
+    results = run(probed_run(probed, train=TrainConfig(epochs=4, batch_size=4, learning_rate=0.2)))
+    assert list(results.probes) == ["general"]
+    (spec,) = probed_run(probed).probes
+    family = family_of(str(probed / "model"))
+
+    def score(model):
+        (task,) = family.tasks(str(model), (spec,), batch_size=5, evaluation="test", seed=0, track=silent)
+        return evaluate(family.load(str(model)), [task])[0]
+
+    assert results.probes["general"][0] == pytest.approx(score(probed / "model"))
+    assert results.probes["general"][-1] == pytest.approx(score(probed / "run" / "model"))
+    assert len(results.probes["general"]) == 3
+    metrics = json.loads((probed / "run" / "metrics.json").read_text())
+    assert metrics["probes"] == results.probes
+    assert metrics["tasks"] == ["task0", "task1"]
+    assert "General ability" in (probed / "run" / "report.html").read_text()
+    cli.main(["resume", str(probed / "run")])
+    assert f"Probe general: untouched {results.probes['general'][0]:.1f}" in capsys.readouterr().out
+    assert certify(probed / "run").breaches == []
+
+
+def test_probes_follow_a_run_that_is_undone_continued_or_cut_off(probed):
+    whole = run(probed_run(probed))
+    alone = run(probed_run(probed, "alone", without=("task0",)))
+    undone = undo(probed / "run", "task0", probed / "undone")
+    assert undone.probes["general"][0] == whole.probes["general"][0]
+    assert len(undone.probes["general"]) == len(alone.probes["general"]) == 2
+    first = run(probed_run(probed, "more", first_tasks=1))
+    assert first.probes["general"] == whole.probes["general"][:2]
+    (probed / "second.toml").write_text(
+        (probed / "colors.toml").read_text().split("[[probes]]")[0].replace("task1", "new")
+    )
+    added = run(continued(probed / "more", str(probed / "second.toml")), extend=True)
+    assert len(added.probes["general"]) == len(added.tasks) + 1
+    (probed / "colors.toml").write_text((probed / "colors.toml").read_text().replace('"general"', '"other"', 1))
+    with pytest.raises(ValueError, match="probes"):
+        run(probed_run(probed))
+
+
+def test_a_run_without_probes_knows_nothing_of_them(tmp_path):
+    tiny.write_benchmark(tmp_path, tasks=1, per_class=3)
+    tiny.save_dual_encoder(tmp_path / "model")
+    run(probed_run(tmp_path))
+    assert all('"probes"' not in file.read_text() for file in (tmp_path / "run").rglob("*.json"))
+
+
+def test_a_probe_with_the_name_of_a_task_is_an_error(probed):
+    path = probed / "colors.toml"
+    path.write_text(path.read_text().replace('name = "general"', 'name = "task0"'))
+    with pytest.raises(ValueError, match="two tasks are named 'task0'"):
+        run(probed_run(probed))

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from keeplora.cli.progress import Display
-from keeplora.cli.tables import capacity_lines, evaluation_table, export_lines, matrix_table, proof_lines
+from keeplora.cli.tables import capacity_lines, evaluation_table, export_lines, matrix_table, probe_lines, proof_lines
 from keeplora.errors import counted
 from keeplora.evaluation.accuracy_matrix import Results
 from keeplora.evaluation.capacity import capacity_of
@@ -110,5 +110,7 @@ def show_run(results: Results, folder: Path) -> None:
 def show_scores(results: Results, folder: Path) -> None:
     """Print the scores of a run, and the remaining capacity of its layers if its method protects something."""
     console.print(matrix_table(results))
+    for text in probe_lines(results):
+        console.print(text, highlight=False)
     for line in capacity_lines(capacity_of(read_run(folder).tasks)):
         console.print(line, highlight=False)

@@ -108,6 +108,13 @@ def matrix_table(run: Results) -> Table:
     return made
 
 
+def probe_lines(run: Results) -> Iterator[str]:
+    """Yield a line for each probe: what the model could do before, at its worst, and at the end."""
+    for name, scores in run.probes.items():
+        worst = f", at worst {min(scores):.1f}" if min(scores) < min(scores[0], scores[-1]) else ""
+        yield f"Probe {escape(name)}: untouched {scores[0]:.1f}{worst}, now {scores[-1]:.1f}"
+
+
 def principal_table(curve: PrincipalCurve) -> Table:
     """Tabulate the mean accuracy with only the principal, and only the residual, directions of the weights."""
     headings = ("energy kept", "directions kept\n(of the width)", "principal\nonly", "residual\nonly")

@@ -109,13 +109,15 @@ class Benchmark(Config):
     """Settings that suit this benchmark: a table [defaults.train], and one for a method by its name."""
     compare: dict[str, Any] = field(default_factory=dict)  # What `keeplora compare` spends on each method.
     common: dict[str, Any] = field(default_factory=dict)  # Keys of every task, unless it has its own.
+    probes: tuple[TaskSpec, ...] = ()
+    """Tasks that are never learned, but evaluated before and after every task: what the model could do in general."""
     source: str = ""  # Where the data are to be had, of a benchmark that comes without them, and how they lie.
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.tasks:
             raise ValueError("a benchmark needs at least one [[tasks]]")
-        names = [task.name for task in self.tasks]
+        names = [task.name for task in (*self.tasks, *self.probes)]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"two tasks are named {min(twice)!r}; names must differ")
 
@@ -130,15 +132,19 @@ def read_benchmark(name: str, data: Path | None = None) -> Benchmark:
         known = ", ".join(sorted(file.stem for file in BENCHMARKS.glob("*.toml")))
         raise ValueError(f"unknown benchmark {name!r}; known: {known}, or give the path of a .toml file")
     values = {"name": path.stem} | read_toml(path)
-    common, tables = values.get("common", {}), values.get("tasks")
-    if isinstance(common, dict) and isinstance(tables, list):
-        values["tasks"] = [common | table if isinstance(table, dict) else table for table in tables]
+    common = values.get("common", {})
+    for key in ("tasks", "probes"):
+        if isinstance(common, dict) and isinstance(tables := values.get(key), list):
+            values[key] = [common | table if isinstance(table, dict) else table for table in tables]
     benchmark = parse(Benchmark, values, source=str(path))
-    if any(task.hub for task in benchmark.tasks):
+    if any(task.hub for task in (*benchmark.tasks, *benchmark.probes)):
         raise ValueError(f"{path}: tasks have no key 'hub'; give the name of a dataset as path")
     root = data or path.parent
-    tasks = tuple(replace(task, path=root / task.path, hub=str(task.path)) for task in benchmark.tasks)
-    return replace(benchmark, tasks=tasks)
+    tasks, probes = (
+        tuple(replace(task, path=root / task.path, hub=str(task.path)) for task in specs)
+        for specs in (benchmark.tasks, benchmark.probes)
+    )
+    return replace(benchmark, tasks=tasks, probes=probes)
 
 
 Names = tuple[str, ...]

@@ -70,12 +70,16 @@ class Results:
     accuracy: Matrix = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_mb: float = 0.0
+    probes: dict[str, list[float]] = field(default_factory=dict)
+    """Scores of tasks that are never learned: of the untouched model, and after every task."""
     settings: dict[str, Any] = field(default_factory=dict)  # By name, for who reads a report; `run.json` has them all.
 
     def to_json(self) -> dict[str, object]:
         """Return the keys of `metrics.json` in their order."""
         values = asdict(self)
         del values["settings"]
+        if not self.probes:
+            del values["probes"]
         costs = {key: values.pop(key) for key in ("seconds", "peak_memory_mb")}
         return values | self.summary() | self.summary_of_mllm_cl() | costs
 

@@ -19,7 +19,7 @@ from keeplora.runs.atomic_store import made_whole
 from keeplora.runs.config import RunConfig, plain_values
 from keeplora.runs.directory import RunDirectory
 from keeplora.runs.loop import replay, report, require_same_model
-from keeplora.runs.open import config_of, open_run, open_stream, read_run, require_recorded_tasks
+from keeplora.runs.open import config_of, open_probes, open_run, open_stream, read_run, require_recorded_tasks
 from keeplora.runs.verify import changes_between, updates_of
 from keeplora.subspace.certificate import certificate_to_json, certificates, loss_of
 from keeplora.training.trainer import best_device
@@ -146,7 +146,8 @@ def _branch(source: RunDirectory, config: RunConfig, kept: list[int], origin: di
         directory.manifest["data"] = {task.name: dict(task.data) for task in tasks if task.data}
         directory.manifest["origin"] = {"run": str(source.folder.resolve()), **origin}
         zero_shot = _scores(model, tasks, old["zero_shot"], columns, track)
-        directory.start(old["model_digest"], zero_shot, old["start"])
+        directory.start(old["model_digest"], zero_shot, old["start"], old.get("probes", {}))
+        probes = open_probes(config, track)
         for place, index in enumerate(track(kept, "merging", len(kept))):
             before, details = method.protected(), dict(source.tasks[index])
             record, adapter = source.record(index)
@@ -156,7 +157,10 @@ def _branch(source: RunDirectory, config: RunConfig, kept: list[int], origin: di
             if place == index:
                 details["scores"] = _scores(model, tasks, details["scores"], columns, track)
             else:  # A state that the old run never had; how the task merges into it was never measured.
-                details["scores"] = evaluate(model, tasks, track=track)
+                scores = evaluate(model, [*tasks, *probes], track=track)
+                details["scores"] = scores[: len(tasks)]
+                if probes:
+                    details["probes"] = dict(zip(old["probes"], scores[len(tasks) :], strict=True))
                 changes = changes_between(weights_before, model, updates, before)
                 certificate = certificates(method.protected(), changes)
                 merge = {"merge_error": None, "merge_loss": loss_of(changes)}

@@ -80,6 +80,11 @@ class RunConfig(Config):
         )  # fmt: skip
 
     @property
+    def probes(self) -> tuple[TaskSpec, ...]:
+        """The tasks that are evaluated, and never learned."""
+        return read_benchmark(self.benchmark, self.data).probes
+
+    @property
     def settings(self) -> dict[str, tuple[Any, str]]:
         """Every setting by its dotted name, and where it came from."""
         defaults = _by_name(RunConfig(method=self.method))
@@ -170,8 +175,11 @@ def plain_values(config: RunConfig) -> dict[str, Any]:
     # As a number: a task that is added to the file later is another stream, which is to be asked for.
     own = stream_of(config.benchmark, data=config.data, order=config.order, first_tasks=config.first_tasks)
     values["first_tasks"] = len(own)
-    tasks = {spec.name: {**dataclasses.asdict(spec), "path": spec.path.name} for spec in config.stream}
-    return dict(json.loads(json.dumps({**values, "tasks": tasks})))
+    tasks, probes = (
+        {spec.name: {**dataclasses.asdict(spec), "path": spec.path.name} for spec in specs}
+        for specs in (config.stream, config.probes)
+    )
+    return dict(json.loads(json.dumps({**values, "tasks": tasks, **({"probes": probes} if probes else {})})))
 
 
 def _by_name(config: RunConfig) -> dict[str, Any]:

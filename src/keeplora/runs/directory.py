@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import FiniteFloat
+from pydantic import Field, FiniteFloat
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import nn
@@ -35,6 +35,7 @@ class _UntouchedModel(Form):
     zero_shot: list[FiniteFloat]
     model_digest: str
     start: dict[str, _Measured]
+    probes: dict[str, FiniteFloat] = Field(default_factory=dict)
 
 
 class _FinishedTask(Form):
@@ -44,6 +45,7 @@ class _FinishedTask(Form):
     certificate: Any  # Checked by who reads it.
     digest: str = ""
     merged: bool = True
+    probes: dict[str, FiniteFloat] = Field(default_factory=dict)
 
 
 class RunDirectory(Store):
@@ -58,6 +60,8 @@ class RunDirectory(Store):
             name = f"{task_folder(index, manifest['tasks'])}/task.json"
             self.tasks.append(read_json(self.read(name), folder / name))
             self._require(name, _FinishedTask, self.tasks[-1], "scores")
+            if self.tasks[-1].get("probes", {}).keys() != manifest.get("probes", {}).keys():
+                raise ValueError(f"{folder / name} is damaged or not of keeplora: it has other probes than run.json")
 
     def _require(self, name: str, form: type[Form], values: dict[str, Any], row: str) -> None:
         """Check that a file has its form, and a score for each task."""
@@ -93,12 +97,20 @@ class RunDirectory(Store):
             accuracy=[task["scores"] for task in self.tasks],
             seconds=seconds,
             peak_memory_mb=max((cost["peak_memory_mb"] for _, cost in measured), default=0.0),
+            probes={
+                name: [score, *(task["probes"][name] for task in self.tasks)]
+                for name, score in self.manifest.get("probes", {}).items()
+            },
             settings=_settings_of(self.manifest),
         )
 
-    def start(self, model_digest: str, zero_shot: list[float], phases: Costs) -> None:
-        """Record the untouched model: the hash of its weights, and its scores."""
+    def start(
+        self, model_digest: str, zero_shot: list[float], phases: Costs, probes: dict[str, float] | None = None
+    ) -> None:
+        """Record the untouched model: the hash of its weights, and its scores on the tasks and on the probes."""
         self.manifest |= {"model_digest": model_digest, "zero_shot": zero_shot, "start": phases}
+        if probes:
+            self.manifest["probes"] = probes
         self.commit()
 
     def add_task(self, record: TaskRecord, details: dict[str, Any], model: nn.Module | None) -> None:

@@ -77,7 +77,7 @@ def reopen_export(
 
 def _settings_of(folder: Path, told: Export, benchmark: Path | None) -> dict[str, Any]:
     """Return the settings of the run, with the files where they are now."""
-    values = {key: value for key, value in told.config.items() if key != "tasks"}
+    values = {key: value for key, value in told.config.items() if key not in ("tasks", "probes")}
     values["benchmark"] = (
         _seen_from(folder, values["benchmark"], "--benchmark") if benchmark is None else str(benchmark)
     )

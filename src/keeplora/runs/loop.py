@@ -27,7 +27,7 @@ from keeplora.progress import Track, silent
 from keeplora.report.html import page
 from keeplora.runs.config import RunConfig, plain_values
 from keeplora.runs.directory import RunDirectory
-from keeplora.runs.open import open_run, open_stream, require_same_data
+from keeplora.runs.open import open_probes, open_run, open_stream, require_same_data
 from keeplora.runs.phases import TaskPhases
 from keeplora.training.profiling import Clock
 from keeplora.training.trainer import best_device, fit, seed_everything
@@ -71,7 +71,8 @@ def learn(config: RunConfig, directory: RunDirectory, track: Track, watch: Watch
     model, tasks = open_stream(config, track)
     method = find_method(config.method)[0](config.options, seed=config.seed, track=track)
     scheduled = method.schedule(tasks)
-    model = catch_up(model, method, tasks, config, directory, track)
+    probes = open_probes(config, track)
+    model = catch_up(model, method, (tasks, probes), config, directory, track)
     watch(results := directory.results())
     for index in range(directory.num_finished, len(tasks)):
         task, training_task = tasks[index], scheduled[index]
@@ -88,11 +89,14 @@ def learn(config: RunConfig, directory: RunDirectory, track: Track, watch: Watch
             with phases.clock.phase("merge"):
                 model = method.after_task(adapted, training_task)
             scores = before = [results.zero_shot, *results.accuracy][-1]
+            probed = [scores[-1] for scores in results.probes.values()]
             if is_changed := method.record.adapter is not None:  # Otherwise the model is as it was before the task.
-                found = phases.once(Step("evaluate"), _scores, model, tasks, track)
-                scores = found["scores"].tolist()
+                found = phases.once(Step("evaluate"), _scores, model, [*tasks, *probes], track)
+                scores, probed = (part.tolist() for part in found["scores"].split([len(tasks), len(probes)]))
                 directory.keep_predictions(index, bytes(found["predictions"].tolist()))
         details = {"name": task.name, "scores": scores, "losses": losses, "phases": phases.clock.read()}
+        if probes:
+            details["probes"] = dict(zip(results.probes, probed, strict=True))
         details["parameters"] = {"trained": num_trained, "added": method.record.added_parameters}
         is_saved = config.save_model and (index == 0 or (is_changed and method.record.merged))
         directory.add_task(method.record, details, model if is_saved else None)
@@ -104,14 +108,24 @@ def learn(config: RunConfig, directory: RunDirectory, track: Track, watch: Watch
 
 
 def catch_up(
-    model: nn.Module, method: Method, tasks: list[StreamTask], config: RunConfig, directory: RunDirectory, track: Track
+    model: nn.Module,
+    method: Method,
+    evaluated: tuple[list[StreamTask], list[StreamTask]],
+    config: RunConfig,
+    directory: RunDirectory,
+    track: Track,
 ) -> nn.Module:
-    """Bring the untouched model and the method to where the run is, evaluate what never was, and return the model."""
+    """Bring the untouched model and the method to where the run is, evaluate what never was, and return the model.
+
+    `evaluated` are the tasks and the probes.
+    """
+    tasks, probes = evaluated
     if "zero_shot" not in directory.manifest:
         clock = Clock()
         with clock.phase("zero_shot"):
-            scores = evaluate(model, tasks, track=track)
-        directory.start(digest_of(model.named_parameters()), scores, clock.read())
+            scores = evaluate(model, [*tasks, *probes], track=track)
+        probed = dict(zip([probe.name for probe in probes], scores[len(tasks) :], strict=True))
+        directory.start(digest_of(model.named_parameters()), scores[: len(tasks)], clock.read(), probed)
     require_same_model(model, config, directory)
     require_same_data(directory, tasks)
     directory.manifest["data"] = {task.name: dict(task.data) for task in tasks if task.data}

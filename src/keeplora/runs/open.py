@@ -254,6 +254,7 @@ def settings_of_run(directory: RunDirectory) -> Sourced:
     if list(tables) != tasks:
         flaw = f"its tasks are {tasks}, its tables those of {list(tables)}"
         raise ValueError(f"{path} is damaged or not of keeplora: {flaw}")
+    values.pop("probes", None)  # The benchmark has them.
     for name, table in values.pop("tasks").items():
         parse(TaskSpec, table, source=f"{path}: task {name!r}")
     for key in ("benchmark", "model", "data"):
@@ -280,6 +281,16 @@ def load_stream(
     train = TrainConfig(batch_size=batch_size)
     config = RunConfig(benchmark=benchmark, model=model, seed=seed, evaluation=evaluation, train=train)
     return open_stream(config, track)
+
+
+def open_probes(config: RunConfig, track: Track = silent) -> list[StreamTask]:
+    """Make the tasks that a run evaluates and never learns."""
+    if not config.probes:
+        return []
+    source, evaluation = locate(config.model), config.evaluation
+    return family_of(config.model).tasks(
+        source, config.probes, batch_size=config.train.batch_size, evaluation=evaluation, seed=config.seed, track=track
+    )
 
 
 def open_stream(config: RunConfig, track: Track = silent) -> tuple[nn.Module, list[StreamTask]]:
