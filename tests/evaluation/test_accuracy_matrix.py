@@ -94,7 +94,7 @@ def test_metrics_are_the_papers_definitions_on_any_matrix(data):
 def test_metrics_json_has_the_keys_of_the_contract_in_order(rows):
     assert list(results(FULL[:rows]).to_json()) == [
         "method", "benchmark", "model", "seed", "tasks", "zero_shot", "accuracy", "transfer", "average", "last",
-        "forgetting", "backward_transfer", "seconds", "peak_memory_mb",
+        "forgetting", "backward_transfer", "MFT", "MFN", "MAA", "BWT", "seconds", "peak_memory_mb",
     ]  # fmt: skip
 
 
