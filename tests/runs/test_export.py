@@ -29,7 +29,7 @@ from keeplora.runs.export import ExportConfig, export_run
 from keeplora.runs.exported import reopen_export
 from keeplora.runs.loop import run
 from keeplora.runs.manifest import read_manifest
-from keeplora.runs.open import reopen
+from keeplora.runs.open import Places, reopen
 from keeplora.training.trainer import TrainConfig
 
 FORMATS = ("merged", "adapter", "adapters")
@@ -672,7 +672,7 @@ def test_what_an_export_was_trained_on_or_never_knew_is_refused(place, tmp_path)
     other = place / "other.toml"
     other.write_text((place / "colors.toml").read_text().replace('"task0"', '"other"'))
     with pytest.raises(ValueError, match=r"other\.toml is not what .*out was begun with"):
-        reopen_export(tmp_path / "out", benchmark=other)
+        reopen_export(tmp_path / "out", places=Places(other))
     other.unlink()
     told = json.loads((tmp_path / "out" / "export.json").read_text())
     for key in told:
@@ -763,10 +763,10 @@ def test_a_base_model_that_moved_is_found_where_the_adapter_says(place, tmp_path
     exported(place, "reduced", tmp_path / "deep" / "er" / "out", "adapter")
     out = Path(shutil.move(tmp_path / "deep" / "er" / "out", tmp_path / "out"))
     with pytest.raises(ValueError, match="is neither an embedded model"):
-        reopen_export(out, benchmark=place / "colors.toml")
+        reopen_export(out, places=Places(place / "colors.toml"))
     config = json.loads((out / "adapter_config.json").read_text())
     (out / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(place / "clip")}))
-    told, _, model, tasks = reopen_export(out, benchmark=place / "colors.toml")
+    told, _, model, tasks = reopen_export(out, places=Places(place / "colors.toml"))
     assert evaluate(model, tasks) == pytest.approx(told.scores)
 
 

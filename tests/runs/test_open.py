@@ -16,7 +16,7 @@ from keeplora.runs.branch import continued, fork, undo
 from keeplora.runs.config import RunConfig
 from keeplora.runs.export import ExportConfig, export_run
 from keeplora.runs.loop import run
-from keeplora.runs.open import read_run, reopen
+from keeplora.runs.open import Places, read_run, reopen
 from keeplora.runs.verify import certify
 
 
@@ -175,7 +175,7 @@ def test_a_benchmark_that_lies_elsewhere_now_is_named_or_asked_for(project, tmp_
             path.rename(other / path.name)
     with pytest.raises(ValueError, match=r"colors\.toml"):
         reopen(project / "runs" / "one")
-    directory, model, tasks = reopen(project / "runs" / "one", benchmark=other / "colors.toml")
+    directory, model, tasks = reopen(project / "runs" / "one", places=Places(other / "colors.toml"))
     assert evaluate(model, tasks) == directory.results().accuracy[-1]
 
 

@@ -20,7 +20,7 @@ from keeplora.runs.branch import undo as undo_task
 from keeplora.runs.export import ExportConfig, export_run
 from keeplora.runs.exported import is_export, reopen_export
 from keeplora.runs.loop import run as run_stream
-from keeplora.runs.open import config_of, read_run, reopen
+from keeplora.runs.open import Places, config_of, read_run, reopen
 from keeplora.runs.verify import certify as certify_run
 
 console = Console()
@@ -31,14 +31,17 @@ def evaluate(
     *,
     split: Literal["test", "validation"] | None = None,
     benchmark: Path | None = None,
+    data: Path | None = None,
 ) -> None:
     """Evaluate the model of a run, or an exported one, on all tasks, and compare with what was recorded."""
     with Display(console) as display:
         if is_export(run):
-            told, config, model, tasks = reopen_export(run, split=split, benchmark=benchmark, track=display.track)
+            told, config, model, tasks = reopen_export(
+                run, split=split, places=Places(benchmark, data), track=display.track
+            )
             title, recorded, before = f"{config.method}, exported ({told.format})", config.evaluation, told.scores
         else:
-            directory, model, tasks = reopen(run, split=split, benchmark=benchmark, track=display.track)
+            directory, model, tasks = reopen(run, split=split, places=Places(benchmark, data), track=display.track)
             results, recorded = directory.results(), directory.manifest["config"]["evaluation"]
             title, before = f"{results.method}, {counted(len(results.accuracy), 'task')} learned", results.accuracy[-1]
         scores = evaluate_model(model, tasks, track=display.track)
@@ -72,12 +75,13 @@ def resume(
     run: tyro.conf.Positional[Path],
     *,
     benchmark: Path | None = None,
+    data: Path | None = None,
     checkpoint_steps: int | None = None,
     checkpoint_minutes: float = 5.0,
 ) -> None:
     """Resume a run after its last completed phase or checkpoint; a complete one is shown."""
     directory = read_run(run)
-    config = config_of(directory, benchmark=benchmark)
+    config = config_of(directory, Places(benchmark, data))
     if directory.is_complete and "report.html" in directory.files:  # On a read-only medium too.
         show_run(directory.results(), run)
         return
@@ -88,11 +92,16 @@ def resume(
 
 
 def undo(
-    run: tyro.conf.Positional[Path], task: tyro.conf.Positional[str], *, output: Path, benchmark: Path | None = None
+    run: tyro.conf.Positional[Path],
+    task: tyro.conf.Positional[str],
+    *,
+    output: Path,
+    benchmark: Path | None = None,
+    data: Path | None = None,
 ) -> None:
     """Write a run directory that is another one without one of its tasks."""
     with Display(console) as display:
-        results = undo_task(run, task, output, benchmark=benchmark, track=display.track)
+        results = undo_task(run, task, output, places=Places(benchmark, data), track=display.track)
     console.print(f"Undone: {escape(task)}")
     show_run(results, output)
     if left := ", ".join(results.tasks[len(results.accuracy) :]):

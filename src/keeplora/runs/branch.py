@@ -19,18 +19,27 @@ from keeplora.runs.atomic_store import made_whole
 from keeplora.runs.config import RunConfig, plain_values
 from keeplora.runs.directory import RunDirectory
 from keeplora.runs.loop import replay, report, require_same_model
-from keeplora.runs.open import config_of, open_probes, open_run, open_stream, read_run, require_recorded_tasks
+from keeplora.runs.open import (
+    IN_PLACE,
+    Places,
+    config_of,
+    open_probes,
+    open_run,
+    open_stream,
+    read_run,
+    require_recorded_tasks,
+)
 from keeplora.runs.verify import changes_between, updates_of
 from keeplora.subspace.certificate import certificate_to_json, certificates, loss_of
 from keeplora.training.trainer import best_device
 
 
-def undo(folder: Path, task: str, output: Path, *, benchmark: Path | None = None, track: Track = silent) -> Results:
+def undo(folder: Path, task: str, output: Path, *, places: Places = IN_PLACE, track: Track = silent) -> Results:
     """Make a run directory that is another one without one of its finished tasks, and return its scores.
 
     The model is made from base model and updates in float32, as if the last task had never been learned; what another
-    one protected is protected no longer, and new states are evaluated. `benchmark` is where its file is now, if it was
-    moved. ValueError says that the task is not finished, later ones depend on it, or a file is damaged.
+    one protected is protected no longer, and new states are evaluated. `places` tell what was moved where. ValueError
+    says that the task is not finished, later ones depend on it, or a file is damaged.
     """
     source = read_run(folder)
     finished = source.manifest["tasks"][: source.num_finished]
@@ -38,7 +47,7 @@ def undo(folder: Path, task: str, output: Path, *, benchmark: Path | None = None
         raise ValueError(f"{folder} has no finished task {task!r}; it has {', '.join(finished) or 'none'}")
     if len(source.manifest["tasks"]) == 1:
         raise ValueError(f"{task!r} is the only task of {folder}: without it there is only the base model")
-    config = config_of(source, benchmark=benchmark)
+    config = config_of(source, places)
     method = find_method(config.method)[0]
     if not method.one_by_one or (not method.stands_alone and task != finished[-1]):
         can = f"only its last task, {finished[-1]!r}" if method.one_by_one else "no task"

@@ -33,7 +33,7 @@ from keeplora.progress import Track, silent
 from keeplora.runs.atomic_store import made_whole
 from keeplora.runs.config import RunConfig
 from keeplora.runs.directory import RunDirectory
-from keeplora.runs.open import config_of, read_run, require_recorded_tasks, require_same_data
+from keeplora.runs.open import Places, config_of, read_run, require_recorded_tasks, require_same_data
 from keeplora.subspace.low_rank_update import Cut, cut_to, summed
 from keeplora.training.trainer import best_device
 
@@ -116,6 +116,8 @@ class ExportConfig(Config):
     """Precision of the weights."""
     benchmark: Path | None = None
     """Where the benchmark's file is now, if it was moved away from where the run knew it."""
+    data: Path | None = None
+    """Where the folder of the benchmark's data is now, if it was moved."""
     rank: PositiveInt | None = None
     """Format adapter: cut each layer's update to its best approximation of this rank; exact if not given."""
 
@@ -158,7 +160,7 @@ def export_run(folder: Path, config: ExportConfig, *, track: Track = silent) -> 
     directory = read_run(folder)
     if directory.num_finished == 0:
         raise ValueError(f"{folder} has nothing to export: no task is finished; resume the run first")
-    run = config_of(directory, benchmark=config.benchmark)
+    run = config_of(directory, Places(config.benchmark, config.data))
     finished = directory.manifest["tasks"][: directory.num_finished]
     records = {name: directory.record(index) for index, name in enumerate(finished)}
     if not all(record.merged for record, _ in records.values()):

@@ -15,7 +15,7 @@ from keeplora.progress import Track, silent
 from keeplora.runs.atomic_store import require_no_links
 from keeplora.runs.config import RunConfig, settle
 from keeplora.runs.manifest import Form
-from keeplora.runs.open import RecordedConfig, require_recorded_data, require_tasks, require_unseen
+from keeplora.runs.open import IN_PLACE, Places, RecordedConfig, require_recorded_data, require_tasks, require_unseen
 from keeplora.training.trainer import best_device
 
 EXPORT = "export.json"
@@ -42,18 +42,18 @@ def reopen_export(
     folder: Path,
     *,
     split: Literal["test", "validation"] | None = None,
-    benchmark: Path | None = None,
+    places: Places = IN_PLACE,
     track: Track = silent,
 ) -> tuple[Export, RunConfig, nn.Module, list[StreamTask]]:
     """Load what was exported, in float32, and the tasks of its run, which evaluate on `split` or the run's own.
 
-    `benchmark` is where the benchmark's file is now, if it was moved. ValueError says what is wrong or missing.
+    `places` tell what was moved where. ValueError says what is wrong or missing.
     """
     require_no_links(folder)
     path = folder / EXPORT
     told = require(Export, read_json(path.read_bytes(), path), str(path))
     require(RecordedConfig, told.config, str(path))
-    config = settle([(str(path), _settings_of(folder, told, benchmark))])
+    config = settle([(str(path), _settings_of(folder, told, places))])
     require_tasks(folder, told.config["tasks"], config)
     require_unseen(folder, config, split)
     evaluation = split or config.evaluation
@@ -75,12 +75,11 @@ def reopen_export(
     return told, config, model.to(best_device()), tasks
 
 
-def _settings_of(folder: Path, told: Export, benchmark: Path | None) -> dict[str, Any]:
+def _settings_of(folder: Path, told: Export, places: Places) -> dict[str, Any]:
     """Return the settings of the run, with the files where they are now."""
     values = {key: value for key, value in told.config.items() if key not in ("tasks", "probes")}
-    values["benchmark"] = (
-        _seen_from(folder, values["benchmark"], "--benchmark") if benchmark is None else str(benchmark)
-    )
+    if places.benchmark is None:
+        values["benchmark"] = _seen_from(folder, values["benchmark"], "--benchmark")
     values["more"] = [_seen_from(folder, name, f"the key more of {folder / EXPORT}") for name in values["more"]]
     if values.get("data") is not None:
         values["data"] = str((folder / values["data"]).resolve())
@@ -90,7 +89,7 @@ def _settings_of(folder: Path, told: Export, benchmark: Path | None) -> dict[str
         base = read_json(config.read_bytes(), config).get("base_model_name_or_path") or base
     if base not in EMBEDDED and (folder / base).is_dir():
         base = str((folder / base).resolve())
-    return {**values, "model": base, "output": folder}
+    return {**values, **places.to_settings(), "model": base, "output": folder}
 
 
 def _adapters_of(folder: Path, told: Export) -> list[Path]:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,21 @@ LEFT_BY_A_START = {"run.json.part", "lock", STAGED}
 
 
 PLACES = ("benchmark", "more", "model", "data")  # Settings that can be paths.
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the benchmark's file and the folder of its data are now, if they are not where a run knew them."""
+
+    benchmark: Path | None = None
+    data: Path | None = None
+
+    def to_settings(self) -> dict[str, str]:
+        """Return the settings that these take the place of."""
+        return {key: str(path) for key, path in vars(self).items() if path is not None}
+
+
+IN_PLACE = Places()  # Nothing was moved alone.
 
 
 @contextmanager
@@ -130,12 +145,12 @@ def reopen(
     folder: Path,
     *,
     split: Literal["test", "validation"] | None = None,
-    benchmark: Path | None = None,
+    places: Places = IN_PLACE,
     track: Track = silent,
 ) -> tuple[RunDirectory, nn.Module, list[StreamTask]]:
     """Load what a run left: its directory, its model after the last finished task, and its tasks in their order.
 
-    They evaluate on `split`, or the run's own; `benchmark` is where the file is, if it was moved. ValueError: no task
+    They evaluate on `split`, or the run's own; `places` tell what was moved where. ValueError: no task
     is finished, no model was saved, a file is damaged, other tasks than the run's are in the benchmark, or the split
     has images that the run was trained on.
     """
@@ -146,7 +161,7 @@ def reopen(
         raise ValueError(f"{folder} was run with save_model = False and has no model; run it again with save_model")
     if flaws := directory.damaged(files):
         raise ValueError(flaws[0] + CURE)
-    config = config_of(directory, benchmark=benchmark)
+    config = config_of(directory, places)
     require_recorded_tasks(directory, config)
     require_unseen(folder, config, split)
     config = replace(config, model=str(folder / "model"), evaluation=split or config.evaluation)
@@ -163,13 +178,13 @@ def reopen(
     return directory, model, tasks
 
 
-def config_of(directory: RunDirectory, *, benchmark: Path | None = None) -> RunConfig:
+def config_of(directory: RunDirectory, places: Places = IN_PLACE) -> RunConfig:
     """Return the configuration that a run was started with; ValueError names a key that is wrong, or wrong by now.
 
-    Files that were moved together with the run are found beside it; `benchmark` is where its own is now.
+    Files that were moved together with the run are found beside it; `places` tell where others are now.
     """
     source, values = settings_of_run(directory)
-    return settle([(source, values if benchmark is None else {**values, "benchmark": str(benchmark)})])
+    return settle([(source, {**values, **places.to_settings()})])
 
 
 def require_same_data(directory: RunDirectory, tasks: list[StreamTask]) -> None:
