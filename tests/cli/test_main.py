@@ -401,3 +401,16 @@ def test_an_option_of_another_method_says_whose_it_is(capsys):
         cli.main(["run", "--strength", "3", "--show-settings"])
     text = " ".join(capsys.readouterr().err.split())
     assert "--strength: strength is an option of ewc, sefe, and the method is keeplora; leave it out, or choose" in text
+
+
+def test_the_error_of_a_further_process_waits_for_that_of_the_first(monkeypatch, capfd, tmp_path):
+    waited = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(SystemExit):
+            cli.main(["certify", str(tmp_path / "absent")])
+        said = capfd.readouterr().err
+        assert ("error in process 1:" if rank == "1" else "error:") in said
+    assert waited == [cli.GRACE]
