@@ -97,6 +97,7 @@ def test_answers_know_no_padding_and_no_batch_size(stored):
     assert len(set(answers[0])) > 1, "the model says different things"
 
 
+@pytest.mark.slow
 def test_a_task_is_learned_and_its_certificate_is_clean(stored):
     model, task = load(stored), tasks_of(stored, 4)[0]
     method = KeepLoRA(KeepLoRAConfig(rank=3, weight_energy=0.3, feature_energy=0.8))
@@ -114,6 +115,7 @@ def test_a_task_is_learned_and_its_certificate_is_clean(stored):
     assert max(layer.leak for layer in method.record.certificate.values()) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_run_ends_and_its_export_answers_as_the_evaluator(stored, tmp_path, capsys):
     model, stream = stored
     flags = ["--benchmark", str(stream), "--model", model, "--rank", "4", "--batch-size", "4", "--epochs", "8",
@@ -199,6 +201,7 @@ def test_a_processor_that_moves_the_text_is_refused(tmp_path, monkeypatch):
         tasks_of(stored)
 
 
+@pytest.mark.slow
 def test_the_loss_may_be_a_mean_over_examples(stored):
     model = load(stored)
     (whole,), singles = (list(made(stored, size).batches()) for size in (8, 1))
@@ -235,6 +238,7 @@ GUIDE = re.findall(
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")  # trl's own
+@pytest.mark.slow
 @pytest.mark.parametrize("example", GUIDE)
 def test_the_examples_of_the_guide_run(tmp_path, monkeypatch, capsys, example):
     monkeypatch.chdir(tmp_path)

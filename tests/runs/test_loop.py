@@ -238,6 +238,7 @@ def test_probes_are_evaluated_before_and_after_every_task_and_never_learned(prob
     assert certify(probed / "run").breaches == []
 
 
+@pytest.mark.slow
 def test_probes_follow_a_run_that_is_undone_continued_or_cut_off(probed):
     whole = run(probed_run(probed))
     alone = run(probed_run(probed, "alone", without=("task0",)))

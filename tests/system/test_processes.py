@@ -119,6 +119,7 @@ def in_one_of_two_with_a_bad_batch(rank, port, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_what_one_process_finds_wrong_ends_both(tmp_path):
     torch.multiprocessing.spawn(in_one_of_two_with_a_bad_batch, (29531, tmp_path), nprocs=2)
     for when, said in WRONG.items():

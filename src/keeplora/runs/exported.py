@@ -84,8 +84,8 @@ def _settings_of(folder: Path, told: Export, places: Places) -> dict[str, Any]:
     if values.get("data") is not None:
         values["data"] = str((folder / values["data"]).resolve())
     base = values["model"]
-    if told.format != "merged" and base not in EMBEDDED:  # Where people say that it has moved.
-        config = next(iter(_adapters_of(folder, told))) / lora.CONFIG_FILE
+    if base not in EMBEDDED and (adapters := _adapters_of(folder, told)):  # Where people say that it has moved.
+        config = adapters[0] / lora.CONFIG_FILE
         base = read_json(config.read_bytes(), config).get("base_model_name_or_path") or base
     if base not in EMBEDDED and (folder / base).is_dir():
         base = str((folder / base).resolve())
