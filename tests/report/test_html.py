@@ -15,7 +15,7 @@ from keeplora.evaluation.accuracy_matrix import Results
 from keeplora.evaluation.capacity import Capacity, LayerCapacity, capacity_of, forecast
 from keeplora.report import charts, html
 from keeplora.report.charts import capacity_map, heat_maps
-from keeplora.report.html import page
+from keeplora.report.html import Answered, page
 
 
 def results(method="keeplora", rows=3, tasks=("a", "b", "c"), **changes):
@@ -95,6 +95,15 @@ def test_a_partial_run_has_a_page(tmp_path, rows):
     assert "None" not in page
     assert "nan" not in page.lower().split("base64")[0]
     assert picture_of(parsed).width > 0
+
+
+def test_what_people_asked_and_a_model_answered_is_no_markup():
+    odd = "<script>alert(1)</script>"
+    shown = Answered(task=odd, question=odd, expected=odd, image="", given={odd: odd, "keeplora": "two"})
+    text = page([results()], answers=[shown])
+    assert odd not in text
+    assert text.count("&lt;script&gt;") >= 5
+    assert text.count('class="text right"') == 1
 
 
 def test_a_stream_of_one_task_has_a_page(tmp_path):

@@ -62,6 +62,7 @@ class TaskSpec(Config):
     max_megapixels: PositiveInt = 80  # A larger image is an error.
     max_file_mb: PositiveInt = 256  # So is a larger file; of an archive or a dataset, one that is larger unpacked.
     hub: str = field(default="", metadata=FILLED_IN)  # `path` as it was written, for a dataset of the hub.
+    is_probe: bool = field(default=False, metadata=FILLED_IN)  # Whether it is evaluated only: it needs no train split.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,12 +138,14 @@ def read_benchmark(name: str, data: Path | None = None) -> Benchmark:
         if isinstance(common, dict) and isinstance(tables := values.get(key), list):
             values[key] = [common | table if isinstance(table, dict) else table for table in tables]
     benchmark = parse(Benchmark, values, source=str(path))
-    if any(task.hub for task in (*benchmark.tasks, *benchmark.probes)):
-        raise ValueError(f"{path}: tasks have no key 'hub'; give the name of a dataset as path")
+    for key in ("hub", "is_probe"):
+        if any(getattr(task, key) for task in (*benchmark.tasks, *benchmark.probes)):
+            cure = "; give the name of a dataset as path" if key == "hub" else ""
+            raise ValueError(f"{path}: tasks have no key {key!r}{cure}")
     root = data or path.parent
     tasks, probes = (
-        tuple(replace(task, path=root / task.path, hub=str(task.path)) for task in specs)
-        for specs in (benchmark.tasks, benchmark.probes)
+        tuple(replace(task, path=root / task.path, hub=str(task.path), is_probe=is_probe) for task in specs)
+        for specs, is_probe in ((benchmark.tasks, False), (benchmark.probes, True))
     )
     return replace(benchmark, tasks=tasks, probes=probes)
 

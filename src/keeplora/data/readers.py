@@ -53,6 +53,8 @@ def examine_splits(spec: TaskSpec, evaluation: str) -> tuple[dict[str, Examples]
         flaw = "gives conversations, which need a generative model"
         raise ValueError(f"task {spec.name!r}: reader {spec.reader!r} {flaw}; give another model or reader")
     available = _with_test_share(spec, stored)
+    if spec.is_probe and evaluation in available:
+        available = {"train": available[evaluation], **available}
     splits = {name: available[name] for name in ("train", evaluation) if name in available}
     if evaluation == "validation" and list(splits) == ["train"]:
         splits["train"], splits["validation"] = _hold_out(splits["train"], HELD_OUT)
@@ -66,6 +68,8 @@ def read_conversations(spec: TaskSpec, evaluation: str) -> tuple[Conversations, 
     if not stored:
         cure = "set reader to llava, messages or question_answer"
         raise ValueError(f"task {spec.name!r}: reader {spec.reader!r} gives no conversations; {cure}")
+    if spec.is_probe and evaluation in stored:
+        stored.setdefault("train", stored[evaluation])
     if evaluation == "validation" and "validation" not in stored and "train" in stored:
         stored["train"], stored["validation"] = hold_out(stored["train"], HELD_OUT, seed=HOLD_OUT_SEED)
     for split in ("train", evaluation):

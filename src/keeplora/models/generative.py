@@ -145,6 +145,15 @@ class ConversationTask(StreamTask):
     def references(self, batch: Batch) -> list[Record]:
         return list(batch["records"])
 
+    def examples(self, number: int) -> list[tuple[dict[str, str], Image.Image | None]]:
+        return [
+            (
+                {"id": one.identity, "question": one.question, "answer": one.answer},
+                next(iter(self.test.images(i)), None),
+            )
+            for i, one in enumerate(self.test.records[:number])
+        ]
+
     def shown(self) -> list[str]:
         return [self.chat.encode(record.messages).text for record in self.train.records[:1]]
 

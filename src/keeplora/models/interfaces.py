@@ -5,6 +5,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
+from PIL import Image
 from torch import Tensor, nn
 
 from keeplora.data.benchmark import TaskSpec
@@ -30,6 +31,10 @@ class StreamTask(Task):
 
     def shown(self) -> list[str]:
         """Return a few of the texts that a model reads for this task, for people."""
+        return []
+
+    def examples(self, number: int) -> list[tuple[dict[str, str], Image.Image | None]]:
+        """Return the first held-out questions for people to look at: `id`, `question` and `answer`, and the image."""
         return []
 
     def remarks(self) -> list[str]:

@@ -1,7 +1,8 @@
 """One self-contained HTML page about some runs: their metrics in a table, their accuracy matrices as heat maps."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,25 @@ from keeplora.report.charts import capacity_map, heat_maps
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def page(runs: list[Results], capacity: Capacity | None = None) -> str:
-    """Return the page of runs of one benchmark, with its pictures inside; `capacity` is that of the first run."""
+@dataclass(frozen=True)
+class Answered:
+    """A test question with its answer, and what was answered to it."""
+
+    task: str
+    question: str
+    expected: str
+    image: str  # WebP as base64; "" where the question has none.
+    given: Mapping[str, str]  # By the name of the model or the method.
+
+
+def page(runs: list[Results], capacity: Capacity | None = None, answers: Sequence[Answered] = ()) -> str:
+    """Return the page of runs of one benchmark, with its pictures inside; `capacity` is that of the first run.
+
+    `answers` are questions that a generative model was asked, each with the same columns of given answers.
+    """
     drawings = {"heat_maps": heat_maps, "capacity_map": capacity_map, "forecast": forecast}
-    return render("report.html.j2", runs=runs, capacity=capacity, metric_names=METRIC_NAMES, **drawings)
+    values = {"runs": runs, "capacity": capacity, "answers": answers}
+    return render("report.html.j2", metric_names=METRIC_NAMES, **values, **drawings)
 
 
 def compared(columns: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:

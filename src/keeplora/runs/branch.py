@@ -15,9 +15,10 @@ from keeplora.layers import weights
 from keeplora.methods.registry import find_method, method_behind
 from keeplora.models.interfaces import StreamTask
 from keeplora.progress import Track, silent
+from keeplora.runs.answers import EXAMPLES, evaluated
 from keeplora.runs.atomic_store import made_whole
 from keeplora.runs.config import RunConfig, plain_values
-from keeplora.runs.directory import RunDirectory
+from keeplora.runs.directory import PREDICTIONS, RunDirectory, task_folder
 from keeplora.runs.loop import replay, report, require_same_model
 from keeplora.runs.open import (
     IN_PLACE,
@@ -155,6 +156,7 @@ def _branch(source: RunDirectory, config: RunConfig, kept: list[int], origin: di
         directory.manifest["data"] = {task.name: dict(task.data) for task in tasks if task.data}
         directory.manifest["origin"] = {"run": str(source.folder.resolve()), **origin}
         zero_shot = _scores(model, tasks, old["zero_shot"], columns, track)
+        _copy_answers(source, directory, [place for place, index in enumerate(kept) if place == index])
         directory.start(old["model_digest"], zero_shot, old["start"], old.get("probes", {}))
         probes = open_probes(config, track)
         for place, index in enumerate(track(kept, "merging", len(kept))):
@@ -166,16 +168,36 @@ def _branch(source: RunDirectory, config: RunConfig, kept: list[int], origin: di
             if place == index:
                 details["scores"] = _scores(model, tasks, details["scores"], columns, track)
             else:  # A state that the old run never had; how the task merges into it was never measured.
-                scores = evaluate(model, [*tasks, *probes], track=track)
-                details["scores"] = scores[: len(tasks)]
-                if probes:
-                    details["probes"] = dict(zip(old["probes"], scores[len(tasks) :], strict=True))
+                details |= _scored_anew(directory, place, model, tasks, probes, track)
                 changes = changes_between(weights_before, model, updates, before)
                 certificate = certificates(method.protected(), changes)
                 merge = {"merge_error": None, "merge_loss": loss_of(changes)}
                 details["certificate"] = {**certificate_to_json(certificate), **merge}
             directory.add_task(record, details, model if config.save_model and index == kept[-1] else None)
         return report(directory) if directory.is_complete else directory.results()
+
+
+def _scored_anew(
+    directory: RunDirectory,
+    place: int,
+    model: nn.Module,
+    tasks: list[StreamTask],
+    probes: list[StreamTask],
+    track: Track,
+) -> dict[str, Any]:
+    """Return the scores of a state as `task.json` has them, and hand in what was answered."""
+    scores, answers = evaluated(model, [*tasks, *probes], track)
+    directory.keep_predictions(answers, place)
+    probed = dict(zip([probe.name for probe in probes], scores[len(tasks) :], strict=True))
+    return {"scores": scores[: len(tasks)], **({"probes": probed} if probes else {})}
+
+
+def _copy_answers(source: RunDirectory, directory: RunDirectory, indices: list[int]) -> None:
+    """Hand in what the old run's model answered, untouched and after some tasks, if it was kept."""
+    tasks = [f"{task_folder(index, source.manifest['tasks'])}/{PREDICTIONS}" for index in indices]
+    for name in (PREDICTIONS, EXAMPLES, *tasks):
+        if name in source.files:
+            directory.write(name, source.read(name))
 
 
 def _scores(

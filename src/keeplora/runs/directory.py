@@ -22,7 +22,7 @@ from keeplora.subspace.certificate import certificate_to_json
 from keeplora.training.profiling import Costs
 from keeplora.training.state_file import aligned
 
-PREDICTIONS = "predictions.jsonl.gz"  # What a generative model answered after a task, on all tasks.
+PREDICTIONS = "predictions.jsonl.gz"  # What a generative model answered on all tasks: untouched, or after a task.
 UNFINISHED = "unfinished"  # Folder of what the task that is being learned has finished so far.
 
 
@@ -107,7 +107,10 @@ class RunDirectory(Store):
     def start(
         self, model_digest: str, zero_shot: list[float], phases: Costs, probes: dict[str, float] | None = None
     ) -> None:
-        """Record the untouched model: the hash of its weights, and its scores on the tasks and on the probes."""
+        """Record the untouched model: the hash of its weights, and its scores on the tasks and on the probes.
+
+        What else was handed in before is committed with it.
+        """
         self.manifest |= {"model_digest": model_digest, "zero_shot": zero_shot, "start": phases}
         if probes:
             self.manifest["probes"] = probes
@@ -142,10 +145,11 @@ class RunDirectory(Store):
         self.manifest["phase"] = "complete" if self.is_complete else "running"
         self._commit_scores([self.num_finished - 1])
 
-    def keep_predictions(self, index: int, content: bytes) -> None:
-        """Hand in what the model answered after a task, for the commit that finishes it; nothing if it is empty."""
+    def keep_predictions(self, content: bytes, index: int | None = None) -> None:
+        """Hand in what the model answered after a task, or untouched, for the next commit; nothing if it is empty."""
         if content:
-            self.write(f"{task_folder(index, self.manifest['tasks'])}/{PREDICTIONS}", content)
+            folder = "" if index is None else f"{task_folder(index, self.manifest['tasks'])}/"
+            self.write(f"{folder}{PREDICTIONS}", content)
 
     def widen(self, config: dict[str, Any], tasks: list[str], columns: list[list[float]]) -> None:
         """Let the run have more tasks, and commit the scores on them of every state so far, the untouched one first."""

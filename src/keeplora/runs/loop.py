@@ -4,13 +4,10 @@ Every task is a sequence of durable phases: gradient, initialise, train, merge, 
 off resumes after the last completed one, and gives the same bytes as an uninterrupted run.
 """
 
-import gzip
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +22,7 @@ from keeplora.methods.registry import find_method
 from keeplora.models.interfaces import StreamTask
 from keeplora.progress import Track, silent
 from keeplora.report.html import page
+from keeplora.runs.answers import EXAMPLES, answered, evaluated, examples_of
 from keeplora.runs.config import RunConfig, plain_values
 from keeplora.runs.directory import RunDirectory
 from keeplora.runs.open import open_probes, open_run, open_stream, require_same_data
@@ -61,7 +59,8 @@ def report(directory: RunDirectory) -> Results:
     """Write the report of a run that is complete, unless it is there; return the scores."""
     results = directory.results()
     if "report.html" not in directory.files:
-        directory.write("report.html", page([results], capacity_of(directory.tasks)).encode())
+        text = page([results], capacity_of(directory.tasks), answered([directory]))
+        directory.write("report.html", text.encode())
         directory.commit()
     return results
 
@@ -93,7 +92,7 @@ def learn(config: RunConfig, directory: RunDirectory, track: Track, watch: Watch
             if is_changed := method.record.adapter is not None:  # Otherwise the model is as it was before the task.
                 found = phases.once(Step("evaluate"), _scores, model, [*tasks, *probes], track)
                 scores, probed = (part.tolist() for part in found["scores"].split([len(tasks), len(probes)]))
-                directory.keep_predictions(index, bytes(found["predictions"].tolist()))
+                directory.keep_predictions(bytes(found["predictions"].tolist()), index)
         details = {"name": task.name, "scores": scores, "losses": losses, "phases": phases.clock.read()}
         if probes:
             details["probes"] = dict(zip(results.probes, probed, strict=True))
@@ -110,21 +109,24 @@ def learn(config: RunConfig, directory: RunDirectory, track: Track, watch: Watch
 def catch_up(
     model: nn.Module,
     method: Method,
-    evaluated: tuple[list[StreamTask], list[StreamTask]],
+    streams: tuple[list[StreamTask], list[StreamTask]],
     config: RunConfig,
     directory: RunDirectory,
     track: Track,
 ) -> nn.Module:
     """Bring the untouched model and the method to where the run is, evaluate what never was, and return the model.
 
-    `evaluated` are the tasks and the probes.
+    `streams` are the tasks and the probes.
     """
-    tasks, probes = evaluated
+    tasks, probes = streams
     if "zero_shot" not in directory.manifest:
         clock = Clock()
         with clock.phase("zero_shot"):
-            scores = evaluate(model, [*tasks, *probes], track=track)
+            scores, told = evaluated(model, [*tasks, *probes], track)
         probed = dict(zip([probe.name for probe in probes], scores[len(tasks) :], strict=True))
+        directory.keep_predictions(told)
+        if examples := examples_of(tasks):
+            directory.write(EXAMPLES, examples)
         directory.start(digest_of(model.named_parameters()), scores[: len(tasks)], clock.read(), probed)
     require_same_model(model, config, directory)
     require_same_data(directory, tasks)
@@ -156,13 +158,8 @@ def replay(method: Method, model: nn.Module, task: StreamTask, record: TaskRecor
 
 
 def _scores(model: nn.Module, tasks: list[StreamTask], track: Track) -> dict[str, Tensor]:
-    lines: list[str] = []
-
-    def keep(task: StreamTask, predictions: list[Any], references: list[Any]) -> None:
-        told = (task.describe(*pair) for pair in zip(predictions, references, strict=True))
-        lines.extend(json.dumps(one, ensure_ascii=False) + "\n" for one in told if one is not None)
-
-    scores = evaluate(model, tasks, track=track, keep=keep)
-    content = gzip.compress("".join(lines).encode(), mtime=0) if lines else b""
-    predictions = torch.tensor(list(content), dtype=torch.uint8)
-    return {"scores": torch.tensor(scores, dtype=torch.float64), "predictions": predictions}
+    scores, told = evaluated(model, tasks, track)
+    return {
+        "scores": torch.tensor(scores, dtype=torch.float64),
+        "predictions": torch.tensor(list(told), dtype=torch.uint8),
+    }
