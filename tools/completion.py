@@ -3,7 +3,10 @@
 import contextlib
 import io
 import json
+import os
 import re
+
+os.environ["COLUMNS"] = "200"  # The order of a help in columns depends on its width.
 
 from keeplora.cli import main as cli
 from keeplora.cli.completion import FLAGS

@@ -1,0 +1,253 @@
+"""Pre-training on the general mix, by steps: it can be stopped, and taken up with as many processes as one likes.
+
+A row is a picture with several questions; each of them sees the picture and itself alone, as when it is asked alone.
+"""
+
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerBase
+
+from .general import picture
+from .language import words
+from .model import IMAGE_TOKENS
+from .questions import Picture, Question
+
+ROWS, AT_ONCE, QUESTIONS = 16, 8, 9
+RATE, VISION_RATE, WARM_UP, DECAY = 1e-3, 3e-4, 300, 0.05
+AVERAGE = 0.999
+SAVE_EVERY = 250
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Marks:
+    """The numbers of the special tokens."""
+
+    pad: int
+    end: int
+    image: int
+    user: int
+    assistant: int
+
+
+def marks_of(tokenizer: PreTrainedTokenizerBase) -> Marks:
+    """Return the numbers of the special tokens of a tokenizer."""
+    names = ("<pad>", "</s>", "<image>", "<user>", "<assistant>")
+    return Marks(*(tokenizer.convert_tokens_to_ids(name) for name in names))
+
+
+class Rows:
+    """Makes batches of pictures with packed questions."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer, self.marks = tokenizer, marks_of(tokenizer)
+        self._known: dict[str, list[int]] = {}
+
+    def ids(self, text: str) -> list[int]:
+        """Return the tokens of a text, from memory if it was seen."""
+        if text not in self._known:
+            if len(self._known) > 200_000:
+                self._known.clear()
+            self._known[text] = self._tokenizer(text, add_special_tokens=False).input_ids
+        return self._known[text]
+
+    def batch(self, rows: list[tuple[Image.Image | None, list[Question]]]) -> dict[str, Tensor | None]:
+        """Return the tensors of a batch: each question attends to the picture in front and to itself."""
+        marks = self.marks
+        packed = []
+        for image, questions in rows:
+            front = [marks.user] + [marks.image] * (IMAGE_TOKENS if image is not None else 0)
+            ids, labels, places, block = [*front], [IGNORED] * len(front), [*range(len(front))], [0] * len(front)
+            for number, question in enumerate(questions, 1):
+                asked = [*self.ids(question.text), marks.assistant]
+                answer = [*self.ids(question.answer), marks.end]
+                ids += asked + answer
+                labels += [IGNORED] * len(asked) + answer
+                places += range(len(front), len(front) + len(asked) + len(answer))
+                block += [number] * (len(asked) + len(answer))
+            packed.append((ids, labels, places, block))
+        longest = max(len(ids) for ids, *_ in packed)
+
+        def padded(which: int, value: int) -> Tensor:
+            return torch.tensor([one[which] + [value] * (longest - len(one[which])) for one in packed])
+
+        block = padded(3, -1)
+        same = (block[:, :, None] == block[:, None, :]) | (block[:, None, :] == 0)
+        before = torch.ones(longest, longest, dtype=torch.bool).tril()
+        images = [image for image, _ in rows if image is not None]
+        return {
+            "input_ids": padded(0, marks.pad),
+            "labels": padded(1, IGNORED),
+            "position_ids": padded(2, 0),
+            "attention_mask": (same & before)[:, None],
+            "pixel_values": pixels(images) if images else None,
+        }
+
+
+def pixels(images: list[Image.Image]) -> Tensor:
+    """Return images as the processor does: from -1 to 1."""
+    array = np.stack([np.asarray(image) for image in images])
+    return (torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous()
+
+
+def _row(step: int, number: int, progress: float) -> tuple[Image.Image | None, list[Question]]:
+    """Return a row of a step, the same whoever makes it; words alone are most of the first ones, an eighth later."""
+    rng = Random(f"{step}/{number}")
+    share = max(0.12, 0.7 * (1 - progress / 0.2))
+    made: Picture = words(rng) if rng.random() < share else picture(rng, "train")
+    return made.image, rng.sample(made.questions, min(QUESTIONS, len(made.questions)))
+
+
+def rate_at(step: int, steps: int) -> float:
+    """Return the share of the learning rate: a warm-up, then half a cosine down to a fiftieth."""
+    return min(1.0, (step + 1) / WARM_UP) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def loss_of(model: LlavaForConditionalGeneration, batch: dict[str, Tensor | None], total: int) -> Tensor:
+    """Return the loss: the sum over answer tokens, by `total`."""
+    labels = batch["labels"]
+    assert labels is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels" and tensor is not None}
+        states = model.model(**inputs).last_hidden_state[:, :-1]
+        answered = labels[:, 1:] != IGNORED
+        logits = model.lm_head(states[answered])
+    return functional.cross_entropy(logits.float(), labels[:, 1:][answered], reduction="sum") / total
+
+
+class State:
+    """The model, the average of its weights, the optimiser, and how many steps were made; kept in a folder."""
+
+    def __init__(self, model: LlavaForConditionalGeneration) -> None:
+        self.model, self.step = model.train(), 0
+        self.names = [name for name, _ in model.named_parameters()]
+        self.average = [parameter.detach().clone() for parameter in model.parameters()]
+        seeing = [parameter for name, parameter in model.named_parameters() if "vision_tower" in name]
+        rest = [parameter for name, parameter in model.named_parameters() if "vision_tower" not in name]
+        groups = [{"params": rest, "rate": RATE}, {"params": seeing, "rate": VISION_RATE}]
+        self.optimiser = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.98), weight_decay=DECAY, fused=True)
+
+    @classmethod
+    def load(cls, work: Path) -> "State":
+        """Return the state of the last stretch, or the first one."""
+        if not (work / "state.safetensors").exists():
+            return cls(LlavaForConditionalGeneration.from_pretrained(work / "untrained"))
+        state = cls(LlavaForConditionalGeneration.from_pretrained(work / "untrained"))
+        kept = load_file(work / "state.safetensors")
+        state.step = int(kept["step"])
+        parameters = dict(state.model.named_parameters())
+        with torch.no_grad():
+            for name, average in zip(state.names, state.average, strict=True):
+                parameters[name].copy_(kept[f"weight.{name}"])
+                average.copy_(kept[f"average.{name}"])
+        for name, parameter in parameters.items():
+            if f"first.{name}" in kept:
+                state.optimiser.state[parameter] = {
+                    "step": torch.tensor(float(state.step)),
+                    "exp_avg": kept[f"first.{name}"],
+                    "exp_avg_sq": kept[f"second.{name}"],
+                }
+        return state
+
+    def save(self, work: Path) -> None:
+        """Keep all of it, and the averaged model as a model."""
+        kept = {"step": torch.tensor(self.step)}
+        for name, parameter, average in zip(self.names, self.model.parameters(), self.average, strict=True):
+            kept |= {f"weight.{name}": parameter.detach(), f"average.{name}": average}
+            if moments := self.optimiser.state[parameter]:  # None where a weight is not used: the tower's last norm.
+                kept |= {f"first.{name}": moments["exp_avg"], f"second.{name}": moments["exp_avg_sq"]}
+        save_file(kept, work / "state.part")
+        os.replace(work / "state.part", work / "state.safetensors")
+
+    def update(self, share: float) -> None:
+        """Make a step with the gradients that are there."""
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["rate"] * share
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        self.step += 1
+        decay = min(AVERAGE, self.step / (self.step + 20))
+        with torch.no_grad():
+            torch._foreach_lerp_(self.average, [p.detach() for p in self.model.parameters()], 1 - decay)
+
+    def averaged(self) -> LlavaForConditionalGeneration:
+        """Put the averaged weights into the model, and return it."""
+        with torch.no_grad():
+            for parameter, average in zip(self.model.parameters(), self.average, strict=True):
+                parameter.copy_(average)
+        return self.model
+
+
+def pretrain(work: Path, processor: LlavaProcessor, *, steps: int, minutes: float) -> bool:
+    """Train until all steps are made, or for so many minutes; return whether it is finished.
+
+    Started by `torchrun --nproc-per-node 2` two processes share each batch; the steps are the same.
+    """
+    ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if ranks > 1:
+        dist.init_process_group("gloo")
+        torch.set_num_threads(1)
+    rows, state, begun = Rows(processor.tokenizer), State.load(work), time.time()
+    losses: list[float] = []
+    while state.step < steps:
+        losses.append(_learn(state, rows, steps, rank, ranks))
+        if state.step % SAVE_EVERY == 0 or state.step == steps:
+            if rank == 0:
+                state.save(work)
+                _tell(work, state.step, losses, time.time() - begun)
+            losses.clear()
+            if _agreed(time.time() - begun > 60 * minutes):
+                break
+    return state.step >= steps
+
+
+def _learn(state: State, rows: Rows, steps: int, rank: int, ranks: int) -> float:
+    """Make one step with this process's part of the batch; return its part of the loss."""
+    chosen = [_row(state.step, number, state.step / steps) for number in range(ROWS)]
+    total = sum(len(rows.ids(question.answer)) + 1 for _, asked in chosen for question in asked)
+    chosen.sort(key=lambda row: sum(len(rows.ids(question.text)) for question in row[1]))
+    mine, loss = chosen[rank::ranks], 0.0
+    for start in range(0, len(mine), AT_ONCE):
+        part = loss_of(state.model, rows.batch(mine[start : start + AT_ONCE]), total)
+        part.backward()
+        loss += part.item()
+    if ranks > 1:
+        parameters = list(state.model.parameters())
+        gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        for parameter, part in zip(parameters, flat.split([one.numel() for one in parameters]), strict=True):
+            # Of words alone, the eyes have none anywhere.
+            parameter.grad = part.view_as(parameter) if part.any() else None
+    state.update(rate_at(state.step, steps))
+    return loss * ranks
+
+
+def _agreed(enough: bool) -> bool:
+    """Return what the first process says."""
+    if not dist.is_initialized():
+        return enough
+    said = torch.tensor(int(enough))
+    dist.broadcast(said, 0)
+    return bool(said)
+
+
+def _tell(work: Path, step: int, losses: list[float], seconds: float) -> None:
+    line = {"step": step, "loss": round(sum(losses) / len(losses), 4), "seconds": round(seconds)}
+    with (work / "log.jsonl").open("a") as log:
+        log.write(json.dumps(line) + "\n")
+    print(line, flush=True)
