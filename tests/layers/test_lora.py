@@ -14,7 +14,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from keeplora.layers import lora
+from keeplora.layers import lora, merging
 from keeplora.layers.names import tower_share
 from keeplora.methods.keeplora import KeepLoRAConfig
 from tiny import (
@@ -178,7 +178,7 @@ def test_factors_of_gives_the_update():
     adapted = lora.attach(MLP(), RANKS, ALPHAS, factors=random_factors(MLP(), RANKS))
     factors = lora.factors_of(adapted)
     before = {name: MLP().get_submodule(name).weight.detach() for name in RANKS}
-    merged = lora.merge(adapted)
+    merged = merging.merge(adapted)
     for name, (a, b) in factors.items():
         change = merged.get_submodule(name).weight.detach() - before[name]
         torch.testing.assert_close(b @ a, change, atol=1e-6, rtol=0)
@@ -213,7 +213,7 @@ def test_a_saved_adapter_reloads_in_plain_peft_with_the_same_logits(kind, tmp_pa
     wanted = logits(adapted, make_task())
     assert not torch.allclose(wanted, logits(build(), make_task()), atol=1e-2), "the adapter matters"
     torch.testing.assert_close(logits(PeftModel.from_pretrained(build(), folder), make_task()), wanted)
-    merged = lora.merge_from(build(), folder)
+    merged = merging.merge_from(build(), folder)
     torch.testing.assert_close(logits(merged, make_task()), wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -248,7 +248,7 @@ def test_merging_keeps_the_logits_and_leaves_a_plain_model(kind):
     build, make_task, targets = BUILDS[kind]
     adapted = trained(build, make_task(), targets)
     wanted = logits(adapted, make_task())
-    merged = lora.merge(adapted)
+    merged = merging.merge(adapted)
     torch.testing.assert_close(logits(merged, make_task()), wanted, atol=1e-5, rtol=1e-5)
     assert type(merged) is type(build())
     assert list(merged.state_dict()) == list(build().state_dict())
@@ -258,7 +258,7 @@ def test_a_merge_that_would_not_be_finite_is_an_error():
     factors = random_factors(MLP(), RANKS)
     factors["fc2"][1][0, 0] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
-        lora.merge(lora.attach(MLP(), RANKS, ALPHAS, factors=factors))
+        merging.merge(lora.attach(MLP(), RANKS, ALPHAS, factors=factors))
 
 
 def test_equal_adapters_have_equal_bytes_and_different_ones_do_not():

@@ -9,7 +9,7 @@ from torch import nn
 import tiny
 from keeplora import KeepLoRA, KeepLoRAConfig, LoRAFT, MethodConfig, TrainConfig, fit
 from keeplora.errors import LearningError
-from keeplora.layers import lora
+from keeplora.layers import lora, merging
 from keeplora.methods.registry import METHODS
 from tiny import MLP, TokenTask, VectorTask, llama_model, train
 
@@ -233,14 +233,14 @@ def test_a_merge_that_adds_another_update_is_refused_however_small_the_update(sh
     with torch.no_grad():
         for layer in lora.lora_layers(adapted).values():
             layer.lora_B["default"].weight.normal_(std=size)
-    merge = lora.merge
+    merge = merging.merge
 
     def wrong(adapted):
         for layer in lora.lora_layers(adapted).values():
             layer.scaling["default"] *= share
         return merge(adapted)
 
-    monkeypatch.setattr(lora, "merge", wrong)
+    monkeypatch.setattr(merging, "merge", wrong)
     with pytest.raises(LearningError, match=r"task 'vectors': merging changed what layer 'fc1' computes by"):
         method.after_task(adapted, task)
 
@@ -249,7 +249,7 @@ def test_a_merge_that_adds_another_update_is_refused_however_small_the_update(sh
 def test_a_right_merge_passes_in_every_precision_and_its_error_is_relative_to_the_update(dtype):
     model, task = MLP().to(dtype), VectorTask()
     task.data = [(rows.to(dtype), labels) for rows, labels in task.data]
-    method = method_for("lora_ft", alpha=2.0)
+    method = method_for("lora_ft", alpha=2.0, updates="merged")
     adapted = method.before_task(model, task)
     with torch.no_grad():
         for layer in lora.lora_layers(adapted).values():
@@ -268,7 +268,7 @@ def test_the_certificate_is_of_the_weights_and_a_merge_that_loses_the_update_is_
     """In half precision, rounding eats a small update, and puts what it leaves into the protected subspace."""
     model, task = MLP().to(dtype), VectorTask()
     task.data = [(rows.to(dtype), labels) for rows, labels in task.data]
-    method = method_for(name, alpha=2.0)
+    method = method_for(name, alpha=2.0, updates="merged")
     before = state(model)
     adapted = method.before_task(model, task)
     protected = {layer: basis.double() for layer, basis in method.protected().items()}
@@ -279,7 +279,7 @@ def test_the_certificate_is_of_the_weights_and_a_merge_that_loses_the_update_is_
     trained = state(adapted)
     is_coarse = dtype in (torch.bfloat16, torch.float16) and size < 0.1
     if is_coarse:
-        with pytest.raises(LearningError, match=r"would lose \d+% of the update .* Load the model in float32"):
+        with pytest.raises(LearningError, match=r"would lose \d+% of the update .* Let it stay beside the weights"):
             method.after_task(adapted, task)
         same(adapted, trained)  # Nothing was merged, nothing is lost.
         method.config = dataclasses.replace(method.config, allow_merge_loss=True)
@@ -297,7 +297,7 @@ def test_the_certificate_is_of_the_weights_and_a_merge_that_loses_the_update_is_
                 float((change - update).norm() / update.norm()), rel=1e-3, abs=1e-6
             )
     assert method.record.merge_loss == pytest.approx((lost / size_of_all) ** 0.5, rel=1e-3, abs=1e-6)
-    assert is_coarse == (method.record.merge_loss > lora.MERGE_LOSS_ALLOWED)
+    assert is_coarse == (method.record.merge_loss > merging.MERGE_LOSS_ALLOWED)
 
 
 def test_a_merge_reads_no_outputs_of_the_model():

@@ -200,7 +200,8 @@ def test_an_output_that_is_in_use_is_refused(place, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_method_takes_an_update_out_of_the_weights_within_one_rounding(dtype):
-    config = KeepLoRAConfig(rank=2, targets=("fc1", "fc2", "out"), weight_energy=0.4, feature_energy=0.5)
+    targets = ("fc1", "fc2", "out")
+    config = KeepLoRAConfig(rank=2, targets=targets, weight_energy=0.4, feature_energy=0.5, updates="merged")
     method, model, records, states = KeepLoRA(config), tiny.MLP().to(dtype), [], []
     states.append({name: value.clone() for name, value in model.state_dict().items()})
     for seed in range(3):

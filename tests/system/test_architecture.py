@@ -203,7 +203,7 @@ TESTED_BY = {
     ),
     # What every method has is tested on all methods.
     "methods/test_contract": ("methods/base", "methods/keeplora", "methods/protecting", "layers/names"),
-    "methods/test_guards": ("layers/module_state", "layers/weights"),
+    "methods/test_guards": ("layers/merging", "layers/module_state", "layers/weights"),
     "methods/test_variants": ("methods/registry",),
     "methods/test_ewc": ("layers/fisher",),
     # Passes over layers are tried where what they find is.

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 import tiny
 from keeplora.cli import main as cli
-from keeplora.layers import lora
+from keeplora.layers import lora, merging
 from keeplora.methods.keeplora import KeepLoRAConfig
 from keeplora.models.registry import family_of
 from keeplora.runs.config import RunConfig
@@ -54,7 +54,7 @@ def test_a_pickled_adapter_is_refused_unread(tmp_path):
     (folder / "adapter_model.safetensors").unlink()
     torch.save(Bomb(tmp_path / "exploded"), folder / "adapter_model.bin")
     with pytest.raises(ValueError, match=r"has no adapter_model\.safetensors; adapters are read from"):
-        lora.merge_from(tiny.MLP(), folder)
+        merging.merge_from(tiny.MLP(), folder)
     assert not (tmp_path / "exploded").exists()
 
 

@@ -51,6 +51,7 @@ def _main(arguments: list[str]) -> None:
     logging.getLogger("keeplora").setLevel(logging.INFO)
     # peft reads it of every model of transformers; no user can do anything about it.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # It advises to fetch kernels from a hub; we never do.
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
         _show_help()

@@ -5,7 +5,6 @@ Layer names are those of the base model, without PEFT's prefix.
 
 import copy
 import json
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Literal, TypeAlias, TypeVar, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.tuners.lora import Linear
+from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from pydantic import BaseModel, FiniteFloat, PositiveInt
@@ -23,26 +22,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from keeplora.config import read_json, require
-from keeplora.errors import LearningError
 from keeplora.layers.names import ATTENTION, AUTO, DECODER, tower_of
-from keeplora.layers.weights import with_update
-from keeplora.subspace.certificate import Change, change_of, loss_of
 
 ADAPTER = "default"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 PREFIX = "base_model.model."
 N = TypeVar("N", int, float)
-M = TypeVar("M", bound=nn.Module)
 LoraLinear: TypeAlias = Linear  # A linear layer that PEFT adapted.
 
-MERGE_ERROR_ALLOWED = 1e-3
-"""How far a merged layer may be from the adapted one, beyond rounding, relative to what the update changes."""
-
-MERGE_LOSS_ALLOWED = 0.05  # A merge that loses more of the update to the weights' precision has to be asked for.
-LOSSES = 4  # How many times the measured loss of a merge is explained in the few outputs that are compared.
-ROUNDINGS = 4  # How many roundings of each product that a layer adds up are explained.
-NUM_PROBES = 8  # Random rows on which a merged layer is compared with the adapted one.
 
 A_KEY, B_KEY = ".lora_A.weight", ".lora_B.weight"
 
@@ -215,7 +203,8 @@ def _namesakes(model: nn.Module, targets: set[str]) -> list[str]:
 
 def lora_layers(adapted: nn.Module) -> dict[str, LoraLinear]:
     """Return the adapted layers by their name in the base model."""
-    found = {name: module for name, module in adapted.named_modules() if isinstance(module, Linear)}
+    # Of a weight of 4 bits, PEFT's layer is another class with the same parts.
+    found = {name: cast(Linear, module) for name, module in adapted.named_modules() if isinstance(module, LoraLayer)}
     return {name.removeprefix(PREFIX): module for name, module in found.items()}
 
 
@@ -272,120 +261,13 @@ def base_name(name: str) -> str:
     return name.removeprefix(PREFIX).replace(".base_layer.", ".")
 
 
-def changes_of(adapted: nn.Module, bases: dict[str, Tensor]) -> dict[str, Change]:
-    """Return what a merge will change in each layer's weight, against the bases; nothing is merged yet.
-
-    Raises:
-        LearningError: If a weight would not be finite.
-    """
-    changes = {}
-    for name, layer in lora_layers(adapted).items():
-        update, merged = _merged_weight(name, layer)
-        weight = layer.get_base_layer().weight.detach()
-        changes[name] = change_of(weight, merged, update, bases.get(name), layer.r[ADAPTER])
-    return changes
-
-
-def _merged_weight(name: str, layer: LoraLinear) -> tuple[Tensor, Tensor]:
-    """Return an update as PEFT would merge it, and the weight with it."""
-    update = cast(Tensor, layer.get_delta_weight(ADAPTER)).detach()
-    merged = with_update(layer.get_base_layer().weight, update)
-    if not torch.isfinite(merged).all():
-        raise LearningError(
-            f"the trained update cannot be merged: layer {name!r} would hold NaN or infinity. Lower learning_rate"
-        )
-    return update, merged
-
-
-def merge(adapted: nn.Module) -> nn.Module:
-    """Add every update to its weight, rounded once, and return the plain base model; its weights must be finite."""
-    for name, layer in lora_layers(adapted).items():
-        layer.get_base_layer().weight.data.copy_(_merged_weight(name, layer)[1])
-    return unload(adapted)
-
-
-@dataclass(frozen=True)
-class Merge:
-    """What a merge did."""
-
-    changes: dict[str, Change]
-    """To the weight of each layer."""
-    error: float
-    """Of what the layers compute, relative to what the updates change in it."""
-
-    @property
-    def loss(self) -> float:
-        """The part of the updates, over all layers, that the weights did not take up."""
-        return loss_of(self.changes)
-
-
-def merge_checked(
-    adapted: nn.Module, task: str, bases: dict[str, Tensor], *, allow_loss: bool = False
-) -> tuple[nn.Module, Merge]:
-    """Merge every update, and compare on random inputs what each layer computes before and after.
-
-    Returns the plain base model and what the merge did. Raised is, before anything is merged, that weights would not be
-    finite, or that their precision would lose more of the updates than `MERGE_LOSS_ALLOWED`; and, after it, an error
-    that neither rounding nor that loss explains.
-    """
-    changes = changes_of(adapted, bases)
-    if (loss := loss_of(changes)) > MERGE_LOSS_ALLOWED and not allow_loss:
-        worst = max(changes, key=lambda name: changes[name].merge_loss)
-        dtype = lora_layers(adapted)[worst].get_base_layer().weight.dtype
-        is_wide = torch.finfo(dtype).bits >= 32
-        raise LearningError(
-            f"task {task!r}: merging would lose {loss:.0%} of the update ({changes[worst].merge_loss:.0%} in layer"
-            f" {worst!r}): weights in {str(dtype).removeprefix('torch.')} are too coarse for so small a one; nothing"
-            f" was merged. {'Raise learning_rate or epochs' if is_wide else 'Load the model in float32'}, or accept the"
-            " loss with allow_merge_loss = True"
-        )
-    probes = {name: _Probe(layer, changes[name].merge_loss) for name, layer in lora_layers(adapted).items()}
-    merged = merge(adapted)
-    errors = [probe.error(name, merged.get_submodule(name), task) for name, probe in probes.items()]
-    change = math.hypot(*(probe.change for probe in probes.values()))
-    return merged, Merge(changes, math.hypot(*errors) / change if change > 0 else 0.0)
-
-
-class _Probe:
-    """Random rows, and what an adapted layer makes of them, with its update and without."""
-
-    def __init__(self, layer: LoraLinear, loss: float) -> None:
-        layer = _precise(layer)
-        weight = layer.get_base_layer().weight
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            self.rows = torch.randn(NUM_PROBES, weight.shape[1], generator=generator).to(weight)
-            self.adapted = layer(self.rows).double()
-            self.change = float((self.adapted - layer.get_base_layer()(self.rows).double()).norm())
-            sizes = self.rows.abs() @ weight.abs().T
-            self.rounding = ROUNDINGS * torch.finfo(weight.dtype).eps * float(sizes.double().norm())
-        self.rounding += LOSSES * loss * self.change
-
-    def error(self, name: str, merged: nn.Module, task: str) -> float:
-        """Return the error of the merged layer, or raise it if it is too large."""
-        with torch.no_grad():
-            error = float((_precise(merged)(self.rows).double() - self.adapted).norm())
-        if not error <= MERGE_ERROR_ALLOWED * self.change + self.rounding:
-            raise LearningError(
-                f"task {task!r}: merging changed what layer {name!r} computes by {error:.3g}, where its update changes"
-                f" {self.change:.3g} and rounding explains {self.rounding:.3g}; was it altered outside the adapter?"
-            )
-        return error
-
-
-def _precise(layer: M) -> M:
-    """Return a layer that computes in float32 at least: the rounding of its outputs would hide a small update."""
-    is_wide = all(torch.finfo(value.dtype).bits >= 32 for value in layer.parameters())
-    return layer if is_wide else copy.deepcopy(layer).float()
-
-
 def unload(adapted: nn.Module) -> nn.Module:
     """Take the adapter out without merging it, if there is one, and return the plain base model."""
     return cast(nn.Module, adapted.unload()) if isinstance(adapted, PeftModel) else adapted
 
 
-def merge_from(model: nn.Module, folder: Path) -> nn.Module:
-    """Reload a saved adapter into its base model, and merge it; PEFT would take a pickled one, we do not."""
+def reload(model: nn.Module, folder: Path) -> nn.Module:
+    """Reload a saved adapter into its base model; PEFT would take a pickled one, we do not."""
     if not (folder / WEIGHTS_FILE).is_file():
         raise ValueError(f"{folder} has no {WEIGHTS_FILE}; adapters are read from safetensors alone")
     SavedAdapter.config_from((folder / CONFIG_FILE).read_bytes(), folder / CONFIG_FILE)
@@ -397,4 +279,4 @@ def merge_from(model: nn.Module, folder: Path) -> nn.Module:
     loaded = get_peft_model_state_dict(adapted, adapter_name=ADAPTER, save_embedding_layers=False)
     if odd := sorted(stored.keys() ^ loaded.keys()):
         raise ValueError(f"the adapter {folder} is damaged: {odd[0]!r} is missing, or one too many")
-    return merge(adapted)
+    return cast(nn.Module, adapted)

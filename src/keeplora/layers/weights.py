@@ -3,6 +3,8 @@
 import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from typing import Any, cast
 
 import torch
 import xxhash
@@ -11,13 +13,35 @@ from torch import Tensor, nn
 
 def shape_of(model: nn.Module, layer: str) -> tuple[int, int]:
     """Return `(d_out, d_in)` of a layer's weight."""
-    d_out, d_in = _stored(model, layer).shape
+    module: Any = model.get_submodule(layer)
+    d_out, d_in = (module.out_features, module.in_features) if is_quantised(module) else _stored(model, layer).shape
     return d_out, d_in
 
 
 def read_weight(model: nn.Module, layer: str) -> Tensor:
-    """Return the weight of a layer in float32, `[d_out, d_in]`, on its device; it may be the stored one itself."""
-    return _stored(model, layer).detach().float()
+    """Return the weight of a layer in float32, `[d_out, d_in]`, on its device; it may be the stored one itself.
+
+    One of 4 bits is what its numbers stand for.
+    """
+    module = model.get_submodule(layer)
+    return dequantised(module) if is_quantised(module) else _stored(model, layer).detach().float()
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Say whether the weight of a layer is of 4 bits, as bitsandbytes has it."""
+    return getattr(getattr(module, "weight", None), "quant_state", None) is not None
+
+
+def dequantised(module: Any) -> Tensor:
+    """Return what the numbers of a quantised weight stand for, `[d_out, d_in]`, in float32."""
+    extra: Any = import_module("bitsandbytes.functional")  # Whoever has such a weight has it.
+    return cast(Tensor, extra.dequantize_4bit(module.weight.data, module.weight.quant_state)).float()
+
+
+def takes_updates(model: nn.Module, layer: str) -> bool:
+    """Say whether the weight of a layer is fine enough for updates to be merged into it: float32 at least."""
+    module = model.get_submodule(layer)
+    return not is_quantised(module) and torch.finfo(_stored(model, layer).dtype).bits >= 32
 
 
 def add_update(model: nn.Module, layer: str, update: Tensor) -> None:
@@ -70,7 +94,8 @@ def require_own_weights(model: nn.Module, layers: Iterable[str]) -> None:
         if parameter.numel():
             owners.setdefault((parameter.device, parameter.data_ptr()), []).append(name)
     for layer in layers:
-        weight = _stored(model, layer)
+        module = model.get_submodule(layer)
+        weight = cast(Tensor, module.weight) if is_quantised(module) else _stored(model, layer)
         if others := [name for name in owners[weight.device, weight.data_ptr()] if name != f"{layer}.weight"]:
             raise ValueError(
                 f"layer {layer!r} shares its weight with {others[0]!r}: an update of the one would change the other."

@@ -3,7 +3,7 @@
 What a method carries from task to task it takes up in `add_task`, from a task's record alone, so that runs resume.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from keeplora.config import Config, PositiveNumber
 from keeplora.errors import LearningError
-from keeplora.layers import lora, weights
+from keeplora.layers import lora, merging, weights
+from keeplora.layers.beside import add_beside, beside, remove_beside
 from keeplora.layers.lora import SavedAdapter
 from keeplora.layers.module_state import device_of, evaluation_mode
 from keeplora.layers.names import AUTO
@@ -91,6 +92,9 @@ class MethodConfig(Config):
     linear layers of a language model's blocks."""
     towers: tuple[Tower, ...] = ("auto",)
     """Parts of the model whose layers may be targets; auto: the language model if there is one, else all."""
+    updates: Literal["auto", "merged", "beside"] = "auto"
+    """Where finished updates go: into the weights, or beside them in float32; auto: beside weights of half precision
+    or 4 bits, which would lose most of a small update."""
     allow_merge_loss: bool = False
     """Merge even where the precision of the weights (half precision) loses more than 5 % of the update."""
 
@@ -111,7 +115,8 @@ class Method:
     """Whether each task is learned from its own data alone; Transfer and forgetting mean nothing otherwise."""
     stands_alone: ClassVar[bool] = True
     """Whether what a task left does not depend on the tasks before it, so that any one can be undone."""
-    fixed: ClassVar[tuple[str, ...]] = ("targets", "towers")  # Options that cannot change in the middle of a stream.
+    fixed: ClassVar[tuple[str, ...]] = ("targets", "towers", "updates")
+    """Options that cannot change in the middle of a stream."""
     has_settings: ClassVar[bool] = True  # Whether it trains, so that a learning rate has to be chosen for it.
 
     def __init__(self, config: MethodConfig | None = None, *, seed: int = 0, track: Track = silent) -> None:
@@ -123,6 +128,7 @@ class Method:
         self._learned: list[str] = []
         self._required_grad: dict[str, bool] = {}
         self._fingerprints: dict[str, bytes] = {}
+        self._keeps_beside = False
         self.start()
 
     def start(self) -> None:
@@ -191,10 +197,17 @@ class Method:
         """Redo a finished task from its record and the folder of its adapter; return the merged model."""
         self.protect(model)
         self.keep(record)
-        if record.adapter is None:
-            return model
+        return model if record.adapter is None else self.with_updates(model, record, folder)
+
+    def with_updates(self, model: nn.Module, record: TaskRecord, folder: Path) -> nn.Module:
+        """Return the model with the updates of a finished task, from its record and the folder of its adapter."""
         self.snapshot(model)
-        return self.restore(lora.merge_from(model, folder))
+        updates = record.factors()
+        if not self.keeps_beside(model, updates):
+            return self.restore(merging.merge_from(model, folder))
+        for name, (a, b) in updates.items():
+            add_beside(model, name, a, b)
+        return model
 
     def undo(self, model: nn.Module, record: TaskRecord) -> nn.Module:
         """Take a task out again: its update out of the model's weights, and what it protected out of the method.
@@ -210,8 +223,27 @@ class Method:
         self._learned.remove(learned)
         self.remove_task(record)
         for name, (a, b) in record.factors().items():
-            weights.add_update(model, name, -(b @ a))
+            if not remove_beside(model, name, a, b):
+                weights.add_update(model, name, -(b @ a))
         return model
+
+    def keeps_beside(self, model: nn.Module, layers: Iterable[str]) -> bool:
+        """Say whether updates of these layers stay beside the weights of a model without an adapter."""
+        coarse = [name for name in layers if not weights.takes_updates(model, name)]
+        if self.config.updates != "merged":
+            return self.config.updates == "beside" or bool(coarse)
+        if whole := [name for name in coarse if weights.is_quantised(model.get_submodule(name))]:
+            raise ValueError(f"updates = 'merged': layer {whole[0]!r} has a weight of 4 bits, which takes none")
+        return False
+
+    def learned_weight(self, model: nn.Module, layer: str) -> Tensor:
+        """Return what of a layer changes when a task is learned, `[d_out, d_in]`: its weight, or what is beside it."""
+        if not self.keeps_beside(model, [layer]):
+            return weights.read_weight(model, layer)
+        shape, device = weights.shape_of(model, layer), device_of(model)
+        updates = beside(model.get_submodule(layer)).get("", [])
+        start = torch.zeros(shape, device=device)
+        return sum((b.to(device) @ a.to(device) for a, b in updates), start)
 
     def targets_of(self, model: nn.Module) -> list[str]:
         """Return the layers to adapt, of a model without an adapter, each the only owner of its weight, or raise."""
@@ -233,6 +265,7 @@ class Method:
         `factors` are start values `(a [r, d_in], b [d_out, r])`, with `a` frozen; `scales` further factors of updates.
         """
         self.snapshot(model)
+        self._keeps_beside = self.keeps_beside(model, ranks)
         r, alpha, scales = self.config.rank, self.config.alpha, scales or {}
         alphas = {name: (alpha if n == r else alpha * n / r) * scales.get(name, 1.0) for name, n in ranks.items()}
         adapted = lora.attach(model, ranks, alphas, factors=factors)
@@ -261,12 +294,15 @@ class Method:
                     " the parameters that require a gradient after before_task"
                 )
 
-    def merge_checked(self, adapted: nn.Module, task: Task) -> tuple[nn.Module, lora.Merge]:
-        """Merge the adapter; return the base model, and what the merge did."""
+    def merge_checked(self, adapted: nn.Module, task: Task) -> tuple[nn.Module, merging.Merge]:
+        """Merge the adapter, or lay its updates beside the weights; return the base model, and what that did."""
         task = Task.of(task)
         self.require_untouched(adapted, task)
-        allow_loss = self.config.allow_merge_loss
-        merged, merge = lora.merge_checked(adapted, task.name, self.protected(), allow_loss=allow_loss)
+        if self._keeps_beside:
+            merged, merge = merging.lay_beside(adapted, task.name, self.protected())
+        else:
+            allow_loss = self.config.allow_merge_loss
+            merged, merge = merging.merge_checked(adapted, task.name, self.protected(), allow_loss=allow_loss)
         self.restore(merged)
         batch = task.sample(to_device(next(iter(task.batches())), device_of(merged)))
         with torch.no_grad(), evaluation_mode(merged):

@@ -18,7 +18,15 @@ from keeplora.layers.module_state import device_of, evaluation_mode
 from keeplora.layers.statistics import require_finite
 from keeplora.models.clip_last_layer import only_the_pooled_row
 from keeplora.models.interfaces import Family, StreamTask
-from keeplora.models.pretrained import load_config, load_image_processor, load_model, load_tokenizer, naming
+from keeplora.models.pretrained import (
+    WHOLE,
+    Precision,
+    load_config,
+    load_image_processor,
+    load_model,
+    load_tokenizer,
+    naming,
+)
 from keeplora.progress import Track
 from keeplora.task import Batch, DeferredGradient, to_device
 
@@ -168,8 +176,8 @@ class ClassificationTask(StreamTask):
 class DualEncoder(Family):
     """Loads a dual encoder and makes classification tasks for it."""
 
-    def load(self, name: str) -> nn.Module:
-        return load_model(name)
+    def load(self, name: str, precision: Precision = WHOLE) -> nn.Module:
+        return load_model(name, precision=precision)
 
     def tasks(
         self, name: str, specs: tuple[TaskSpec, ...], *, batch_size: int, evaluation: str, seed: int, track: Track

@@ -24,7 +24,7 @@ from keeplora.layers.names import tower_of
 from keeplora.layers.statistics import require_finite
 from keeplora.models.chat import ChatFormat, Encoded, ends_of, template_named
 from keeplora.models.interfaces import Family, StreamTask
-from keeplora.models.pretrained import load_config, load_generative, load_processor
+from keeplora.models.pretrained import WHOLE, Precision, load_config, load_generative, load_processor
 from keeplora.progress import Track, silent
 from keeplora.task import Batch
 
@@ -219,8 +219,8 @@ class _Finite(LogitsProcessor):
 class Generative(Family):
     """Loads a language model, with or without a vision tower, and makes tasks of conversations for it."""
 
-    def load(self, name: str) -> nn.Module:
-        return load_generative(name)
+    def load(self, name: str, precision: Precision = WHOLE) -> nn.Module:
+        return load_generative(name, precision)
 
     def tasks(
         self, name: str, specs: tuple[TaskSpec, ...], *, batch_size: int, evaluation: str, seed: int, track: Track

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from keeplora.data.benchmark import TaskSpec
+from keeplora.models.pretrained import WHOLE, Precision
 from keeplora.progress import Track
 from keeplora.task import Batch, Task
 
@@ -53,8 +54,8 @@ class StreamTask(Task):
 class Family(Protocol):
     """How to load one kind of model, make tasks for it, and save it again."""
 
-    def load(self, name: str) -> nn.Module:
-        """Load a model in float32 by hub name or folder; raise a `ValueError` if weights are unreadable or missing."""
+    def load(self, name: str, precision: Precision = WHOLE) -> nn.Module:
+        """Load a model by hub name or folder; raise a `ValueError` if weights are unreadable or missing."""
 
     def tasks(
         self, name: str, specs: tuple[TaskSpec, ...], *, batch_size: int, evaluation: str, seed: int, track: Track

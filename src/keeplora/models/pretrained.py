@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -17,6 +19,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    BitsAndBytesConfig,
 )
 
 ATTENTION = "sdpa"  # Whatever a config asks for: another name may be that of a kernel to fetch.
@@ -36,25 +39,52 @@ def load_config(name: str) -> Any:
     return config
 
 
-def load_model(name: str, kind: Any = AutoModel) -> nn.Module:
-    """Load a model in float32 from safetensors alone; ValueError names what is wrong with it.
+@dataclass(frozen=True)
+class Precision:
+    """What the weights of a model are loaded in: a type, and perhaps 4 bits for the linear layers of its blocks."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantize: Literal["none", "nf4"] = "none"
+
+    def to_settings(self) -> dict[str, Any]:
+        """Return what transformers is told; ValueError if a package is missing."""
+        settings: dict[str, Any] = {"dtype": getattr(torch, self.dtype)}
+        if self.quantize == "none":
+            return settings
+        if find_spec("bitsandbytes") is None:
+            raise ValueError("quantize = 'nf4' needs the package bitsandbytes: pip install 'keeplora[quantize]'")
+        kind = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, self.dtype)
+        )
+        return {**settings, "quantization_config": kind}
+
+
+WHOLE = Precision()
+
+
+def load_model(name: str, kind: Any = AutoModel, precision: Precision = WHOLE) -> nn.Module:
+    """Load a model from safetensors alone; ValueError names what is wrong with it.
 
     `kind` is a class of transformers that finds the model's own by its configuration.
     """
-    config = load_config(name)
+    config, settings = load_config(name), precision.to_settings()
     cure = (
         ". Weights are read from safetensors alone: a pickled .bin or .pt could run any code; save the model anew with"
         " save_pretrained"
     )
     with naming(f"the weights of model {name!r}", cure):
         model, info = kind.from_pretrained(
-            name, config=config, dtype=torch.float32, output_loading_info=True, use_safetensors=True,
-            trust_remote_code=False, attn_implementation=ATTENTION,
+            name, config=config, output_loading_info=True, use_safetensors=True, trust_remote_code=False,
+            attn_implementation=ATTENTION, **settings,
         )  # fmt: skip
     if missing := sorted(info["missing_keys"]):
         kind, saved = type(model).__name__, ", ".join(getattr(config, "architectures", None) or [])
         hint = f"; it was saved as {saved}, and {kind} is needed" if saved not in ("", kind) else "; get it anew"
         raise ValueError(f"model {name!r} has no weight {missing[0]!r} ({len(missing)} are missing){hint}")
+    for module in model.modules():
+        # On some CPUs bitsandbytes packs a weight anew, and rounds it, when it is first used outside training.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return cast(nn.Module, model.eval())
 
 
@@ -63,10 +93,10 @@ def is_generative(config: Any) -> bool:
     return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
-def load_generative(name: str) -> nn.Module:
+def load_generative(name: str, precision: Precision = WHOLE) -> nn.Module:
     """Load a model that answers conversations, as `load_model` does."""
     reads_images = type(load_config(name)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    return load_model(name, AutoModelForImageTextToText if reads_images else AutoModelForCausalLM)
+    return load_model(name, AutoModelForImageTextToText if reads_images else AutoModelForCausalLM, precision)
 
 
 def load_processor(name: str) -> Any:

@@ -11,7 +11,6 @@ from keeplora.config import differences
 from keeplora.data.benchmark import absolute, resolved
 from keeplora.evaluation.accuracy_matrix import Results
 from keeplora.evaluation.evaluate import evaluate
-from keeplora.layers import weights
 from keeplora.methods.registry import find_method, method_behind
 from keeplora.models.interfaces import StreamTask
 from keeplora.progress import Track, silent
@@ -163,17 +162,18 @@ def _branch(source: RunDirectory, config: RunConfig, kept: list[int], origin: di
             before, details = method.protected(), dict(source.tasks[index])
             record, adapter = source.record(index)
             updates = updates_of(record, device)
-            weights_before = {layer: weights.read_weight(model, layer).clone() for layer in updates}
+            weights_before = {layer: method.learned_weight(model, layer).clone() for layer in updates}
             model = replay(method, model, tasks[place], record, adapter)
             if place == index:
                 details["scores"] = _scores(model, tasks, details["scores"], columns, track)
             else:  # A state that the old run never had; how the task merges into it was never measured.
                 details |= _scored_anew(directory, place, model, tasks, probes, track)
-                changes = changes_between(weights_before, model, updates, before)
+                changes = changes_between(weights_before, method, model, updates, before)
                 certificate = certificates(method.protected(), changes)
                 merge = {"merge_error": None, "merge_loss": loss_of(changes)}
                 details["certificate"] = {**certificate_to_json(certificate), **merge}
-            directory.add_task(record, details, model if config.save_model and index == kept[-1] else None)
+            is_saved = config.save_model and index == kept[-1] and not config.keeps_beside
+            directory.add_task(record, details, model if is_saved else None)
         return report(directory) if directory.is_complete else directory.results()
 
 

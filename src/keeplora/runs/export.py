@@ -22,7 +22,7 @@ from keeplora.config import Config, parse
 from keeplora.data.benchmark import TaskSpec
 from keeplora.evaluation.accuracy_matrix import METRIC_NAMES, Results
 from keeplora.evaluation.evaluate import evaluate
-from keeplora.layers import lora
+from keeplora.layers import lora, merging
 from keeplora.layers.lora import SavedAdapter
 from keeplora.methods.base import TaskRecord
 from keeplora.methods.registry import find_method
@@ -187,7 +187,7 @@ def export_run(folder: Path, config: ExportConfig, *, track: Track = silent) -> 
 def _write_merged(source: _Source, config: ExportConfig, part: Path) -> dict[str, Any]:
     run, model = source.config, source.base
     for name in source.track(source.adapters, "merging", len(source.adapters)):
-        model = lora.merge_from(model, source.records[name][1])
+        model = merging.merge_from(model, source.records[name][1])
     model = model.to(getattr(torch, config.dtype))
     _require_finite(model.state_dict(), config.dtype)
     family_of(run.model).save(model, locate(run.model), part)

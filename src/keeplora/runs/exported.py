@@ -8,7 +8,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from keeplora.config import read_json, require
-from keeplora.layers import lora
+from keeplora.layers import lora, merging
 from keeplora.models.interfaces import StreamTask
 from keeplora.models.registry import EMBEDDED, family_of, locate
 from keeplora.progress import Track, silent
@@ -68,7 +68,7 @@ def reopen_export(
         require_recorded_data(folder, told.data, tasks)
     model = family.load(source)
     for place in _adapters_of(folder, told):
-        model = lora.merge_from(model, place)
+        model = merging.merge_from(model, place)
     for task in tasks:
         if task.name in told.heads:
             task.load_head(_head(folder, told.heads[task.name], told.data.get(task.name, {}).get("classes")))

@@ -97,7 +97,8 @@ def learn(config: RunConfig, directory: RunDirectory, track: Track, watch: Watch
         if probes:
             details["probes"] = dict(zip(results.probes, probed, strict=True))
         details["parameters"] = {"trained": num_trained, "added": method.record.added_parameters}
-        is_saved = config.save_model and (index == 0 or (is_changed and method.record.merged))
+        is_new = index == 0 or (is_changed and method.record.merged)
+        is_saved = config.save_model and is_new and not config.keeps_beside
         directory.add_task(method.record, details, model if is_saved else None)
         warn_of_full_layers(directory.tasks, len(tasks) - directory.num_finished)
         if is_changed and method.one_by_one and scores[index] < min(before[index] + HARDLY, NEARLY_ALL):

@@ -157,23 +157,27 @@ def reopen(
     directory = read_run(folder)
     if directory.num_finished == 0:
         raise ValueError(f"{folder} has no model yet: no task is finished; resume the run first")
-    if not (files := [name for name in directory.files if name.startswith("model/")]):
+    config = config_of(directory, places)
+    files = [name for name in directory.files if name.startswith("model/")]
+    if not files and not config.keeps_beside:
         raise ValueError(f"{folder} was run with save_model = False and has no model; run it again with save_model")
     if flaws := directory.damaged(files):
         raise ValueError(flaws[0] + CURE)
-    config = config_of(directory, places)
     require_recorded_tasks(directory, config)
     require_unseen(folder, config, split)
-    config = replace(config, model=str(folder / "model"), evaluation=split or config.evaluation)
+    source = config.model if config.keeps_beside else str(folder / "model")
+    config = replace(config, model=source, evaluation=split or config.evaluation)
     model, tasks = open_stream(config, track)
     if config.evaluation == directory.manifest["config"]["evaluation"]:
         require_same_data(directory, tasks)
+    method = find_method(config.method)[0](config.options, seed=config.seed)
     for index, task in enumerate(tasks[: directory.num_finished]):
         record, adapter = directory.record(index)
         if record.head:
             task.load_head(record.head)
+        if config.keeps_beside and record.merged and record.adapter is not None:
+            model = method.with_updates(model, record, adapter)
     if not record.merged:
-        method = find_method(config.method)[0](config.options, seed=config.seed)
         model = method.replay(model, record, adapter)
     return directory, model, tasks
 
@@ -309,8 +313,8 @@ def open_probes(config: RunConfig, track: Track = silent) -> list[StreamTask]:
 
 
 def open_stream(config: RunConfig, track: Track = silent) -> tuple[nn.Module, list[StreamTask]]:
-    """Load the model of a run, in float32 on the best device, and its tasks in their order."""
+    """Load the model of a run, on the best device, and its tasks in their order."""
     family, source = family_of(config.model), locate(config.model)
     batch_size, evaluation, seed = config.train.batch_size, config.evaluation, config.seed
     tasks = family.tasks(source, config.stream, batch_size=batch_size, evaluation=evaluation, seed=seed, track=track)
-    return family.load(source).to(best_device()), tasks
+    return family.load(source, config.precision).to(best_device()), tasks

@@ -118,7 +118,7 @@ def certify(folder: Path, *, track: Track = silent) -> Proof:
 def _replay(proof: Proof, directory: RunDirectory, finished: list[str], track: Track) -> None:
     """Measure the tasks one by one as far as they are readable, then compare the models."""
     config = config_of(directory)
-    base = family_of(config.model).load(locate(config.model)).to(best_device())
+    base = family_of(config.model).load(locate(config.model), config.precision).to(best_device())
     require_same_model(base, config, directory)
     method = find_method(config.method)[0](config.options, seed=config.seed, track=track)
     replay = _Replay(base, method, proof)
@@ -133,14 +133,15 @@ def _replay(proof: Proof, directory: RunDirectory, finished: list[str], track: T
     place = proof.folder / "model"
     if len(proof.tasks) < len(finished):
         proof.notes.append("the merged model was not compared: not every task can be replayed")
-    elif not config.save_model:
-        proof.notes.append("the run has no merged model (save_model = False): there is none to compare")
+    elif not config.save_model or config.keeps_beside:
+        reason = "save_model = False" if not config.save_model else "updates stay beside the weights"
+        proof.notes.append(f"the run has no merged model ({reason}): there is none to compare")
     elif any(message.startswith(f"{place}/") for message in proof.breaches):
         proof.notes.append("the merged model was not compared: its files are not those of the run")
     elif not any(name.startswith("model/") for name in directory.files):
         proof.breaches.append(f"{place} is missing from the run, which was to save its model")
     else:
-        replay.compare(family_of(str(place)).load(str(place)))
+        replay.compare(family_of(str(place)).load(str(place), config.precision))
 
 
 class _Replay:
@@ -217,19 +218,19 @@ class _Replay:
         """Redo a task; say where the merge added something else than its update, and what it changed in the weights."""
         if not record.merged:
             return [], {}
-        before = {layer: weights.read_weight(self.model, layer).clone() for layer in updates}
+        before = {layer: self.method.learned_weight(self.model, layer).clone() for layer in updates}
         self.model = self.method.replay(self.model, record, folder)
         self.num_merged += bool(updates)
         self.adapted |= updates.keys()
         found = []
         for layer, (a, b) in updates.items():
-            after = weights.read_weight(self.model, layer)
+            after = self.method.learned_weight(self.model, layer)
             rounding = ROUNDINGS * max(_eps(before[layer]), _eps(after)) + a.shape[0] * _eps(b.abs() @ a.abs())
             error = _largest_difference(after - before[layer], b @ a)
             if not error <= rounding:
                 text = "the adapter's settings make another update of it than its factors"
                 found.append(f"{layer}: {text}, by {error:.2g}")
-        return found, changes_between(before, self.model, updates, bases)
+        return found, changes_between(before, self.method, self.model, updates, bases)
 
     def compare(self, saved: nn.Module) -> None:
         """Compare a run's merged model with the replayed one, and what no task changes with the base model."""
@@ -262,11 +263,11 @@ def updates_of(record: TaskRecord, device: torch.device) -> Updates:
 
 
 def changes_between(
-    before: dict[str, Tensor], model: nn.Module, updates: Updates, bases: dict[str, Tensor]
+    before: dict[str, Tensor], method: Method, model: nn.Module, updates: Updates, bases: dict[str, Tensor]
 ) -> dict[str, Change]:
-    """Return what a merge changed in the weights of the layers that it adapted, against bases."""
+    """Return what a task changed in the layers that it adapted, against bases."""
     return {
-        layer: change_of(before[layer], weights.read_weight(model, layer), b @ a, bases.get(layer), len(a))
+        layer: change_of(before[layer], method.learned_weight(model, layer), b @ a, bases.get(layer), len(a))
         for layer, (a, b) in updates.items()
     }
 

@@ -54,7 +54,7 @@ def load_subject(config: RunConfig, findings: list[Finding]) -> Subject | None:
     subject = None
     try:
         family, source = family_of(config.model), locate(config.model)
-        model = family.load(source).to(best_device())
+        model = family.load(source, config.precision).to(best_device())
         weights = dict(model.named_parameters())
         num_bytes = sum(weight.nbytes for weight in weights.values())
         subject = Subject(family, source, model, sum(weight.numel() for weight in weights.values()), num_bytes)
