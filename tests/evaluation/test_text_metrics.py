@@ -24,6 +24,9 @@ TABLE = {
                       ("go back.", "back", 1), ("yes", "yes", 1), ("yes", "no", 0)],
     "mllm_dcl_fin": [("B .", "b", 1), ("Yes.", "yes", 1), ("Yes it is", "yes", 0)],
     "equal_ignoring_case": [("Red", "rED", 1), ("red.", "red", 0)],
+    "first_character": [("B. because", "B", 1), (" b", "B", 1), ("A", "B", 0), ("", "B", 0)],
+    "edit_similarity": [("abcd", "abcd", 1), ("abd", "abcd", 6 / 7), ("x = <NUM_LIT:1>", "x =", 1), ("", "", 1),
+                        ("ab", "cd", 0)],
 }  # fmt: skip
 
 
@@ -50,6 +53,22 @@ def test_an_answer_is_judged_as_by_hand(name, p, answer, expected):
 def test_science_is_judged_by_the_set_of_the_image(p, answer, question, place, expected):
     reference = SimpleNamespace(answer=answer, question=question, place=place)
     assert METRICS["mllm_dcl_sci"]([p], [reference]) == pytest.approx(100 * expected)
+
+
+@pytest.mark.parametrize(
+    ("p", "answer", "expected"),
+    [
+        # By hand. Of one word: keep a, b, right a (P 1/2, R 1, F 2/3); leave c, right; add x, right. Of two: "a b" is
+        # kept, wanted none of the source's (P 0, R 1, F 0); "b c" left out, right; "b x" added, "a x" wanted, 0.
+        # Of three and four words: 3: "a b c" left out, right, keep 1, add "a b x": 0 of 1, none to add: R 1, F 0.
+        # Of four nothing is there: 1.
+        ("a b x", "a x", ((2 / 3 + 1 + 1) / 3 + (0 + 1 + 0) / 3 + (1 + 1 + 0) / 3 + 1) / 4),
+        ("a b c", "a b c", 1),
+    ],
+)
+def test_sari_is_that_of_a_calculation_by_hand(p, answer, expected):
+    reference = SimpleNamespace(answer=answer, question="a b c", place="")
+    assert METRICS["sari"]([p], [reference]) == pytest.approx(100 * expected)
 
 
 def test_a_score_is_the_mean_in_percent():

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 
 import chatty
 from keeplora.cli import main as cli
-from keeplora.data.benchmark import read_benchmark
+from keeplora.data.benchmark import read_benchmark, stream_of
 from keeplora.evaluation.accuracy_matrix import Results
 from keeplora.evaluation.metrics import METRICS
 from keeplora.models.registry import family_of
@@ -52,13 +53,50 @@ def ucit(folder):
     return folder
 
 
-REPLICAS = {"mllm_dcl": mllm_dcl, "ucit": ucit}
+def coin(folder):
+    """Write instructions in a folder of each task, image names relative to the folder of all data."""
+    for seed, spec in enumerate(read_benchmark("coin", folder).tasks):
+        place = chatty.write_llava(spec.path, seed=seed, count=3)
+        for split, name in spec.files.items():
+            rows = json.loads((place / f"{split}.json").read_text())
+            for row in rows:
+                row["image"] = f"Instructions_Original/{spec.path.name}/{row['image']}"
+            if spec.name == "ScienceQA" and split == "train":
+                del rows[0]["image"]  # Some have none there.
+                rows[0]["conversations"][0]["value"] = "Which is a metal? A. tin B. wood"
+            (place / f"{split}.json").unlink()
+            (place / name).write_text(json.dumps(rows))
+    return folder
+
+
+def texts(name):
+    """Return what writes the files of a benchmark of texts: each column that its questions are made of, and answers."""
+
+    def write(folder):
+        for spec in read_benchmark(name, folder).tasks:
+            spec.path.mkdir(parents=True)
+            for split, file in spec.files.items():
+                columns = re.findall(r"{(\w+)}", spec.question_template) or [spec.question_column]
+                rows = [
+                    {**dict.fromkeys(columns, f"{split} {color}"), spec.answer_column: color} for color in chatty.COLORS
+                ]
+                (spec.path / file).write_text(json.dumps(rows))
+        return folder
+
+    return write
+
+
+REPLICAS = {"mllm_dcl": mllm_dcl, "ucit": ucit, "coin": coin} | {
+    name: texts(name) for name in ("standard_cl", "long_cl", "trace")
+}
+OF_TEXTS = ("standard_cl", "long_cl", "trace")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REPLICAS)
 def test_a_benchmark_runs_on_a_replica_of_its_layout(tmp_path, name, capsys):
-    data, model = REPLICAS[name](tmp_path / "data"), chatty.save_llava(tmp_path / "model")
+    data = REPLICAS[name](tmp_path / "data")
+    model = (chatty.save_text_model if name in OF_TEXTS else chatty.save_llava)(tmp_path / "model")
     flags = ["--benchmark", name, "--data", str(data), "--model", str(model), *FAST, "--output", str(tmp_path / "run")]
     cli.main(["run", *flags])
     cli.main(["certify", str(tmp_path / "run")])
@@ -101,12 +139,25 @@ def test_the_suffix_of_a_yes_or_no_question_is_another(tmp_path):
     assert texts[1].endswith("Answer with the given letter directly, e.g., A, B, C, D. ASSISTANT:")
 
 
+@pytest.mark.parametrize(
+    ("name", "firsts"),
+    [("standard_cl", ["dbpedia", "dbpedia", "yahoo"]), ("long_cl", ["mnli", "multirc", "yelp"])],
+)
+def test_streams_of_texts_have_the_orders_of_the_papers_first(name, firsts, tmp_path):
+    benchmark = read_benchmark(name)
+    streams = [[spec.name for spec in stream_of(name, data=tmp_path, order=order)] for order in range(4)]
+    assert [stream[0] for stream in streams[:3]] == firsts
+    assert streams[1:3] == list(benchmark.orders)
+    assert all(sorted(stream) == sorted(streams[0]) for stream in streams)
+    assert streams[3] not in streams[:1]
+
+
 @pytest.mark.parametrize("name", REPLICAS)
 def test_without_their_data_benchmarks_say_where_these_are(name, capsys, tmp_path):
     with pytest.raises(SystemExit):
         cli.main(["run", "--benchmark", name, "--output", str(tmp_path / "run")])
     text = " ".join(capsys.readouterr().err.split())
-    assert f"benchmark '{name}' comes without its data; give their folder with --data: the data set" in text
+    assert f"benchmark '{name}' comes without its data; give their folder with --data: the " in text
 
 
 def test_the_names_of_mllm_cl_on_a_published_row():

@@ -84,6 +84,13 @@ def test_training_is_adamw_with_the_named_schedule(schedule, reference):
     assert (state(model) - state(tiny.MLP())).abs().max() > 0.01
 
 
+def test_a_constant_rate_rises_and_stays():
+    task = tiny.VectorTask(sizes=(4,) * 5)
+    config = TrainConfig(epochs=2, learning_rate=0.5, schedule="constant", warmup=0.3)
+    rates = rates_of(lambda: fit(tiny.MLP(), task, config))
+    assert rates == pytest.approx([0.125, 0.25, 0.375, *[0.5] * 7])
+
+
 def test_the_cosine_rises_to_the_peak_and_falls_to_nearly_zero():
     task = tiny.VectorTask(sizes=(4,) * 5)
     config = TrainConfig(epochs=4, learning_rate=0.5, schedule="cosine", warmup=0.2)

@@ -21,8 +21,8 @@ LONGEST_NAME = 200  # Bytes of a task's name; file systems end at 255, and other
 IMAGE_READERS, CHAT_READERS = ("folder", "dataset"), ("llava", "messages", "question_answer")
 OF_IMAGES = ("template", "class_names", "label_column")
 OF_CHATS = (
-    "files", "image_root", "question_column", "answer_column", "chat_template", "suffix", "yes_no_suffix",
-    "max_new_tokens", "max_length", "loss_over", "features_of",
+    "files", "image_root", "question_template", "question_column", "answer_column", "chat_template", "suffix",
+    "yes_no_suffix", "max_new_tokens", "max_length", "loss_over", "features_of",
 )  # fmt: skip
 """Keys of a task that only readers of images, or only those of conversations, have a use for."""
 
@@ -45,6 +45,8 @@ class TaskSpec(Config):
     """File of each split inside `path`, where it is not SPLIT.json or SPLIT.jsonl (readers of conversations)."""
     image_root: str = ""  # Folder inside `path` that paths of images are relative to (readers of conversations).
     question_column: str = "question"  # Column of the questions (reader question_answer).
+    question_template: str = ""
+    """A question put together from columns, {name} stands for each (reader question_answer)."""
     answer_column: str = "answer"  # Column of the answers (reader question_answer).
     chat_template: str = ""  # Chat format: a name such as vicuna_v1, or a .jinja file; the model's own if not given.
     suffix: str = ""  # What is put behind a question when the task is evaluated.
@@ -106,6 +108,8 @@ class Benchmark(Config):
     name: str
     description: str = ""
     tasks: tuple[TaskSpec, ...]
+    orders: tuple[list[str], ...] = ()
+    """Further orders that the benchmark is known for, as names of its tasks: the orders 1, 2 and so on."""
     defaults: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Settings that suit this benchmark: a table [defaults.train], and one for a method by its name."""
     compare: dict[str, Any] = field(default_factory=dict)  # What `keeplora compare` spends on each method.
@@ -121,6 +125,9 @@ class Benchmark(Config):
         names = [task.name for task in (*self.tasks, *self.probes)]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"two tasks are named {min(twice)!r}; names must differ")
+        own = sorted(task.name for task in self.tasks)
+        if odd := [number for number, order in enumerate(self.orders, 1) if sorted(order) != own]:
+            raise ValueError(f"order {odd[0]} of orders does not name each of the tasks once: {', '.join(own)}")
 
 
 def read_benchmark(name: str, data: Path | None = None) -> Benchmark:
@@ -166,8 +173,9 @@ def stream_of(
 
     The data of the first one are in `data`, if that is given; one that comes without them needs it (ValueError).
 
-    Order 0 is the benchmark's own, k the k-th random one, each another than those before; of it come the first tasks. A
-    task of the same name and data comes once, one that is named in `without` not at all.
+    Order 0 is the benchmark's own, then come its further ones, then random ones, each another than the random ones
+    before; of it come the first tasks. A task of the same name and data comes once, one that is named in `without` not
+    at all.
     """
     found = read_benchmark(benchmark, data)
     specs = found.tasks
@@ -175,9 +183,9 @@ def stream_of(
         raise ValueError(
             f"benchmark {benchmark!r} comes without its data; give their folder with --data: {found.source}"
         )
-    if order >= (num_orders := math.factorial(len(specs))):
+    if order >= (num_orders := math.factorial(len(specs)) + len(found.orders)):
         raise ValueError(f"order = {order}: {len(specs)} tasks have only the orders 0 to {num_orders - 1}")
-    stream = {specs[i].name: specs[i] for i in _permutation(order, len(specs))[:first_tasks]}
+    stream = {specs[i].name: specs[i] for i in _ordered(found, order)[:first_tasks]}
     for another in more:
         for spec in read_benchmark(another).tasks:
             if resolved(stream.setdefault(spec.name, spec)) != resolved(spec):
@@ -198,6 +206,14 @@ def resolved(spec: TaskSpec) -> TaskSpec:
 def absolute(benchmark: str) -> str:
     """Return a benchmark's name, or its path so that it can be found from anywhere."""
     return str(Path(benchmark).resolve()) if benchmark.endswith(".toml") else benchmark
+
+
+def _ordered(benchmark: Benchmark, order: int) -> tuple[int, ...]:
+    """Return the places of a benchmark's tasks in one of its orders."""
+    names = [task.name for task in benchmark.tasks]
+    if 0 < order <= len(benchmark.orders):
+        return tuple(names.index(name) for name in benchmark.orders[order - 1])
+    return _permutation(max(0, order - len(benchmark.orders)), len(names))
 
 
 @cache

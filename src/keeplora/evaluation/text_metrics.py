@@ -6,6 +6,7 @@ are: lenient ones stay lenient, so that scores can be compared with published on
 
 import re
 import string
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import PurePosixPath
@@ -114,6 +115,29 @@ def equal_ignoring_case(p: str, reference: Any) -> float:
     return float(p.upper() == reference.answer.upper())
 
 
+@by_answer
+def first_character(p: str, reference: Any) -> float:
+    """Compare the first characters (TRACE ScienceQA), whatever the case: the rest of an answer is its reason."""
+    return float(p.strip()[:1].lower() == reference.answer.strip()[:1].lower() != "")
+
+
+@by_answer
+def edit_similarity(p: str, reference: Any) -> float:
+    """Return the share of both texts' characters in their longest common subsequence (TRACE Py150, CodeXGLUE)."""
+    one, other = (list(re.sub("<(NUM|STR|CHAR)_LIT(:[^>]*)?>", "", text).strip()) for text in (p, reference.answer))
+    return 2 * _common(one, other) / (len(one) + len(other)) if one or other else 1.0
+
+
+@by_answer
+def sari(p: str, reference: Any) -> float:
+    """Return the mean of what was rightly kept, left out and added of the question's text (Xu et al., 2016).
+
+    Each is over sequences of one to four words, as in the library evaluate but for its splitting of words.
+    """
+    texts = [re.findall(r"\w+|[^\w\s]", text.lower()) for text in (reference.question, p, reference.answer)]
+    return sum(sum(_sari(*(_grams(text, n) for text in texts))) / 3 for n in range(1, 5)) / 4
+
+
 TEXT_METRICS: dict[str, Metric] = {
     "exact_match": exact_match,
     "contains": contains,
@@ -125,6 +149,9 @@ TEXT_METRICS: dict[str, Metric] = {
     "mllm_dcl_sci": mllm_dcl_sci,
     "mllm_dcl_fin": mllm_dcl_fin,
     "equal_ignoring_case": equal_ignoring_case,
+    "first_character": first_character,
+    "edit_similarity": edit_similarity,
+    "sari": sari,
 }
 """Means of the rules, in percent, by name."""
 
@@ -157,6 +184,32 @@ def _edits(one: str, other: str) -> int:
         for j, wanted in enumerate(other, 1):
             above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above + (letter != wanted))
     return row[-1]
+
+
+def _grams(words: list[str], n: int) -> Counter[tuple[str, ...]]:
+    return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+
+
+Grams = Counter[tuple[str, ...]]
+
+
+def _sari(source: Grams, found: Grams, wanted: Grams) -> tuple[float, float, float]:
+    """Return the F1 of keeping, the precision of leaving out, the F1 of adding; nothing to do is done right."""
+    kept, to_keep = source & found, source & wanted
+    right = kept & wanted
+    precision = sum(right[gram] / kept[gram] for gram in right) / len(kept) if kept else 1.0
+    recall = right.total() / to_keep.total() if to_keep else 1.0
+    left_out = source - found
+    rightly = left_out - wanted
+    leaving = sum(rightly[gram] / left_out[gram] for gram in rightly) / len(left_out) if left_out else 1.0
+    added, to_add = found.keys() - source.keys(), wanted.keys() - source.keys()
+    hits = len(added & to_add)
+    adding = _f1(hits / len(added) if added else 1.0, hits / len(to_add) if to_add else 1.0)
+    return _f1(precision, recall), leaving, adding
+
+
+def _f1(precision: float, recall: float) -> float:
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
 def _common(one: list[str], other: list[str]) -> int:

@@ -40,10 +40,10 @@ class TrainConfig(Config):
     """Peak learning rate of AdamW."""
     weight_decay: NonNegative = 0.01
     """Decay of AdamW; it acts on trained parameters only."""
-    schedule: Literal["one_cycle", "cosine"] = "one_cycle"
+    schedule: Literal["one_cycle", "cosine", "constant"] = "one_cycle"
     """Learning rate over a task's steps."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
-    """Share of the steps over which the rate of `cosine` rises."""
+    """Share of the steps over which the rate of `cosine` and `constant` rises."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Precision of the forward and backward pass; the statistics stay in float32."""
     accumulation: PositiveInt = 1
@@ -234,6 +234,8 @@ def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int)
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / (warmup + 1)
+        if config.schedule == "constant":
+            return 1.0
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, steps - warmup)))
 
     return LambdaLR(optimizer, factor)
