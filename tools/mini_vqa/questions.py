@@ -30,6 +30,8 @@ class Picture:
     image: Image.Image | None
     questions: list[Question] = field(default_factory=list)
     key: tuple[object, ...] = ()
+    description: str = ""  # What of it can be said in words: enough for the kinds that are named `told`.
+    told: tuple[str, ...] = ()
 
     def ask(self, kind: str, text: str, answer: object) -> None:
         """Add a question."""

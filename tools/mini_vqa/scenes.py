@@ -10,6 +10,8 @@ from PIL import Image
 from .canvas import COLOURS, SHAPES, SIZE, Canvas, contrast, vary
 from .questions import PLACES, Picture, one_of, options, place_of, plural
 
+TOLD = ("color", "color or", "color option", "shape", "shape or", "shape option", "count", "exists", "place")
+TOLD += ("place option", "at place", "list")
 PLAIN = ((255, 255, 255), (245, 245, 240), (230, 235, 240))
 
 
@@ -73,6 +75,8 @@ def scene(rng: Random) -> Picture:
     if not things:
         return scene(rng)
     picture = Picture(canvas.finished(), key=("scene", *sorted(one.name for one in things)))
+    picture.description = ", ".join(f"{one.name} {one.place}" for one in sorted(things, key=lambda one: one.x))
+    picture.told = TOLD
     _ask_what(rng, picture, things)
     _ask_how_many(rng, picture, things)
     _ask_whether(rng, picture, things)
@@ -137,22 +141,22 @@ def _ask_whether(rng: Random, picture: Picture, things: list[Thing]) -> None:
         candidates = [name for name in mixed if name not in names] if rng.random() < 0.5 else []
         asked, answer = rng.choice(candidates or [name for name in near if name not in names]), "no"
     ways = ("is there a {}?", "is a {} visible in the image?", "does the image show a {}?")
-    picture.ask("yes/no", rng.choice(ways).format(asked), answer)
+    picture.ask("exists", rng.choice(ways).format(asked), answer)
     shapes = {other.shape for other in things}
     asked = one.shape if rng.random() < 0.5 else rng.choice([shape for shape in SHAPES if shape not in shapes])
     ways = ("is there a {}?", "is there any {} in the picture?", "can you see a {}?")
-    picture.ask("yes/no", rng.choice(ways).format(asked), "yes" if asked in shapes else "no")
+    picture.ask("exists", rng.choice(ways).format(asked), "yes" if asked in shapes else "no")
     if single := _single(things, "shape"):
         one = rng.choice(single)
         asked = one.colour if rng.random() < 0.5 else rng.choice([c for c in COLOURS if c != one.colour])
         text = rng.choice(("is the {} {}?", "is the color of the {} {}?")).format(one.shape, asked)
-        picture.ask("yes/no", text, "yes" if asked == one.colour else "no")
+        picture.ask("exists", text, "yes" if asked == one.colour else "no")
     kinds = sorted(shapes | set(rng.sample(SHAPES, 2)))
     first, second = rng.sample(kinds, 2)
     times = Counter(other.shape for other in things)
     if times[first] != times[second]:
         text = f"are there more {plural(first)} than {plural(second)}?"
-        picture.ask("yes/no", text, "yes" if times[first] > times[second] else "no")
+        picture.ask("exists", text, "yes" if times[first] > times[second] else "no")
 
 
 def _ask_where(rng: Random, picture: Picture, things: list[Thing]) -> None:
