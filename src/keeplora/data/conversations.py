@@ -23,7 +23,7 @@ PLACEHOLDER = "<image>"  # Where an image stands in a text, in the data of LLaVA
 ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ("user", "assistant", "system", "tool")}
 HOLD_OUT_SEED = 42
 SPLITS = ("train", "test", "validation")
-PLACE = re.compile(r"{(\w+)}")  # Of a column, in a template.
+PLACE = r"{(\w+)}"  # Of a column, in a template.
 
 Message = Mapping[str, Any]
 """A message as chat templates take it: `role`, and `content`, a list of parts of the type image or text."""
@@ -292,7 +292,7 @@ def question_answer_record(spec: TaskSpec, row: Mapping[str, Any]) -> Record:
     """Read a record from the columns that the task names."""
     question, answer = row[spec.question_column] if not spec.question_template else "", row[spec.answer_column]
     if spec.question_template:
-        question = PLACE.sub(lambda found: str(row[found[1]]), spec.question_template)
+        question = re.sub(PLACE, lambda found: str(row[found[1]]), spec.question_template)
     images = _images(row.get(spec.image_column))
     if not isinstance(question, str) or not isinstance(answer, str | int | float):
         raise ValueError(f"a question or an answer that is no text ({spec.question_column}, {spec.answer_column})")
