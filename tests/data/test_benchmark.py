@@ -7,7 +7,7 @@ import pytest
 import tiny
 from keeplora.config import read_toml
 from keeplora.data import benchmark as benchmark_module
-from keeplora.data.benchmark import BENCHMARKS, TaskSpec, read_benchmark
+from keeplora.data.benchmark import BENCHMARKS, TaskSpec, read_benchmark, stream_of
 
 
 def write(folder, text, name="mine.toml"):
@@ -53,6 +53,24 @@ def test_paths_are_relative_to_the_benchmark_file_not_to_where_one_stands(tmp_pa
 def test_an_absolute_path_stays(tmp_path):
     path = write(tmp_path, f'[[tasks]]\nname = "a"\npath = "{tmp_path}/x"\n')
     assert read_benchmark(path).tasks[0].path == tmp_path / "x"
+
+
+def test_further_orders_come_first_and_random_ones_behind_them(tmp_path):
+    tasks = "".join(ONE.replace('"a"', f'"{name}"') for name in "abc")
+    path = write(tmp_path, f'orders = [["c", "b", "a"]]\n{tasks}')
+    streams = ["".join(spec.name for spec in stream_of(path, order=order)) for order in range(7)]
+    assert streams[:2] == ["abc", "cba"]
+    assert sorted(streams[2:]) == sorted(["acb", "bac", "bca", "cab", "cba"])
+    with pytest.raises(ValueError, match="order = 7: 3 tasks have only the orders 0 to 6"):
+        stream_of(path, order=7)
+
+
+@pytest.mark.parametrize("orders", ['[["a"]]', '[["a", "a"]]', '[["a", "b"], ["b", "c"]]', '[["a", "b", "b"]]'])
+def test_an_order_that_is_none_of_the_tasks_is_refused(tmp_path, orders):
+    tasks = "".join(ONE.replace('"a"', f'"{name}"') for name in "ab")
+    number = 2 if "c" in orders else 1
+    with pytest.raises(ValueError, match=f"order {number} of orders does not name each of the tasks once: a, b"):
+        read_benchmark(write(tmp_path, f"orders = {orders}\n{tasks}"))
 
 
 def test_two_tasks_of_one_name_are_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import datasets as hf
@@ -122,6 +123,17 @@ def test_datasets_with_images_inside_are_read(tmp_path, reader):
     assert train.records[0].messages[0]["content"] == image("What?")
     assert train.records[1].answer == ("red" if reader == "messages" else "4")
     assert train.images(0)[0].getpixel((0, 0))[2] > 150
+
+
+def test_a_question_is_put_together_from_columns(tmp_path):
+    rows = [{"instruction": "Sum {input}", "input": 3, "answer": "6"}]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.json").write_text(json.dumps(rows))
+    spec = spec_of(tmp_path, "question_answer", question_template="{instruction}\n{input} {of} what?")
+    with pytest.raises(ValueError, match="1 record of train has no 'of': 0"):
+        read_conversations(spec, "test")
+    train, _ = read_conversations(replace(spec, question_template="{instruction}\n{input} { of }?"), "test")
+    assert train.records[0].question == "Sum {input}\n3 { of }?"
 
 
 def test_a_validation_split_is_held_out_with_a_fixed_seed(pictures):
