@@ -104,6 +104,38 @@ def test_weights_of_four_bits_take_no_update(place):
         learned(place, "lora_ft", COARSE["nf4"], updates="merged")
 
 
+def test_a_run_of_four_bits_that_is_to_merge_is_refused_before_it_starts(tmp_path):
+    values = {"quantize": "nf4", "options": {"updates": "merged"}, "output": tmp_path / "run"}
+    with pytest.raises(ValueError, match="weights of 4 bits take no update; leave out updates = 'merged'"):
+        resolve(("test", values))
+
+
+class CutOff(Exception):
+    """Ends a run on purpose."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"dtype": "bfloat16"}, {"quantize": "nf4"}])
+def test_a_run_beside_its_weights_that_was_cut_off_ends_with_the_same_bytes(place, tmp_path, settings):
+    options = {"rank": 2, "weight_energy": 0.3, "feature_energy": 0.8}
+    values = {"benchmark": str(place / "chat.toml"), "model": str(place / "model"), "train": vars(TRAIN), **settings}
+
+    def configured(name):
+        return resolve(("test", {**values, "options": options, "output": tmp_path / name}))
+
+    def cut(results):
+        if len(results.accuracy) == 2:
+            raise CutOff
+
+    whole = run(configured("whole"))
+    with pytest.raises(CutOff):
+        run(configured("cut"), watch=cut)
+    resumed = run(configured("cut"))
+    assert (resumed.accuracy, resumed.zero_shot) == (whole.accuracy, whole.zero_shot)
+    for path in sorted((tmp_path / "whole" / "tasks").rglob("*.safetensors")):
+        assert path.read_bytes() == (tmp_path / "cut" / path.relative_to(tmp_path / "whole")).read_bytes(), path
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"dtype": "bfloat16"}, {"quantize": "nf4"}, {"options": {"updates": "beside"}}])
 def test_a_run_beside_its_weights_is_evaluated_certified_undone_and_exported(place, tmp_path, settings, capsys):

@@ -74,6 +74,10 @@ class RunConfig(Config):
             raise ValueError(
                 f"options of method {self.method!r} must be {kind.Config.__name__}, not {type(self.options).__name__}"
             )
+        if self.quantize != "none" and self.options.updates == "merged":
+            raise ValueError(
+                f"quantize = {self.quantize!r}: weights of 4 bits take no update; leave out updates = 'merged'"
+            )
         _require_variant(self.method, variant, dataclasses.asdict(self.options))
 
     @property

@@ -183,7 +183,7 @@ def _weigh_memory(found: Diagnosis, tasks: list[StreamTask]) -> None:
 def _weigh_disk(found: Diagnosis, subject: Subject) -> None:
     """Say how much the run writes, and whether there is space for it."""
     rank, other = found.config.options.rank, found.dry_run.extra_bytes
-    size = subject.weight_bytes if found.config.save_model else 0
+    size = subject.weight_bytes if found.config.save_model and not found.config.keeps_beside else 0
     needs = estimate_disk(
         subject.shapes, subject.free, rank=rank, num_tasks=len(found.tasks), model_bytes=size, other=other
     )
