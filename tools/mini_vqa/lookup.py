@@ -26,8 +26,13 @@ def words_to_practise(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(dict.fromkeys(ids[0] for ids in found if len(ids) == 1))
 
 
-def practice(words: Tensor, marks: Tensor, number: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return sequences of tokens and their labels; `marks` are the tokens in front of the parts, then yes and no."""
+def practice(
+    words: Tensor, marks: Tensor, number: int, generator: torch.Generator, between: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return sequences of tokens and their labels; `marks` are the tokens in front of the parts, then yes and no.
+
+    `between` is a token that stands between the words of a pair where it is said: the dot behind an option's letter.
+    """
 
     def shuffled(pairs: Tensor) -> Tensor:
         return pairs[torch.randperm(PAIRS, generator=generator)]
@@ -40,8 +45,11 @@ def practice(words: Tensor, marks: Tensor, number: int, generator: torch.Generat
         true = torch.rand(PAIRS, generator=generator) < 0.5
         said = torch.where(true, checked[:, 1], shuffled(pairs)[:, 1])
         verdict = torch.where(said == checked[:, 1], yes, no)
+        said_pairs = pairs
+        if between is not None:
+            said_pairs = torch.stack([pairs[:, 0], torch.full_like(pairs[:, 0], between), pairs[:, 1]], 1)
         parts = [
-            (pairs, torch.full_like(pairs, IGNORED)),
+            (said_pairs, torch.full_like(said_pairs, IGNORED)),
             (asked, torch.stack([torch.full_like(asked[:, 0], IGNORED), asked[:, 1]], 1)),
             (
                 torch.stack([checked[:, 0], said, verdict], 1),
@@ -67,6 +75,7 @@ def teach(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBa
     names = ("what", "is", "which", "yes", "no")
     marks = torch.tensor([tokenizer(name, add_special_tokens=False).input_ids[0] for name in names])
     words = words[~torch.isin(words, marks)]
+    dot = tokenizer("a.", add_special_tokens=False).input_ids[-1]
     generator = torch.Generator().manual_seed(0)
     parameters = [*model.model.language_model.parameters()]
     optimiser = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
@@ -75,7 +84,8 @@ def teach(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBa
     for step in range(steps):
         grown = max(0.0, (step / steps - 0.3) / 0.7)
         known = words[: few + int(grown * (len(words) - few))]
-        halves = [practice(pool, marks, ROWS // 2, generator) for pool in (words[:few], known)]
+        between = dot if step % 2 else None
+        halves = [practice(pool, marks, ROWS // 2, generator, between) for pool in (words[:few], known)]
         ids, labels = (torch.cat(parts) for parts in zip(*halves, strict=True))
         with torch.autocast("cpu", torch.bfloat16):
             states = model.model.language_model(input_ids=ids).last_hidden_state[:, :-1]
