@@ -46,6 +46,7 @@ def test_what_everything_may_use_loads_no_library(module):
     assert loaded_by(f"import keeplora.{module}")[0] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [

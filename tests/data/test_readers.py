@@ -395,6 +395,7 @@ def test_one_of_several_configurations_is_named(folder, tmp_path, dataset_cache)
         assert read_splits(spec_of(repository, reader="dataset", config=name), "test")[0].class_names == classes
 
 
+@pytest.mark.slow
 # The library leaves a file open that it cannot read, until it is collected.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(

@@ -29,7 +29,11 @@ from keeplora.models.registry import family_of
 from keeplora.progress import silent
 from tiny import autograd_gradients
 
-KINDS = (*chatty.IMAGE_MODELS, *chatty.TEXT_MODELS)
+FAST = ("llava", "llama")  # One with images and one without; the others take seconds.
+KINDS = [
+    kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow)
+    for kind in (*chatty.IMAGE_MODELS, *chatty.TEXT_MODELS)
+]
 
 
 @pytest.fixture(scope="module", params=KINDS)

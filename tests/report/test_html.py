@@ -157,6 +157,7 @@ def test_the_picture_of_the_capacity_grows_with_the_layers_and_stays_bounded():
     assert height(4) < height(40) < height(400) == height(900)
 
 
+@pytest.mark.slow
 def long_run(num_tasks):
     names = [f"task number {i} with a name of forty letters"[:40] for i in range(num_tasks)]
     row = [50.0 + i % 40 for i in range(num_tasks)]

@@ -23,6 +23,8 @@ from keeplora.runs.open import open_run
 from keeplora.runs.verify import certify
 
 FIRST, SECOND = "tasks/01-task0", "tasks/02-task1"
+pytestmark = pytest.mark.slow
+
 WEIGHTS = "adapter/adapter_model.safetensors"
 LAYER = "vision_model.encoder.layers.1.self_attn.v_proj"
 A, B = (f"base_model.model.{LAYER}.lora_{factor}.weight" for factor in "AB")

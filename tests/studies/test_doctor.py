@@ -23,6 +23,8 @@ from keeplora.studies.doctor import dry_run
 from keeplora.studies.doctor.diagnose import diagnose
 from keeplora.studies.doctor.findings import Finding, merged
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {"train": {"batch_size": 6, "epochs": 2}, "options": {"rank": 2}}
 
 

@@ -28,7 +28,8 @@ FUZZ = settings(
     deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT warns of settings that do nothing.
+# PEFT warns of settings that do nothing.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning")]
 
 FIRST = "tasks/01-task0"
 
