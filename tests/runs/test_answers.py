@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 import chatty
+from keeplora.cli import main as cli
 from keeplora.data.benchmark import read_benchmark
 from keeplora.evaluation.metrics import METRICS
 from keeplora.methods.base import MethodConfig
@@ -73,8 +74,27 @@ def test_a_run_without_a_task_of_another_keeps_its_questions(tmp_path):
     lines = told(tmp_path / "undone" / "tasks" / "01-task1" / "predictions.jsonl.gz")
     assert [score(lines, "task1")] == pytest.approx(results.accuracy[-1])
     shown = answered([read_run(tmp_path / "undone")])
-    assert {one.task for one in shown} >= {"task1"}
+    assert [one.task for one in shown] == ["task1"] * NUMBER
     assert all(set(one.given) == {"untouched", "lora_ft"} for one in shown)
+
+
+@pytest.mark.parametrize("way", ["continue", "fork"])
+def test_a_run_that_gets_more_tasks_shows_their_questions_too(tmp_path, way):
+    chatty.write_stream(tmp_path)
+    chatty.save_llava(tmp_path / "model")
+    learned(tmp_path)
+    text = (tmp_path / "chat.toml").read_text().replace("task0", "more").replace("data0", "more")
+    chatty.write_llava(tmp_path / "more", seed=2)
+    (tmp_path / "more.toml").write_text(text.split('[[tasks]]\nname = "task1"')[0])
+    to = "run" if way == "continue" else "fork"
+    where = ["--benchmark"] if way == "continue" else ["--output", str(tmp_path / to), "--more"]
+    cli.main(["run", f"--{way}", str(tmp_path / "run"), *where, str(tmp_path / "more.toml")])
+    shown = answered([read_run(tmp_path / to)])
+    assert [one.task for one in shown] == ["task0"] * NUMBER + ["task1"] * NUMBER + ["more"] * NUMBER
+    results = read_run(tmp_path / to).results()
+    for place, row in (("", results.zero_shot), ("tasks/01-task0/", results.accuracy[0])):
+        lines = told(tmp_path / to / f"{place}predictions.jsonl.gz")
+        assert [score(lines, task) for task in results.tasks] == pytest.approx(row)
 
 
 def test_a_probe_needs_no_training_split(tmp_path):

@@ -14,7 +14,7 @@ from keeplora.evaluation.evaluate import evaluate
 from keeplora.models.interfaces import StreamTask
 from keeplora.progress import Track
 from keeplora.report.html import Answered
-from keeplora.runs.directory import PREDICTIONS, RunDirectory, task_folder
+from keeplora.runs.directory import RunDirectory
 
 EXAMPLES = "examples.json"  # The questions that are shown, with small pictures.
 NUMBER = 3  # Questions of a task that are shown: its first ones, so that nobody has chosen them.
@@ -33,14 +33,16 @@ def evaluated(model: nn.Module, tasks: list[StreamTask], track: Track) -> tuple[
     return scores, gzip.compress("".join(lines).encode(), mtime=0) if lines else b""
 
 
-def examples_of(tasks: Iterable[StreamTask]) -> bytes:
-    """Return the questions that are shown of some tasks, as a file; nothing where no task has any."""
+def write_untouched(directory: RunDirectory, tasks: Iterable[StreamTask], told: bytes) -> None:
+    """Hand in what the untouched model answered, and the questions that are shown, for the next commit."""
+    directory.write_predictions(told)
     shown = [
         {"task": task.name, **told, "image": _small(image) if image else ""}
         for task in tasks
         for told, image in task.examples(NUMBER)
     ]
-    return (json.dumps(shown, indent=1, ensure_ascii=False) + "\n").encode() if shown else b""
+    if shown:
+        directory.write(EXAMPLES, (json.dumps(shown, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def answered(directories: Sequence[RunDirectory]) -> list[Answered]:
@@ -50,27 +52,26 @@ def answered(directories: Sequence[RunDirectory]) -> list[Answered]:
         return []
     shown = json.loads(first.read(EXAMPLES))
     wanted = {(one["task"], one["id"]) for one in shown}
-    columns = {"untouched": _given(first, PREDICTIONS, wanted)}
+    columns = {"untouched": _given(first.predictions(), wanted)}
     for directory in directories:
-        folders = [task_folder(index, directory.manifest["tasks"]) for index in range(directory.num_finished)]
-        names = [name for folder in folders if (name := f"{folder}/{PREDICTIONS}") in directory.files]
-        if names:
-            columns[directory.manifest["config"]["method"]] = _given(directory, names[-1], wanted)
+        states = [told for index in range(directory.num_finished) if (told := directory.predictions(index))]
+        if states:
+            columns[directory.manifest["config"]["method"]] = _given(states[-1], wanted)
     return [
         Answered(
             task=one["task"],
             question=one["question"],
             expected=one["answer"],
             image=one["image"],
-            given={column: given.get((one["task"], one["id"]), "") for column, given in columns.items()},
+            given={column: given[one["task"], one["id"]] for column, given in columns.items()},
         )
         for one in shown
     ]
 
 
-def _given(directory: RunDirectory, name: str, wanted: set[tuple[str, str]]) -> dict[tuple[str, str], str]:
+def _given(predictions: bytes, wanted: set[tuple[str, str]]) -> dict[tuple[str, str], str]:
     """Return the answers of a file of predictions to some questions."""
-    with gzip.open(io.BytesIO(directory.read(name)), "rt", encoding="utf-8") as lines:
+    with gzip.open(io.BytesIO(predictions), "rt", encoding="utf-8") as lines:
         told: Iterable[dict[str, Any]] = (json.loads(line) for line in lines)
         return {key: one["prediction"] for one in told if (key := (one["task"], one["id"])) in wanted}
 

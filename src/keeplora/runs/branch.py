@@ -10,14 +10,13 @@ from torch import nn
 from keeplora.config import differences
 from keeplora.data.benchmark import absolute, resolved
 from keeplora.evaluation.accuracy_matrix import Results
-from keeplora.evaluation.evaluate import evaluate
 from keeplora.methods.registry import find_method, method_behind
 from keeplora.models.interfaces import StreamTask
 from keeplora.progress import Track, silent
-from keeplora.runs.answers import EXAMPLES, evaluated
+from keeplora.runs.answers import evaluated, write_untouched
 from keeplora.runs.atomic_store import made_whole
 from keeplora.runs.config import RunConfig, plain_values
-from keeplora.runs.directory import PREDICTIONS, RunDirectory, task_folder
+from keeplora.runs.directory import RunDirectory
 from keeplora.runs.loop import replay, report, require_same_model
 from keeplora.runs.open import (
     IN_PLACE,
@@ -154,8 +153,8 @@ def _branch(source: RunDirectory, config: RunConfig, kept: list[int], origin: di
         method.protect(model)
         directory.manifest["data"] = {task.name: dict(task.data) for task in tasks if task.data}
         directory.manifest["origin"] = {"run": str(source.folder.resolve()), **origin}
-        zero_shot = _scores(model, tasks, old["zero_shot"], columns, track)
-        _copy_answers(source, directory, [place for place, index in enumerate(kept) if place == index])
+        zero_shot, told = _scores(model, tasks, old["zero_shot"], columns, track)
+        write_untouched(directory, tasks, source.predictions() + told)
         directory.start(old["model_digest"], zero_shot, old["start"], old.get("probes", {}))
         probes = open_probes(config, track)
         for place, index in enumerate(track(kept, "merging", len(kept))):
@@ -165,7 +164,8 @@ def _branch(source: RunDirectory, config: RunConfig, kept: list[int], origin: di
             weights_before = {layer: method.learned_weight(model, layer).clone() for layer in updates}
             model = replay(method, model, tasks[place], record, adapter)
             if place == index:
-                details["scores"] = _scores(model, tasks, details["scores"], columns, track)
+                details["scores"], told = _scores(model, tasks, details["scores"], columns, track)
+                directory.write_predictions(source.predictions(index) + told, place)
             else:  # A state that the old run never had; how the task merges into it was never measured.
                 details |= _scored_anew(directory, place, model, tasks, probes, track)
                 changes = changes_between(weights_before, method, model, updates, before)
@@ -187,22 +187,18 @@ def _scored_anew(
 ) -> dict[str, Any]:
     """Return the scores of a state as `task.json` has them, and hand in what was answered."""
     scores, answers = evaluated(model, [*tasks, *probes], track)
-    directory.keep_predictions(answers, place)
+    directory.write_predictions(answers, place)
     probed = dict(zip([probe.name for probe in probes], scores[len(tasks) :], strict=True))
     return {"scores": scores[: len(tasks)], **({"probes": probed} if probes else {})}
 
 
-def _copy_answers(source: RunDirectory, directory: RunDirectory, indices: list[int]) -> None:
-    """Hand in what the old run's model answered, untouched and after some tasks, if it was kept."""
-    tasks = [f"{task_folder(index, source.manifest['tasks'])}/{PREDICTIONS}" for index in indices]
-    for name in (PREDICTIONS, EXAMPLES, *tasks):
-        if name in source.files:
-            directory.write(name, source.read(name))
-
-
 def _scores(
     model: nn.Module, tasks: list[StreamTask], recorded: list[float], columns: dict[str, int], track: Track
-) -> list[float]:
-    """Return the scores of a state of the old run: what it recorded, and a new evaluation of tasks without a column."""
-    late = iter(evaluate(model, [task for task in tasks if task.name not in columns], track=track))
-    return [recorded[columns[task.name]] if task.name in columns else next(late) for task in tasks]
+) -> tuple[list[float], bytes]:
+    """Return the scores of a state of the old run: what it recorded, and a new evaluation of tasks without a column.
+
+    The answers to those are returned too.
+    """
+    scores, told = evaluated(model, [task for task in tasks if task.name not in columns], track)
+    late = iter(scores)
+    return [recorded[columns[task.name]] if task.name in columns else next(late) for task in tasks], told

@@ -145,11 +145,20 @@ class RunDirectory(Store):
         self.manifest["phase"] = "complete" if self.is_complete else "running"
         self._commit_scores([self.num_finished - 1])
 
-    def keep_predictions(self, content: bytes, index: int | None = None) -> None:
-        """Hand in what the model answered after a task, or untouched, for the next commit; nothing if it is empty."""
+    def predictions(self, index: int | None = None) -> bytes:
+        """Return what the model answered after a task, or untouched, as a file; nothing if none was kept."""
+        return self.read(name) if (name := self._predictions(index)) in self.files else b""
+
+    def write_predictions(self, content: bytes, index: int | None = None) -> None:
+        """Hand in what the model answered after a task, or untouched, for the next commit; nothing if it is empty.
+
+        One such file behind another is one of both.
+        """
         if content:
-            folder = "" if index is None else f"{task_folder(index, self.manifest['tasks'])}/"
-            self.write(f"{folder}{PREDICTIONS}", content)
+            self.write(self._predictions(index), content)
+
+    def _predictions(self, index: int | None) -> str:
+        return PREDICTIONS if index is None else f"{task_folder(index, self.manifest['tasks'])}/{PREDICTIONS}"
 
     def widen(self, config: dict[str, Any], tasks: list[str], columns: list[list[float]]) -> None:
         """Let the run have more tasks, and commit the scores on them of every state so far, the untouched one first."""

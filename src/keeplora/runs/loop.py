@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from keeplora.evaluation.accuracy_matrix import Results
 from keeplora.evaluation.capacity import capacity_of, warn_of_full_layers
-from keeplora.evaluation.evaluate import evaluate
 from keeplora.layers.module_state import device_of
 from keeplora.layers.weights import digest_of
 from keeplora.methods.base import Method, Step, TaskRecord
@@ -22,7 +21,7 @@ from keeplora.methods.registry import find_method
 from keeplora.models.interfaces import StreamTask
 from keeplora.progress import Track, silent
 from keeplora.report.html import page
-from keeplora.runs.answers import EXAMPLES, answered, evaluated, examples_of
+from keeplora.runs.answers import answered, evaluated, write_untouched
 from keeplora.runs.config import RunConfig, plain_values
 from keeplora.runs.directory import RunDirectory
 from keeplora.runs.open import open_probes, open_run, open_stream, require_same_data
@@ -92,7 +91,7 @@ def learn(config: RunConfig, directory: RunDirectory, track: Track, watch: Watch
             if is_changed := method.record.adapter is not None:  # Otherwise the model is as it was before the task.
                 found = phases.once(Step("evaluate"), _scores, model, [*tasks, *probes], track)
                 scores, probed = (part.tolist() for part in found["scores"].split([len(tasks), len(probes)]))
-                directory.keep_predictions(bytes(found["predictions"].tolist()), index)
+                directory.write_predictions(bytes(found["predictions"].tolist()), index)
         details = {"name": task.name, "scores": scores, "losses": losses, "phases": phases.clock.read()}
         if probes:
             details["probes"] = dict(zip(results.probes, probed, strict=True))
@@ -125,18 +124,22 @@ def catch_up(
         with clock.phase("zero_shot"):
             scores, told = evaluated(model, [*tasks, *probes], track)
         probed = dict(zip([probe.name for probe in probes], scores[len(tasks) :], strict=True))
-        directory.keep_predictions(told)
-        if examples := examples_of(tasks):
-            directory.write(EXAMPLES, examples)
+        write_untouched(directory, tasks, told)
         directory.start(digest_of(model.named_parameters()), scores[: len(tasks)], clock.read(), probed)
     require_same_model(model, config, directory)
     require_same_data(directory, tasks)
     directory.manifest["data"] = {task.name: dict(task.data) for task in tasks if task.data}
     late = tasks[len(directory.manifest["tasks"]) :]
-    columns = [evaluate(model, late, track=track)]
+    scores, told = evaluated(model, late, track)
+    columns = [scores]
+    if late:
+        write_untouched(directory, tasks, directory.predictions() + told)
     for index in range(directory.num_finished):
         model = replay(method, model, tasks[index], *directory.record(index))
-        columns.append(evaluate(model, late, track=track))
+        scores, told = evaluated(model, late, track)
+        columns.append(scores)
+        if late:
+            directory.write_predictions(directory.predictions(index) + told, index)
     if late:
         directory.widen(plain_values(config), [task.name for task in tasks], columns)
     return model
