@@ -1,5 +1,6 @@
 """Updates beside the weights of a layer."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -26,9 +27,10 @@ def test_a_layer_computes_with_all_updates_and_without_those_taken_out():
     assert torch.allclose(model(x), expected, atol=1e-5)
     assert torch.equal(model[0].weight, weight)
     assert [len(a) for a, _ in beside(model)["0"]] == [2, 3]
-    assert not remove_beside(model, "0", *factors(2, seed=3))
-    assert remove_beside(model, "0", *first)
+    with pytest.raises(ValueError, match="the update is not beside the weight of layer '0'"):
+        remove_beside(model, "0", *factors(2, seed=3))
+    remove_beside(model, "0", *first)
     assert torch.allclose(model(x), base + x @ (second[1] @ second[0]).T, atol=1e-5)
-    assert remove_beside(model, "0", *second)
+    remove_beside(model, "0", *second)
     assert torch.equal(model(x), base)
     assert not model[0]._forward_hooks

@@ -44,19 +44,18 @@ def add_beside(model: nn.Module, layer: str, a: Tensor, b: Tensor) -> None:
     updates.change([*updates.blocks, (a.detach().float(), b.detach().float())])
 
 
-def remove_beside(model: nn.Module, layer: str, a: Tensor, b: Tensor) -> bool:
-    """Take an update out again; say whether the layer had it."""
+def remove_beside(model: nn.Module, layer: str, a: Tensor, b: Tensor) -> None:
+    """Take an update out again; ValueError if it is not beside the layer."""
     module = model.get_submodule(layer)
     updates = _updates_of(module)
     blocks = [] if updates is None else updates.blocks
     place = next((i for i, (x, y) in enumerate(blocks) if _equal(x, a) and _equal(y, b)), None)
     if updates is None or place is None:
-        return False
+        raise ValueError(f"the update is not beside the weight of layer {layer!r}; was it taken out before?")
     updates.change(blocks[:place] + blocks[place + 1 :])
     if not updates.blocks:
         hooks = module._forward_hooks
         del hooks[next(key for key, hook in hooks.items() if hook is updates)]
-    return True
 
 
 def beside(model: nn.Module) -> dict[str, list[Factors]]:

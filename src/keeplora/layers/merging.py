@@ -112,12 +112,19 @@ def lay_beside(adapted: nn.Module, task: str, bases: dict[str, Tensor]) -> tuple
             raise LearningError(f"the trained update of layer {name!r} holds NaN or infinity. Lower learning_rate")
         changes[name] = change_of(torch.zeros_like(update), update, update, bases.get(name), len(a))
     probes = {name: _Probe(layer, 0.0) for name, layer in lora_layers(adapted).items()}
-    model = unload(adapted)
-    for name, (a, b) in updates.items():
-        add_beside(model, name, a, b)
+    model = put_beside(adapted)
     errors = [probe.error(name, model.get_submodule(name), task) for name, probe in probes.items()]
     change = math.hypot(*(probe.change for probe in probes.values()))
     return model, Merge(changes, math.hypot(*errors) / change if change > 0 else 0.0)
+
+
+def put_beside(adapted: nn.Module) -> nn.Module:
+    """Take the adapter out, and add every update beside its weight; return the plain base model."""
+    updates = factors_of(adapted)
+    model = unload(adapted)
+    for name, (a, b) in updates.items():
+        add_beside(model, name, a, b)
+    return model
 
 
 class _Probe:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from keeplora.config import Config, PositiveNumber
 from keeplora.errors import LearningError
 from keeplora.layers import lora, merging, weights
-from keeplora.layers.beside import add_beside, beside, remove_beside
+from keeplora.layers.beside import beside, remove_beside
 from keeplora.layers.lora import SavedAdapter
 from keeplora.layers.module_state import device_of, evaluation_mode
 from keeplora.layers.names import AUTO
@@ -128,7 +128,6 @@ class Method:
         self._learned: list[str] = []
         self._required_grad: dict[str, bool] = {}
         self._fingerprints: dict[str, bytes] = {}
-        self._keeps_beside = False
         self.start()
 
     def start(self) -> None:
@@ -202,12 +201,8 @@ class Method:
     def with_updates(self, model: nn.Module, record: TaskRecord, folder: Path) -> nn.Module:
         """Return the model with the updates of a finished task, from its record and the folder of its adapter."""
         self.snapshot(model)
-        updates = record.factors()
-        if not self.keeps_beside(model, updates):
-            return self.restore(merging.merge_from(model, folder))
-        for name, (a, b) in updates.items():
-            add_beside(model, name, a, b)
-        return model
+        settle = merging.put_beside if self.keeps_beside(model, record.factors()) else merging.merge
+        return self.restore(settle(lora.reload(model, folder)))
 
     def undo(self, model: nn.Module, record: TaskRecord) -> nn.Module:
         """Take a task out again: its update out of the model's weights, and what it protected out of the method.
@@ -222,13 +217,17 @@ class Method:
             raise ValueError("this record is of no task that the method has learned and not undone")
         self._learned.remove(learned)
         self.remove_task(record)
-        for name, (a, b) in record.factors().items():
-            if not remove_beside(model, name, a, b):
+        updates = record.factors()
+        is_beside = self.keeps_beside(model, updates)
+        for name, (a, b) in updates.items():
+            if is_beside:
+                remove_beside(model, name, a, b)
+            else:
                 weights.add_update(model, name, -(b @ a))
         return model
 
     def keeps_beside(self, model: nn.Module, layers: Iterable[str]) -> bool:
-        """Say whether updates of these layers stay beside the weights of a model without an adapter."""
+        """Say whether updates of these layers stay beside the weights of a model."""
         coarse = [name for name in layers if not weights.takes_updates(model, name)]
         if self.config.updates != "merged":
             return self.config.updates == "beside" or bool(coarse)
@@ -265,7 +264,6 @@ class Method:
         `factors` are start values `(a [r, d_in], b [d_out, r])`, with `a` frozen; `scales` further factors of updates.
         """
         self.snapshot(model)
-        self._keeps_beside = self.keeps_beside(model, ranks)
         r, alpha, scales = self.config.rank, self.config.alpha, scales or {}
         alphas = {name: (alpha if n == r else alpha * n / r) * scales.get(name, 1.0) for name, n in ranks.items()}
         adapted = lora.attach(model, ranks, alphas, factors=factors)
@@ -298,7 +296,7 @@ class Method:
         """Merge the adapter, or lay its updates beside the weights; return the base model, and what that did."""
         task = Task.of(task)
         self.require_untouched(adapted, task)
-        if self._keeps_beside:
+        if self.keeps_beside(lora.inner(adapted), lora.lora_layers(adapted)):
             merged, merge = merging.lay_beside(adapted, task.name, self.protected())
         else:
             allow_loss = self.config.allow_merge_loss

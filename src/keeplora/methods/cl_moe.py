@@ -143,7 +143,7 @@ class CLMoE(Method):
     config: CLMoEConfig
 
     stands_alone: ClassVar[bool] = False
-    fixed: ClassVar[tuple[str, ...]] = ("targets", "towers", "rank", "alpha", "num_experts")
+    fixed: ClassVar[tuple[str, ...]] = (*Method.fixed, "rank", "alpha", "num_experts")
 
     def start(self) -> None:
         self._experts: dict[str, tuple[Tensor, Tensor]] = {}

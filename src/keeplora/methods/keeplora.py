@@ -95,8 +95,7 @@ class KeepLoRA(Protecting):
         Step("features"),
     )
     fixed: ClassVar[tuple[str, ...]] = (
-        "targets",
-        "towers",
+        *Protecting.fixed,
         "weight_energy",
         "weight_side",
         "energy_rule",

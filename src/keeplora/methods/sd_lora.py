@@ -45,7 +45,7 @@ class SDLoRA(Method):
     config: SDLoRAConfig
 
     stands_alone: ClassVar[bool] = False
-    fixed: ClassVar[tuple[str, ...]] = ("targets", "towers", "rank", "alpha")
+    fixed: ClassVar[tuple[str, ...]] = (*Method.fixed, "rank", "alpha")
 
     def start(self) -> None:
         self.directions: dict[str, tuple[Tensor, Tensor]] = {}
