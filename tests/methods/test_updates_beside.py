@@ -10,6 +10,7 @@ from keeplora.evaluation.evaluate import evaluate
 from keeplora.layers.beside import beside
 from keeplora.layers.lora import lora_layers
 from keeplora.methods.registry import METHODS
+from keeplora.models import pretrained
 from keeplora.models.pretrained import Precision
 from keeplora.models.registry import family_of
 from keeplora.progress import silent
@@ -108,6 +109,28 @@ def test_a_run_of_four_bits_that_is_to_merge_is_refused_before_it_starts(tmp_pat
     values = {"quantize": "nf4", "options": {"updates": "merged"}, "output": tmp_path / "run"}
     with pytest.raises(ValueError, match="weights of 4 bits take no update; leave out updates = 'merged'"):
         resolve(("test", values))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["zero_shot", "sd_lora", "cl_moe", "sefe", "ewc"])
+def test_a_run_of_any_method_is_opened_again_beside_its_weights(place, tmp_path, method):
+    values = {
+        "benchmark": str(place / "chat.toml"),
+        "model": str(place / "model"),
+        "method": method,
+        "train": vars(TRAIN),
+    }
+    options = {} if method == "zero_shot" else {"rank": 2}
+    results = run(resolve(("test", {**values, "dtype": "bfloat16", "options": options, "output": tmp_path / "run"})))
+    _, model, tasks = reopen(tmp_path / "run")
+    assert evaluate(model, tasks) == pytest.approx(results.accuracy[-1])
+    assert certify(tmp_path / "run").breaches == []
+
+
+def test_without_bitsandbytes_the_error_names_the_package(place, monkeypatch):
+    monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs the package bitsandbytes: pip install 'keeplora\[quantize\]'"):
+        family_of(str(place / "model")).load(str(place / "model"), COARSE["nf4"])
 
 
 class CutOff(Exception):

@@ -290,9 +290,11 @@ def messages_record(spec: TaskSpec, row: Mapping[str, Any]) -> Record:
 
 def question_answer_record(spec: TaskSpec, row: Mapping[str, Any]) -> Record:
     """Read a record from the columns that the task names."""
-    question, answer = row[spec.question_column] if not spec.question_template else "", row[spec.answer_column]
+    answer = row[spec.answer_column]
     if spec.question_template:
         question = re.sub(PLACE, lambda found: str(row[found[1]]), spec.question_template)
+    else:
+        question = row[spec.question_column]
     images = _images(row.get(spec.image_column))
     if not isinstance(question, str) or not isinstance(answer, str | int | float):
         raise ValueError(f"a question or an answer that is no text ({spec.question_column}, {spec.answer_column})")

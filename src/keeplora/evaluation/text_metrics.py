@@ -14,6 +14,7 @@ from typing import Any
 
 Rule = Callable[[str, Any], float]
 Metric = Callable[[Sequence[Any], Sequence[Any]], float]
+Grams = Counter[tuple[str, ...]]  # Sequences of words, and how often each comes.
 
 
 def by_answer(rule: Rule) -> Metric:
@@ -186,11 +187,8 @@ def _edits(one: str, other: str) -> int:
     return row[-1]
 
 
-def _grams(words: list[str], n: int) -> Counter[tuple[str, ...]]:
+def _grams(words: list[str], n: int) -> Grams:
     return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
-
-
-Grams = Counter[tuple[str, ...]]
 
 
 def _sari(source: Grams, found: Grams, wanted: Grams) -> tuple[float, float, float]:

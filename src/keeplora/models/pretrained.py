@@ -39,12 +39,16 @@ def load_config(name: str) -> Any:
     return config
 
 
+Dtype = Literal["float32", "bfloat16", "float16"]
+Quantization = Literal["none", "nf4"]
+
+
 @dataclass(frozen=True)
 class Precision:
     """What the weights of a model are loaded in: a type, and perhaps 4 bits for the linear layers of its blocks."""
 
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    quantize: Literal["none", "nf4"] = "none"
+    dtype: Dtype = "float32"
+    quantize: Quantization = "none"
 
     def to_settings(self) -> dict[str, Any]:
         """Return what transformers is told; ValueError if a package is missing."""

@@ -13,7 +13,7 @@ from keeplora.config import FILLED_IN, Config, parse
 from keeplora.data.benchmark import TaskSpec, absolute, read_benchmark, stream_of
 from keeplora.methods.base import MethodConfig
 from keeplora.methods.registry import METHODS, find_method, known_methods, method_behind
-from keeplora.models.pretrained import WHOLE, Precision
+from keeplora.models.pretrained import WHOLE, Dtype, Precision, Quantization
 from keeplora.models.registry import EMBEDDED
 from keeplora.training.trainer import TrainConfig
 
@@ -47,9 +47,9 @@ class RunConfig(Config):
     """Benchmarks whose tasks follow, each in its own order; a task of the same name and data comes once."""
     without: tuple[str, ...] = ()
     """Names of tasks to leave out."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
     """Precision of the base model's weights; beside half precision, updates stay in float32."""
-    quantize: Literal["none", "nf4"] = "none"
+    quantize: Quantization = "none"
     """Load the base model's linear layers in 4 bits (NF4, by bitsandbytes); updates stay beside them in float32."""
     save_model: bool = True
     """Write the merged model after each task; without it, it can be made again from the adapters."""

@@ -28,6 +28,7 @@ from keeplora.methods.base import TaskRecord
 from keeplora.methods.registry import find_method
 from keeplora.models.dual_encoder import context_of
 from keeplora.models.interfaces import StreamTask
+from keeplora.models.pretrained import Dtype
 from keeplora.models.registry import EMBEDDED, family_of, locate
 from keeplora.progress import Track, silent
 from keeplora.runs.atomic_store import made_whole
@@ -112,7 +113,7 @@ class ExportConfig(Config):
     """The model with all updates in its weights, one adapter that holds their sum, or an adapter for each task."""
     output: Path
     """Folder to write; it must not exist, or be empty."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     """Precision of the weights."""
     benchmark: Path | None = None
     """Where the benchmark's file is now, if it was moved away from where the run knew it."""
