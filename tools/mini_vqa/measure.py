@@ -68,7 +68,8 @@ def report(model: LlavaForConditionalGeneration, processor: LlavaProcessor, numb
         kinds[question.kind].append(index)
     table = {name: [_share(own, of), _share(other, of), len(of)] for name, of in sorted(groups.items())}
     per_kind = {name: [_share(own, of), _share(other, of), len(of)] for name, of in sorted(kinds.items())}
-    return {"general": _share(own), "another image": _share(other), "groups": table, "kinds": per_kind}
+    whole = {"general": _share(own), "another image": _share(other), "commonest answers": round(commonest(asked), 1)}
+    return {**whole, "groups": table, "kinds": per_kind}
 
 
 def commonest(asked: Sequence[Asked]) -> float:

@@ -58,8 +58,9 @@ def _rows(asked: Iterator[tuple[Picture, Question]]) -> datasets.Dataset:
         file = io.BytesIO()
         picture.image.save(file, "WEBP", lossless=True, quality=100, method=6)
         table["image"].append({"bytes": file.getvalue(), "path": None})
-        for name in ("question", "answer", "kind"):
-            table[name].append({"question": question.text, "answer": question.answer, "kind": question.kind}[name])
+        table["question"].append(question.text)
+        table["answer"].append(question.answer)
+        table["kind"].append(question.kind)
     return datasets.Dataset.from_dict(table, features=COLUMNS)
 
 
@@ -80,9 +81,8 @@ def write_tasks(folder: Path = PACKAGE / "data") -> None:
 def _save(splits: dict[str, datasets.Dataset], folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     datasets.DatasetDict(splits).save_to_disk(folder)
-    for state in folder.rglob(
-        "state.json"
-    ):  # What is written twice is to be the same: a fingerprint is drawn at random.
+    # A fingerprint is drawn at random, and what is written twice is to be the same.
+    for state in folder.rglob("state.json"):
         told = json.loads(state.read_text())
         state.write_text(json.dumps(told | {"_fingerprint": f"mini_vqa-{folder.name}-{state.parent.name}"}, indent=2))
 

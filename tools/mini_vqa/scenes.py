@@ -99,22 +99,20 @@ def _single(things: list[Thing], attribute: str) -> list[Thing]:
 
 
 def _ask_what(rng: Random, picture: Picture, things: list[Thing]) -> None:
-    if single := _single(things, "shape"):
-        one = rng.choice(single)
-        ways = ("what color is the {}?", "what is the color of the {}?", "which color does the {} have?")
-        text = rng.choice(ways).format(one.shape)
-        picture.ask("color", text, one.colour)
-        there = [other.colour for other in things]
-        picture.ask("color or", one_of(rng, text, one.colour, [*there, *rng.sample(list(COLOURS), 2)]), one.colour)
-        picture.ask("color option", *options(rng, text, one.colour, [*there, *rng.sample(list(COLOURS), 4)]))
-    if single := _single(things, "colour"):
-        one = rng.choice(single)
-        ways = ("what shape is {}?", "which shape is the {} object?", "what is the {} thing?")
-        text = rng.choice(ways).format(one.colour)
-        picture.ask("shape", text, one.shape)
-        there = [other.shape for other in things]
-        picture.ask("shape or", one_of(rng, text, one.shape, [*there, *rng.sample(SHAPES, 2)]), one.shape)
-        picture.ask("shape option", *options(rng, text, one.shape, [*there, *rng.sample(SHAPES, 4)]))
+    """Ask for the color of a shape that comes once, and for the shape of such a color."""
+    color = ("what color is the {}?", "what is the color of the {}?", "which color does the {} have?")
+    shape = ("what shape is {}?", "which shape is the {} object?", "what is the {} thing?")
+    for kind, asked, given, ways, known in (
+        ("color", "colour", "shape", color, list(COLOURS)),
+        ("shape", "shape", "colour", shape, list(SHAPES)),
+    ):
+        if single := _single(things, given):
+            one = rng.choice(single)
+            text, answer = rng.choice(ways).format(getattr(one, given)), getattr(one, asked)
+            there = [getattr(other, asked) for other in things]
+            picture.ask(kind, text, answer)
+            picture.ask(f"{kind} or", one_of(rng, text, answer, [*there, *rng.sample(known, 2)]), answer)
+            picture.ask(f"{kind} option", *options(rng, text, answer, [*there, *rng.sample(known, 4)]))
 
 
 def _ask_how_many(rng: Random, picture: Picture, things: list[Thing]) -> None:

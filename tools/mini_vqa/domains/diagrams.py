@@ -71,13 +71,12 @@ def _magnets(rng: Random, canvas: Canvas, picture: Picture) -> Asked:
         canvas.box(x + 18, y - 9, x + 36, y + 9, south if flipped else north)
     picture.key = ("magnets", first, second, int(gap), int(y) // 2)
     right = "attract" if first == second else "repel"
-    place = "left" if not first else "right"
     return [
         ("magnets", "what will the two magnets do?", right, ("attract", "repel")),
         (
             "pole",
             "on which side of the first magnet is its red pole?",
-            "right" if place == "left" else "left",
+            "left" if first else "right",
             ("left", "right"),
         ),
     ]
