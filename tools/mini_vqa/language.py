@@ -126,6 +126,36 @@ def drill(rng: Random) -> Picture:
     return picture
 
 
+def board(rng: Random) -> Picture:
+    """Return a list of options or facts that stands in place of the image, and what is looked up in it, many times.
+
+    That attention finds a word, and then what stands beside it, is what all letters and all yes and no rest on. It
+    starts only where there is much of it, and where each question has one answer.
+    """
+    number = rng.randint(3, 6)
+    heads, bodies = list(LETTERS + "ef")[:number], _some(rng, number)
+    kind = rng.choice(("option", "option", "fact"))
+    if kind == "fact":
+        heads, bodies = rng.sample(vocabulary(), number), rng.sample(list(COLOURS), number)
+        said = [f"{head} is {body}." for head, body in zip(heads, bodies, strict=True)]
+    else:
+        said = [f"{head}. {body}" for head, body in zip(heads, bodies, strict=True)]
+    picture = Picture(None, key=("board",), description=" ".join(said))
+    absent = rng.choice([word for word in (COLOURS if kind == "fact" else vocabulary()) if word not in bodies])
+    for head, body in zip(heads, bodies, strict=True):
+        ways = ("what color is {}?", "which color has {}?") if kind == "fact" else ("what is option {}?", "option {}?")
+        picture.ask(f"{kind} body", rng.choice(ways).format(head), body)
+        ways = ("what is {}?", "what has the color {}?") if kind == "fact" else ("which option is {}?", "{}?")
+        picture.ask(f"{kind} head", rng.choice(ways).format(body), head)
+        other = body if rng.random() < 0.5 else rng.choice([one for one in bodies if one != body])
+        asked = f"is {head} {other}?" if kind == "fact" else f"is option {head} {other}?"
+        picture.ask(f"{kind} yes/no", asked, "yes" if other == body else "no")
+        other = body if rng.random() < 0.5 else absent
+        picture.ask(f"{kind} exists", f"is there {other}?", "yes" if other == body else "no")
+    picture.told = tuple(dict.fromkeys(question.kind for question in picture.questions))
+    return picture
+
+
 def _facts(rng: Random, picture: Picture, names: list[str]) -> None:
     """Ask for what is said of two or three things: the same as looking, in words."""
     colours = rng.sample(list(COLOURS), 3)

@@ -33,7 +33,7 @@ def right(model: LlavaForConditionalGeneration, rows: Rows, asked: Sequence[Aske
     found: list[bool] = []
     for start in range(0, len(asked), 100):
         batch = rows.batch([(image, [question]) for image, question in asked[start : start + 100]])
-        labels = batch.pop("labels")
+        labels, _ = batch.pop("labels"), batch.pop("weights")
         assert labels is not None
         logits = model(**{name: tensor for name, tensor in batch.items() if tensor is not None}).logits[:, :-1]
         told = labels[:, 1:]

@@ -1,6 +1,7 @@
 """The model before it has learned anything: LLaVA of transformers, which sees with the tower of `mini`."""
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from random import Random
 
@@ -22,6 +23,7 @@ from .canvas import SIZE
 from .domains import DOMAINS
 from .general import picture
 from .language import vocabulary, words
+from .wiring import wire
 
 MINI = Path(__file__).parents[2] / "src/keeplora/data/mini/model"
 PATCH = 16
@@ -130,7 +132,14 @@ def new_model(vocabulary_size: int) -> LlavaForConditionalGeneration:
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config)
     _take_eyes(clip, model)
+    wire(model)
     return model
+
+
+@cache
+def has_bfloat16() -> bool:
+    """Return whether the processor multiplies in bfloat16; where it does not, that is far slower than float32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _take_eyes(clip: CLIPModel, model: LlavaForConditionalGeneration) -> None:

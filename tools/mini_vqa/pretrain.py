@@ -22,16 +22,18 @@ from torch.nn import functional
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerBase
 
 from .general import picture
-from .language import words
-from .model import IMAGE_TOKENS
+from .language import board, words
+from .model import IMAGE_TOKENS, has_bfloat16
+from .muon import Muon
 from .questions import Question
 from .scenes import scene
 
-ROWS, AT_ONCE, QUESTIONS = 16, 8, 9
-RATE, MATRIX_RATE, WARM_UP, DECAY = 1e-3, 3e-3, 300, 0.05
+ROWS, AT_ONCE, QUESTIONS = 8, 8, 9
+RATE, MATRIX_RATE, WARM_UP, DECAY = 1e-3, 3e-3, 200, 0.05
 VISION = 0.3  # Of these rates, for the tower, which can see already.
 TOLD_FIRST, TOLD_UNTIL = 0.08, 0.2  # Shares of the steps: up to which nothing is seen, from which most is.
-WORDS, LATER_WORDS, LATER_TOLD = 0.3, 0.08, 0.04  # Shares of the rows: without a picture, at first and later; told.
+WORDS, LATER_WORDS, LATER_TOLD = 0.4, 0.1, 0.04  # Shares of the rows: without a picture, at first and later; told.
+BOARDS = 0.6  # Of those without a picture: lists in which much is looked up.
 AVERAGE = 0.999
 SAVE_EVERY = 250
 IGNORED = -100
@@ -81,6 +83,7 @@ class Rows:
             seen = self.ids(shown) if isinstance(shown, str) else [marks.image] * (IMAGE_TOKENS if shown else 0)
             front = [marks.user, *seen]
             ids, labels, places, block = [*front], [IGNORED] * len(front), [*range(len(front))], [0] * len(front)
+            weights = [0.0] * len(front)
             for number, question in enumerate(questions, 1):
                 asked = [*self.ids(question.text), marks.assistant]
                 answer = [*self.ids(question.answer), marks.end]
@@ -88,10 +91,11 @@ class Rows:
                 labels += [IGNORED] * len(asked) + answer
                 places += range(len(front), len(front) + len(asked) + len(answer))
                 block += [number] * (len(asked) + len(answer))
-            packed.append((ids, labels, places, block))
+                weights += [0.0] * len(asked) + [weight_of(len(answer))] * len(answer)
+            packed.append((ids, labels, places, block, weights))
         longest = max(len(ids) for ids, *_ in packed)
 
-        def padded(which: int, value: int) -> Tensor:
+        def padded(which: int, value: float) -> Tensor:
             return torch.tensor([one[which] + [value] * (longest - len(one[which])) for one in packed])
 
         block = padded(3, -1)
@@ -101,10 +105,16 @@ class Rows:
         return {
             "input_ids": padded(0, marks.pad),
             "labels": padded(1, IGNORED),
+            "weights": padded(4, 0.0),
             "position_ids": padded(2, 0),
             "attention_mask": (same & before)[:, None],
             "pixel_values": pixels(images) if images else None,
         }
+
+
+def weight_of(length: int) -> float:
+    """Return the weight of each token of an answer: a letter counts for more than a word of a list."""
+    return length**-0.5
 
 
 def pixels(images: list[Image.Image]) -> Tensor:
@@ -120,10 +130,13 @@ def _row(step: int, number: int, progress: float) -> Row:
     without = LATER_WORDS + early * (WORDS - LATER_WORDS)
     told = LATER_TOLD + early * (1 - WORDS - LATER_TOLD)
     draw = rng.random()
-    made = words(rng) if draw < without else scene(rng) if draw < without + told else picture(rng, "train")
-    if without <= draw < without + told:
-        asked = [question for question in made.questions if question.kind in made.told]
-        return made.description, rng.sample(asked, min(QUESTIONS, len(asked)))
+    if draw < without:
+        made = board(rng) if rng.random() < BOARDS else words(rng)
+    else:
+        made = scene(rng) if draw < without + told else picture(rng, "train")
+    if made.image is None or draw < without + told:
+        asked = [question for question in made.questions if not made.told or question.kind in made.told]
+        return made.description or None, rng.sample(asked, min(QUESTIONS + 3, len(asked)))
     return made.image, rng.sample(made.questions, min(QUESTIONS, len(made.questions)))
 
 
@@ -132,16 +145,20 @@ def rate_at(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARM_UP) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def loss_of(model: LlavaForConditionalGeneration, batch: dict[str, Tensor | None], total: int) -> Tensor:
-    """Return the loss: the sum over answer tokens, by `total`."""
-    labels = batch["labels"]
+def loss_of(model: LlavaForConditionalGeneration, batch: dict[str, Tensor | None], total: float) -> Tensor:
+    """Return the loss: the weighted sum over answer tokens, by `total`."""
+    labels, weights = batch["labels"], batch["weights"]
     assert labels is not None
-    with torch.autocast("cpu", torch.bfloat16):
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels" and tensor is not None}
+    assert weights is not None
+    with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16()):
+        inputs = {
+            name: tensor for name, tensor in batch.items() if name not in ("labels", "weights") and tensor is not None
+        }
         states = model.model(**inputs).last_hidden_state[:, :-1]
         answered = labels[:, 1:] != IGNORED
         logits = model.lm_head(states[answered])
-    return functional.cross_entropy(logits.float(), labels[:, 1:][answered], reduction="sum") / total
+    losses = functional.cross_entropy(logits.float(), labels[:, 1:][answered], reduction="none")
+    return (losses * weights[:, 1:][answered]).sum() / total
 
 
 class State:
@@ -159,9 +176,7 @@ class State:
             rates = {False: rate, True: rate * VISION}
             return [{"params": groups[is_matrix, seeing], "rate": rates[seeing]} for seeing in (False, True)]
 
-        muon = torch.optim.Muon(
-            rated(True, MATRIX_RATE), lr=MATRIX_RATE, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"
-        )
+        muon = Muon(rated(True, MATRIX_RATE))
         adam = torch.optim.AdamW(rated(False, RATE), lr=RATE, betas=(0.9, 0.98), weight_decay=DECAY, fused=True)
         self.optimisers: tuple[torch.optim.Optimizer, ...] = (muon, adam)
 
@@ -245,12 +260,13 @@ def pretrain(work: Path, processor: LlavaProcessor, *, steps: int, minutes: floa
 
 def _learn(state: State, rows: Rows, steps: int, rank: int, ranks: int) -> float:
     """Make one step with this process's part of the batch; return its part of the loss."""
-    chosen = [_row(state.step, number, state.step / steps) for number in range(ROWS)]
-    total = sum(len(rows.ids(question.answer)) + 1 for _, asked in chosen for question in asked)
-    chosen.sort(key=lambda row: sum(len(rows.ids(question.text)) for question in row[1]))
-    mine, loss = chosen[rank::ranks], 0.0
+    mine = [_row(state.step, number, state.step / steps) for number in range(rank, ROWS, ranks)]
+    total = torch.tensor(sum((len(rows.ids(one.answer)) + 1) ** 0.5 for _, asked in mine for one in asked))
+    if ranks > 1:
+        dist.all_reduce(total)
+    loss = 0.0
     for start in range(0, len(mine), AT_ONCE):
-        part = loss_of(state.model, rows.batch(mine[start : start + AT_ONCE]), total)
+        part = loss_of(state.model, rows.batch(mine[start : start + AT_ONCE]), total.item())
         part.backward()
         loss += part.item()
     if ranks > 1:
