@@ -1,6 +1,7 @@
 """Small generative models with their processors, and streams of conversations, made on the spot from seeds."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,13 @@ from transformers import (
     Gemma3ImageProcessorPil,
     Gemma3Processor,
     Gemma3TextConfig,
+    GotOcr2ImageProcessorPil,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     Idefics3ImageProcessorPil,
     Idefics3Processor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -29,15 +33,27 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessorPil,
     LlavaProcessor,
     MistralConfig,
     MistralForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    Qwen2VLImageProcessorPil,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     SiglipVisionConfig,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+    SmolVLMImageProcessorPil,
 )
 
 CORPUS = ["What colour is it? red green blue", "a b c d e yes no USER: ASSISTANT: user assistant <|im_start|>"] * 3
@@ -49,8 +65,18 @@ CHATML = (
 SPECIAL = ["<pad>", "<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>"]
 MORE_TOKENS = {
     "idefics3": {"fake": "<fake_token_around_image>", "global": "<global-img>"},
+    "smolvlm": {"fake": "<fake_token_around_image>", "global": "<global-img>"},
+    "internvl": {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    },
     "gemma3": {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"},
 }
+_QWEN = {"image": "<|image_pad|>", "video": "<|video_pad|>", "vision_start": "<|vision_start|>",
+         "vision_end": "<|vision_end|>"}  # fmt: skip
+MORE_TOKENS |= {"qwen2_5_vl": _QWEN, "qwen3_vl": _QWEN}
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 50, 220), "grey": (120, 120, 120)}
 SIDE = 28
 
@@ -175,7 +201,109 @@ def _gemma3(words):
     return model, Gemma3Processor(images, words, chat_template=template, image_seq_length=4)
 
 
-IMAGE_MODELS = {"llava": _llava, "llava_next": _llava_next, "idefics3": _idefics3, "gemma3": _gemma3}
+def siglip_vision(**more) -> SiglipVisionConfig:
+    sizes = {"image_size": SIDE, "patch_size": 14} | more
+    return SiglipVisionConfig(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3, vision_use_head=False, **sizes
+    )
+
+
+def _llava_onevision(words):
+    pinpoints = [[28, 28], [56, 56]]
+    config = LlavaOnevisionConfig(
+        vision_config=siglip_vision(), text_config=Qwen2Config(**text_config(len(words))),
+        image_token_id=words.convert_tokens_to_ids("<image>"), video_token_id=len(words) - 1,
+        image_grid_pinpoints=pinpoints, vision_feature_layer=-1,
+    )  # fmt: skip
+    images = LlavaOnevisionImageProcessorPil(size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=pinpoints)
+    more = {"num_image_tokens": 4, "vision_feature_select_strategy": "full", "image_token": "<image>"}
+    return LlavaOnevisionForConditionalGeneration(config), Parts("LlavaOnevisionProcessor", images, words, more)
+
+
+def _qwen(words, config, model, kind, side, head, sections, **vision):
+    text = text_config(len(words)) | head
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections}
+    ids = {f"{name}_token_id": words.convert_tokens_to_ids(token) for name, token in MORE_TOKENS["qwen2_5_vl"].items()}
+    # The places of an image are found by its start, its tokens, and its end.
+    sizes = {"depth": 2, "hidden_size": 24, "out_hidden_size": 32, "num_heads": 3, "intermediate_size": 40,
+             "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3, "patch_size": side}  # fmt: skip
+    images = Qwen2VLImageProcessorPil(
+        patch_size=side, size={"shortest_edge": (2 * side) ** 2, "longest_edge": (4 * side) ** 2}
+    )
+    template = CHATML.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
+    made = model(config(text_config=text, vision_config=sizes | vision, **ids))
+    return made, Parts(kind, images, words, {}, template)
+
+
+def _qwen2_5_vl(words):
+    return _qwen(
+        words, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, "Qwen2_5_VLProcessor", 14, {}, [1, 1, 2],
+        window_size=56, fullatt_block_indexes=[1],
+    )  # fmt: skip
+
+
+def _qwen3_vl(words):
+    return _qwen(
+        words, Qwen3VLConfig, Qwen3VLForConditionalGeneration, "Qwen3VLProcessor", 16, {"head_dim": 8}, [2, 1, 1],
+        num_position_embeddings=16, deepstack_visual_indexes=[0, 1],
+    )  # fmt: skip
+
+
+def _internvl(words):
+    vision = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3,
+              "image_size": [SIDE, SIDE], "patch_size": [7, 7]}  # fmt: skip
+    config = InternVLConfig(
+        vision_config=vision, text_config=Qwen2Config(**text_config(len(words))), image_seq_length=4,
+        image_token_id=words.convert_tokens_to_ids("<IMG_CONTEXT>"), downsample_ratio=0.5,
+    )  # fmt: skip
+    images = GotOcr2ImageProcessorPil(size={"height": SIDE, "width": SIDE}, crop_to_patches=False)
+    template = CHATML.replace("<image>", "<IMG_CONTEXT>\n")
+    return InternVLForConditionalGeneration(config), Parts(
+        "InternVLProcessor", images, words, {"image_seq_length": 4}, template
+    )
+
+
+def _smolvlm(words):
+    vision = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3,
+              "image_size": 32, "patch_size": 8}  # fmt: skip
+    config = SmolVLMConfig(
+        vision_config=vision, text_config=LlamaConfig(**text_config(len(words))), scale_factor=2, pad_token_id=0,
+        image_token_id=words.convert_tokens_to_ids("<image>"),
+    )  # fmt: skip
+    images = SmolVLMImageProcessorPil(
+        size={"longest_edge": 32}, max_image_size={"longest_edge": 32}, do_image_splitting=False
+    )
+    return SmolVLMForConditionalGeneration(config), Parts("SmolVLMProcessor", images, words, {"image_seq_len": 4})
+
+
+@dataclass
+class Parts:
+    """A processor that cannot be made without torchvision, as the files that a model on the hub has."""
+
+    kind: str
+    images: object
+    words: PreTrainedTokenizerFast
+    settings: dict
+    template: str = CHATML
+
+    def save_pretrained(self, folder: Path) -> None:
+        self.images.save_pretrained(folder)
+        self.words.save_pretrained(folder)
+        (folder / "processor_config.json").write_text(json.dumps({"processor_class": self.kind, **self.settings}))
+        (folder / "chat_template.jinja").write_text(self.template)
+
+
+IMAGE_MODELS = {
+    "llava": _llava,
+    "llava_next": _llava_next,
+    "llava_onevision": _llava_onevision,
+    "idefics3": _idefics3,
+    "gemma3": _gemma3,
+    "qwen2_5_vl": _qwen2_5_vl,
+    "qwen3_vl": _qwen3_vl,
+    "internvl": _internvl,
+    "smolvlm": _smolvlm,
+}
 
 
 def save_image_model(folder: Path, kind: str = "llava", seed: int = 0) -> Path:

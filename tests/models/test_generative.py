@@ -86,7 +86,7 @@ def test_gradients_and_second_moments_know_no_padding_and_no_batch_size(stored):
     moments = [input_grams(model, task, names) for task in (small, large)]
     for name in names:
         for one in found:
-            torch.testing.assert_close(one[name], reference[name], atol=1e-6, rtol=1e-3)
+            torch.testing.assert_close(one[name], reference[name], atol=5e-6, rtol=1e-3)
         torch.testing.assert_close(moments[0][name], moments[1][name], atol=1e-4, rtol=1e-3)
 
 
@@ -139,11 +139,10 @@ def test_a_run_ends_and_its_export_answers_as_the_evaluator(stored, tmp_path, ca
     kind = "image-text-to-text" if has_images else "text-generation"
     ends = [task.chat.tokenizer.convert_tokens_to_ids(token) for token in task.chat.end_tokens]
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": ends}
-    asked = (
-        pipeline(kind, model=str(tmp_path / "out"), backend="pil")
-        if has_images
-        else pipeline(kind, model=str(tmp_path / "out"))
-    )
+    reads_videos = has_images and "video_processor" in task.chat.processor.get_attributes()
+    # One that is also for videos needs torchvision, unless it is ours.
+    own = {"processor": load_processor(str(tmp_path / "out"))} if reads_videos else {"backend": "pil"}
+    asked = pipeline(kind, model=str(tmp_path / "out"), **(own if has_images else {}))
     for index, record in enumerate(task.test.records):
         images = iter(task.test.images(index))
         messages = [

@@ -1,5 +1,6 @@
 """What transformers loads of a user's model. The one place that asks it: it runs no code that comes with a model."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    PROCESSOR_MAPPING,
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
@@ -21,7 +23,9 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
 )
+from transformers.utils.hub import cached_file
 
+VIDEO_PROCESSOR = "video_preprocessor_config.json"  # Where models keep it that have it in a file of its own.
 ATTENTION = "sdpa"  # Whatever a config asks for: another name may be that of a kernel to fetch.
 
 
@@ -105,12 +109,59 @@ def load_generative(name: str, precision: Precision = WHOLE) -> nn.Module:
 
 def load_processor(name: str) -> Any:
     """Return the processor of a model that reads images, which works with Pillow; the tokenizer of another one."""
-    if type(load_config(name)) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+    config = load_config(name)
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return load_tokenizer(name)
+    kind: Any = PROCESSOR_MAPPING.get(type(config), None)
+    if kind is not None and "video_processor" in kind.get_attributes():
+        return _processor_of_images(name, kind)
     with naming(f"the processor of model {name!r}"):
         processor: Any = AutoProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
     processor.tokenizer = load_tokenizer(name)  # The other one took `pil` for its own backend.
     return processor
+
+
+class _NoVideos:
+    """Stands in a processor for that of videos, which has no version for Pillow and needs torchvision to be loaded.
+
+    It has the settings of the one it stands for, so that it is saved as that one.
+    """
+
+    model_input_names: tuple[str, ...] = ()
+    merge_size, temporal_patch_size, num_frames, fps = 2, 2, None, None
+    _auto_class = None
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        vars(self).update(settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+def _processor_of_images(name: str, kind: Any) -> Any:
+    """Return a processor that is also for videos, without its part for these."""
+
+    class Processor(kind):
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            if isinstance(argument, _NoVideos):
+                return _NoVideos
+            return super().check_argument_for_proper_class(argument_name, argument)
+
+        def to_dict(self) -> dict[str, Any]:
+            told = cast(dict[str, Any], super().to_dict())
+            videos = told.pop("video_processor").to_dict()
+            return {**told, "video_processor": videos} if videos else told
+
+    Processor.__name__ = kind.__name__  # It is saved by this name.
+    parts = {"image_processor": load_image_processor(name), "tokenizer": load_tokenizer(name)}
+    with naming(f"the processor of model {name!r}"):
+        told, _ = kind.get_processor_dict(name)
+        settings = told.get("video_processor")
+        if settings is None:
+            file = cached_file(name, VIDEO_PROCESSOR, _raise_exceptions_for_missing_entries=False)
+            settings = json.loads(Path(file).read_text()) if file else {}
+        parts["video_processor"] = _NoVideos(settings)
+        return Processor.from_args_and_dict([parts[one] for one in kind.get_attributes()], told)
 
 
 def load_tokenizer(name: str) -> Any:
