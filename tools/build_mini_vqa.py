@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stages", nargs="*", default=list(STAGES), help="which stages; all of them if none is named")
     parser.add_argument("--work", type=Path, required=True, help="a folder for what is not shipped")
-    parser.add_argument("--steps", type=int, default=15_000, help="steps of the whole pre-training")
+    parser.add_argument("--steps", type=int, default=4600, help="steps of the whole pre-training")
     parser.add_argument("--look-up-steps", type=int, default=500, help="steps of the practice before it")
     parser.add_argument("--minutes", type=float, default=1e9, help="how long this stretch may take")
     parser.add_argument("--questions", type=int, default=1000, help="of the examination")

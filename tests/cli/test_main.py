@@ -338,10 +338,27 @@ def test_the_demo_compares_three_methods_and_writes_a_report(capsys, tmp_path):
     shown = words_of(capsys.readouterr().out)
     for method in ("zero_shot", "lora_ft", "keeplora"):
         assert f"{method}: accuracy in %" in shown
-        assert json.loads((tmp_path / "demo" / method / "metrics.json").read_text())["method"] == method
-    page = (tmp_path / "demo" / "report.html").read_text()
+        assert json.loads((tmp_path / "demo" / "images" / method / "metrics.json").read_text())["method"] == method
+    page = (tmp_path / "demo" / "images" / "report.html").read_text()
     assert page.count("<img") == 1
-    assert "Report: demo/report.html" in shown
+    assert "Report: demo/images/report.html" in shown
+
+
+@pytest.mark.slow
+def test_the_demo_of_questions_shows_what_was_answered_before_and_after(capsys, tmp_path, monkeypatch):
+    def short(*tables):
+        return resolve(("a shorter demo", {"first_tasks": 1, "train": {"epochs": 1}}), *tables)
+
+    resolve = learn.resolve
+    monkeypatch.setattr(learn, "resolve", short)
+    cli.main(["demo", "--kind", "vqa", "--output", "demo"])
+    shown = words_of(capsys.readouterr().out)
+    assert "Report: demo/vqa/report.html" in shown
+    assert "general" in shown  # The probe.
+    page = (tmp_path / "demo" / "vqa" / "report.html").read_text()
+    first, *rows = re.findall(r"<tr>.*?</tr>", page[page.index("Questions and answers") :], re.DOTALL)
+    assert re.findall("<th>(.*?)</th>", first)[4:] == ["untouched", "lora_ft", "keeplora"]
+    assert rows[0].count("The image of the question") == 1
 
 
 @pytest.mark.slow

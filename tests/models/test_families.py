@@ -49,7 +49,7 @@ def test_family_is_found_by_its_folder_and_loads_in_float32(stored):
 
 
 def test_an_unknown_model_or_type_is_an_error_that_lists_the_known(tmp_path):
-    with pytest.raises(ValueError, match=r"model '.*nowhere' is neither an embedded model \(mini\)"):
+    with pytest.raises(ValueError, match=r"model '.*nowhere' is neither an embedded model \(mini, mini_vqa\)"):
         family_of(str(tmp_path / "nowhere"))
     (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
     with pytest.raises(ValueError, match="is of type 'resnet'; known types: clip, siglip, and all that"):

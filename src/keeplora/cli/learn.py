@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -15,6 +15,7 @@ from keeplora.cli.tables import comparison_tables, principal_table, settings_tab
 from keeplora.data.cache import kept
 from keeplora.report.charts import heat_maps
 from keeplora.report.html import page
+from keeplora.runs.answers import answered
 from keeplora.runs.atomic_store import write_atomically
 from keeplora.runs.branch import fork as fork_run
 from keeplora.runs.branch import with_more
@@ -28,20 +29,23 @@ from keeplora.studies.principal import PrincipalConfig, analyze_principal
 console = Console()
 
 DEMO_METHODS = ("zero_shot", "lora_ft", "keeplora")
+DEMOS = {"images": "mini", "vqa": "mini_vqa"}  # The embedded model and benchmark of each kind.
 
 
-def demo(output: Path = Path("runs/demo"), *, seed: int = 0) -> None:
+def demo(output: Path = Path("runs/demo"), *, kind: Literal["images", "vqa"] = "images", seed: int = 0) -> None:
     """Watch the embedded model learn the embedded tasks: untouched, by plain LoRA, and by KeepLoRA."""
-    runs = {}
+    runs, folder = {}, output / kind
+    shared = {"model": DEMOS[kind], "benchmark": DEMOS[kind], "seed": seed}
     with Display(console) as display, kept():
         for method in DEMO_METHODS:
-            config = resolve(("keeplora demo", {"method": method, "seed": seed, "output": output / method}))
+            config = resolve(("keeplora demo", {**shared, "method": method, "output": folder / method}))
             runs[method] = run_stream(config, track=display.track, watch=display.watch)
     for method, results in runs.items():
-        show_scores(results, output / method)
-    write_atomically(output / "report.html", page(list(runs.values())).encode())
-    (output / "heat_maps.png").write_bytes(heat_maps(list(runs.values())))
-    console.print(f"Report: {escape(str(output / 'report.html'))}")
+        show_scores(results, folder / method)
+    questions = answered([read_run(folder / method) for method in DEMO_METHODS[1:]])
+    write_atomically(folder / "report.html", page(list(runs.values()), answers=questions).encode())
+    (folder / "heat_maps.png").write_bytes(heat_maps(list(runs.values())))
+    console.print(f"Report: {escape(str(folder / 'report.html'))}")
 
 
 def run(settings: Any, train: Any, method: Any, ablations: Any, others: Any) -> None:

@@ -13,7 +13,7 @@ from keeplora.registry import Registry, load_extensions
 
 FAMILIES: Registry[type[Family]] = Registry("model type", {"clip": DualEncoder, "siglip": DualEncoder})
 
-EMBEDDED = {"mini": Path(__file__).parents[1] / "data" / "mini" / "model"}
+EMBEDDED = {name: Path(__file__).parents[1] / "data" / name / "model" for name in ("mini", "mini_vqa")}
 """Models that come with the package, by name."""
 
 
