@@ -7,6 +7,7 @@ from typing import TypeVar
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers.utils import logging as transformers_logging
 
 from keeplora.cli.tables import score_table
 from keeplora.evaluation.accuracy_matrix import Results
@@ -24,6 +25,7 @@ class Display(Live):
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
         self.progress = Progress(TextColumn("{task.description}"), *columns, console=console)
         super().__init__(console=console, auto_refresh=console.is_terminal)
+        transformers_logging.disable_progress_bar()  # Its bars would be drawn into ours, or between lines of a log.
 
     def get_renderable(self) -> RenderableType:
         """Return what rich shows now."""
