@@ -345,24 +345,6 @@ def test_the_demo_compares_three_methods_and_writes_a_report(capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_demo_of_questions_shows_what_was_answered_before_and_after(capsys, tmp_path, monkeypatch):
-    def short(*tables):
-        return resolve(("a shorter demo", {"first_tasks": 1, "train": {"epochs": 1}}), *tables)
-
-    resolve = learn.resolve
-    monkeypatch.setattr(learn, "resolve", short)
-    monkeypatch.setattr(benchmark, "BENCHMARKS", Path(benchmark.__file__).parent / "benchmarks")
-    cli.main(["demo", "--kind", "vqa", "--output", "demo"])
-    shown = words_of(capsys.readouterr().out)
-    assert "Report: demo/vqa/report.html" in shown
-    assert "general" in shown  # The probe.
-    page = (tmp_path / "demo" / "vqa" / "report.html").read_text()
-    first, *rows = re.findall(r"<tr>.*?</tr>", page[page.index("Questions and answers") :], re.DOTALL)
-    assert re.findall("<th>(.*?)</th>", first)[4:] == ["untouched", "lora_ft", "keeplora"]
-    assert rows[0].count("The image of the question") == 1
-
-
-@pytest.mark.slow
 def test_a_real_process_ends_without_a_traceback(place, tmp_path):
     command = [sys.executable, "-m", "keeplora", "run", "--rank", "2",
                "--benchmark", str(benchmark_of(tmp_path, "absent")), "--model", str(place / "model")]  # fmt: skip
