@@ -76,7 +76,7 @@ def test_the_loss_is_the_mean_over_all_answer_tokens_without_padding(stored):
 
 
 def test_gradients_and_second_moments_know_no_padding_and_no_batch_size(stored):
-    model = load(stored)
+    model = load(stored).double()  # Sums in float32 differ by more than the bound below where rows lie otherwise.
     names = linear_targets(model, ("auto",))
     assert len(names) == 2 * (4 if any("qkv" in name for name in names) else 7)
     assert all(tower_of(name) == "language" for name in names)
@@ -86,7 +86,7 @@ def test_gradients_and_second_moments_know_no_padding_and_no_batch_size(stored):
     moments = [input_grams(model, task, names) for task in (small, large)]
     for name in names:
         for one in found:
-            torch.testing.assert_close(one[name], reference[name], atol=5e-6, rtol=1e-3)
+            torch.testing.assert_close(one[name], reference[name].float(), atol=1e-6, rtol=1e-3)
         torch.testing.assert_close(moments[0][name], moments[1][name], atol=1e-4, rtol=1e-3)
 
 
