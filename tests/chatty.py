@@ -168,16 +168,19 @@ def _llava_next(words):
     return LlavaNextForConditionalGeneration(config), processor
 
 
-def _idefics3(words):
+def _idefics(words, config, images):
+    """The configuration and the image processor of Idefics3, or of SmolVLM, which was made of it."""
     vision = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3,
               "image_size": 32, "patch_size": 8}  # fmt: skip
-    config = Idefics3Config(
+    made = config(
         vision_config=vision, text_config=LlamaConfig(**text_config(len(words))), scale_factor=2, pad_token_id=0,
         image_token_id=words.convert_tokens_to_ids("<image>"),
     )  # fmt: skip
-    images = Idefics3ImageProcessorPil(
-        size={"longest_edge": 32}, max_image_size={"longest_edge": 32}, do_image_splitting=False
-    )
+    return made, images(size={"longest_edge": 32}, max_image_size={"longest_edge": 32}, do_image_splitting=False)
+
+
+def _idefics3(words):
+    config, images = _idefics(words, Idefics3Config, Idefics3ImageProcessorPil)
     processor = Idefics3Processor(images, words, image_seq_len=4, chat_template=CHATML)
     return Idefics3ForConditionalGeneration(config), processor
 
@@ -264,15 +267,7 @@ def _internvl(words):
 
 
 def _smolvlm(words):
-    vision = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3,
-              "image_size": 32, "patch_size": 8}  # fmt: skip
-    config = SmolVLMConfig(
-        vision_config=vision, text_config=LlamaConfig(**text_config(len(words))), scale_factor=2, pad_token_id=0,
-        image_token_id=words.convert_tokens_to_ids("<image>"),
-    )  # fmt: skip
-    images = SmolVLMImageProcessorPil(
-        size={"longest_edge": 32}, max_image_size={"longest_edge": 32}, do_image_splitting=False
-    )
+    config, images = _idefics(words, SmolVLMConfig, SmolVLMImageProcessorPil)
     return SmolVLMForConditionalGeneration(config), Parts("SmolVLMProcessor", images, words, {"image_seq_len": 4})
 
 
