@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
+import chatty
 import tiny
 from keeplora.cli import learn, progress
 from keeplora.cli import main as cli
@@ -342,6 +343,24 @@ def test_the_demo_compares_three_methods_and_writes_a_report(capsys, tmp_path):
     page = (tmp_path / "demo" / "images" / "report.html").read_text()
     assert page.count("<img") == 1
     assert "Report: demo/images/report.html" in shown
+
+
+@pytest.mark.slow
+def test_the_demo_of_questions_shows_what_was_answered_before_and_after(capsys, tmp_path, monkeypatch):
+    stream = chatty.write_stream(tmp_path / "vqa", tasks=1).read_text()
+    probe = stream.replace("[[tasks]]", "[[probes]]").replace("task0", "general")
+    shown_benchmark = f"{stream}\n{probe}\n[defaults.train]\nepochs = 1\n[defaults.keeplora]\nrank = 4\n"
+    (tmp_path / "vqa" / "mini_vqa.toml").write_text(shown_benchmark)
+    monkeypatch.setattr(benchmark, "BENCHMARKS", tmp_path / "vqa")
+    monkeypatch.setitem(registry.EMBEDDED, "mini_vqa", chatty.save_llava(tmp_path / "model"))
+    cli.main(["demo", "--kind", "vqa", "--output", "demo"])
+    shown = words_of(capsys.readouterr().out)
+    assert "Report: demo/vqa/report.html" in shown
+    assert "Probe general" in shown
+    page = (tmp_path / "demo" / "vqa" / "report.html").read_text()
+    first, *rows = re.findall(r"<tr>.*?</tr>", page[page.index("Questions and answers") :], re.DOTALL)
+    assert re.findall("<th>(.*?)</th>", first)[4:] == ["untouched", "lora_ft", "keeplora"]
+    assert [row.count("The image of the question") for row in rows[:3]] == [1, 1, 1]
 
 
 @pytest.mark.slow

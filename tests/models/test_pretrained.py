@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import CLIPForImageClassification
 
+import chatty
 import keeplora
 import tiny
 from keeplora.data.benchmark import read_benchmark
@@ -141,6 +142,7 @@ def test_an_odd_config_is_one_message(model, saved, values):
     assert "model" in message_of(model, saved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json"])
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b"{}", b"[" * 5000])
 def test_a_damaged_file_of_a_model_is_one_message(model, saved, file, content):
@@ -157,3 +159,17 @@ def test_a_mistake_of_ours_keeps_its_traceback(model, saved, monkeypatch):
 def test_the_model_is_in_float32_whatever_it_was_saved_in(model):
     tiny.clip_model().to(torch.bfloat16).save_pretrained(model)
     assert {value.dtype for value in pretrained.load_model(str(model)).parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("place", ["processor_config.json", "video_preprocessor_config.json"])
+def test_settings_for_videos_are_saved_again_though_nothing_reads_them(place, tmp_path):
+    model = chatty.save_image_model(tmp_path / "model", "qwen2_5_vl")
+    settings = {"video_processor_type": "Qwen2VLVideoProcessor", "fps": 3.0}
+    if place == "processor_config.json":
+        change(model / place, video_processor=settings)
+    else:
+        (model / place).write_text(json.dumps(settings))
+    pretrained.load_processor(str(model)).save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "processor_config.json").read_text())
+    assert saved["video_processor"] == settings
+    assert saved["processor_class"] == "Qwen2_5_VLProcessor"
