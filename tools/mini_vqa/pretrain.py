@@ -261,7 +261,8 @@ def pretrain(work: Path, processor: LlavaProcessor, *, steps: int, minutes: floa
 def _learn(state: State, rows: Rows, steps: int, rank: int, ranks: int) -> float:
     """Make one step with this process's part of the batch; return its part of the loss."""
     mine = [_row(state.step, number, state.step / steps) for number in range(rank, ROWS, ranks)]
-    total = torch.tensor(sum((len(rows.ids(one.answer)) + 1) ** 0.5 for _, asked in mine for one in asked))
+    lengths = [len(rows.ids(question.answer)) + 1 for _, asked in mine for question in asked]
+    total = torch.tensor(sum(length * weight_of(length) for length in lengths))
     if ranks > 1:
         dist.all_reduce(total)
     loss = 0.0

@@ -16,7 +16,7 @@ from transformers import LlavaForConditionalGeneration
 CONSTANT = 3.0  # What every token has in its first dimension, in units of the others' deviation: what positions turn.
 BACK, FAST, SHARP = 3, 6, 3.2  # Tokens to look back; pairs of dimensions that turn fast enough for it; how sharply.
 BESIDE, FOUND, MATCH = 2.5, 5.0, 2.5  # How loud what stands beside is, what is found, and the question for it.
-QUIET, NOISE = 0.1, 0.02
+QUIET, NOISE = 0.1, 1 / 3  # Of a perceptron's outputs; in units of the deviation of weights that are not wired.
 LOOKING = (1, 2)  # The layers that look for what stands beside.
 
 
@@ -33,7 +33,7 @@ def wire(model: LlavaForConditionalGeneration) -> None:
         return torch.linalg.qr(torch.randn(width, width, generator=generator))[0]
 
     def put(layer: Linear, value: Tensor) -> None:
-        layer.weight.copy_(value + NOISE * deviation / 0.06 * torch.randn(value.shape, generator=generator))
+        layer.weight.copy_(value + NOISE * deviation * torch.randn(value.shape, generator=generator))
 
     for layer in language.layers:
         layer.mlp.down_proj.weight.mul_(QUIET)
