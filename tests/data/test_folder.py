@@ -66,6 +66,7 @@ def test_every_ending_that_pillow_knows_is_read_or_told(folder, tmp_path, in_arc
     assert {"x.jpg", "x.jfif", "x.jpe", "x.ppm", "x.JPG", "x.tif"} <= read
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".ppm", ".jp2", ".avif", ".webp", ".tga", ".ico", ".pcx", ""])
 @pytest.mark.parametrize("in_archive", [False, True])
 def test_images_of_every_ending_are_read(folder, tmp_path, suffix, in_archive):

@@ -55,6 +55,7 @@ def plain_logits(place, kind, index, padding, split=1):
 PADDINGS = [("clip", "longest"), ("clip", "max_length"), ("siglip", "max_length")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "padding"), PADDINGS)
 @pytest.mark.parametrize("index", [0, 1])
 def test_logits_loss_and_score_are_those_of_the_plain_pipeline(place, kind, padding, index):

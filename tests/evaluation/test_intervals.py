@@ -84,6 +84,7 @@ def test_with_several_orders_the_interval_is_the_wider_of_both_sides():
     assert estimate_runs({(0, 0): 1.0, (0, 1): 2.0}).half_width == estimate([1.0, 2.0]).half_width
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("of_order", "of_seed"), [(2.0, 0.0), (0.0, 2.0), (1.0, 1.0), (0.0, 0.0)])
 @pytest.mark.parametrize(("seeds", "orders"), [(5, 3), (3, 5), (5, 5)])
 def test_intervals_hold_the_true_mean_when_orders_and_seeds_have_effects(of_order, of_seed, seeds, orders):

@@ -348,6 +348,7 @@ def config_of(folder, output):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_base_model_and_evaluate_gives_the_recorded_scores(place, capsys):
     metrics = json.loads((place / "whole/metrics.json").read_text())
     assert metrics["accuracy"][-1] != metrics["zero_shot"], "else equal scores would prove nothing"

@@ -72,6 +72,7 @@ def test_beside_float32_weights_methods_learn_what_they_learn_inside_them(place,
     assert evaluate(merged, tasks) == pytest.approx(evaluate(aside, others), abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", COARSE)
 def test_beside_coarse_weights_the_model_computes_with_what_was_trained(place, precision):
     model, _, method, records, trained = learned(

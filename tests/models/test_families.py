@@ -215,6 +215,7 @@ METADATA = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "names", [["red thing", "blue thing"], ["red", "big dark blue bird"]], ids=["equal", "different"]
 )

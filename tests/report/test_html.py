@@ -165,6 +165,7 @@ def long_run(num_tasks):
                    accuracy=[row] * num_tasks, seconds={"train": 1.0}, peak_memory_mb=1.0)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_long_stream_stays_readable():
     results = long_run(120)
     layers = {f"layer{i}": LayerCapacity(100, tuple(range(100, 40, -1)) * 2, 4) for i in range(48)}

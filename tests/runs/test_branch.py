@@ -180,6 +180,7 @@ def test_heads_stay_with_their_tasks(place, tmp_path):
     assert evaluate(model, tasks) == undone.accuracy[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "message"), [("task9", "has no finished task 'task9'; it has task0, task1"), ("", "no finished task ''")]
 )
@@ -293,6 +294,7 @@ def test_what_was_never_learned_or_was_undone_cannot_be_undone():
         method.undo(model, method.record)
 
 
+@pytest.mark.slow
 def test_joint_training_undoes_no_task(place, tmp_path):
     run(config_of(place, tmp_path / "joint", "joint", first_tasks=2))
     for task in ("task0", "task1"):

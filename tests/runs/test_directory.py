@@ -142,6 +142,7 @@ def test_the_adapters_rebuild_the_merged_model_in_plain_peft(place):
         torch.testing.assert_close(value, stored[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TASK_FILES)
 @pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])
 def test_a_damaged_file_of_a_finished_task_is_named_on_resume(cut, name, harm):

@@ -102,6 +102,7 @@ def test_a_run_that_was_cut_off_ends_as_one_that_was_not(place, tmp_path, monkey
     assert read_manifest(tmp_path / "cut")["phase"] == "complete"
 
 
+@pytest.mark.slow
 def test_the_two_variants_learn_different_things(place):
     assert tiny.lasting(place / "keeplora")[0] != tiny.lasting(place / "lora_ft")[0]
     names = set(tiny.lasting(place / "keeplora_cosine")[0])
@@ -216,6 +217,7 @@ def probed_run(place, name="run", **changes):
     return tiny.run_config(place, place / name, "keeplora", feature_energy=0.6, **changes)
 
 
+@pytest.mark.slow
 def test_probes_are_evaluated_before_and_after_every_task_and_never_learned(probed, capsys):
     results = run(probed_run(probed, train=TrainConfig(epochs=4, batch_size=4, learning_rate=0.2)))
     assert list(results.probes) == ["general"]
@@ -257,6 +259,7 @@ def test_probes_follow_a_run_that_is_undone_continued_or_cut_off(probed):
         run(probed_run(probed))
 
 
+@pytest.mark.slow
 def test_a_run_without_probes_knows_nothing_of_them(tmp_path):
     tiny.write_benchmark(tmp_path, tasks=1, per_class=3)
     tiny.save_dual_encoder(tmp_path / "model")

@@ -215,6 +215,7 @@ def with_budget(given, text):
     return str(other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("budget", "message"),
     [

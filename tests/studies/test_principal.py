@@ -231,6 +231,7 @@ def command(place, *arguments):
     cli.main(["analyze", "principal", *[str(flag) for flag in flags]])
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_curve_and_prints_it(place, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     command(place, "--output", tmp_path / "out", "--shares", "0.5", "1", "--towers", "text", "--targets", "q_proj")
@@ -257,6 +258,7 @@ def test_the_command_writes_the_curve_and_prints_it(place, tmp_path, capsys, mon
         assert np.asarray(picture.convert("L")).std() > 10
 
 
+@pytest.mark.slow
 def test_two_analyses_give_the_same_bytes(place, tmp_path):
     for name in ("first", "second"):
         command(place, "--output", tmp_path / name, "--shares", "0.7")

@@ -240,6 +240,7 @@ OF_THE_PROJECT = sorted(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", OF_THE_PROJECT, ids=lambda path: path.relative_to(PROJECT).as_posix())
 def test_nothing_is_pickled(path):
     tree = ast.parse(path.read_text())

@@ -378,6 +378,7 @@ def test_the_end_of_training_is_kept_however_rare_the_checkpoints(config, whole,
     assert tiny.lasting(rare.output) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["lock", "run.json", "unfinished", "staged", "tasks/01-task0/adapter", "run.json.part"]
 )

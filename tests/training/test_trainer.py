@@ -413,6 +413,7 @@ def trained_by_parts(monkeypatch, size, *, method=None, penalty=lambda model: No
     return losses, {name: b for name, (_, b) in lora.factors_of(adapted).items()}, task.seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"accumulation": 2}], ids=["every batch", "accumulated"])
 @pytest.mark.parametrize("classifier", ["none", "cosine"])
 def test_batches_in_parts_train_as_whole_ones(monkeypatch, changes, classifier):
